@@ -1,0 +1,88 @@
+# Everything needed is set up on the way: Python 3.11 or newer, make and pip are enough.
+#   make demo PYTHON=python3.12                    another Python
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo
+#                                                  PyTorch without CUDA on Linux (a tenth of the download)
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUNTIME := $(VENV)/.runtime-ready
+DEV := $(VENV)/.dev-ready
+
+export PYTHONUTF8 := 1
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format lint types imports notebooks lock clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+
+demo: $(RUNTIME) ## watch FineSteer steer the tutor model; writes a report that opens offline
+	$(BIN)/python -m fsteer_lens demo $(ARGS)
+
+test: $(DEV) ## run the tests; one of them: make test ARGS="-k gates"
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint types imports test notebooks ## everything that CI runs
+
+lint: $(DEV)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+
+types: $(DEV)
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+imports: $(DEV)
+	$(BIN)/lint-imports
+
+# Every notebook from its first cell to its last, as a reader would; that its outputs are stored is tests/test_notebooks.py.
+notebooks: $(DEV)
+	$(BIN)/python -m pytest --nbmake -W default notebooks
+
+format: $(DEV) ## let ruff format and mend what it can
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean: ## remove the environment and everything that was built
+	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- the environment: the stamps make a second run start at once; a changed lock or pyproject.toml installs again
+
+INSTALL_SELF = $(PIP) install --quiet --no-deps --no-build-isolation --editable .
+
+$(RUNTIME): requirements.lock pyproject.toml | $(BIN)/python
+	@echo "Installing the pinned packages into $(VENV), once: a few minutes."
+	$(PIP) install --quiet -r requirements.lock
+	$(INSTALL_SELF)
+	@touch $@
+
+$(DEV): requirements.lock requirements-dev.lock pyproject.toml | $(BIN)/python
+	@echo "Installing the pinned packages and tools into $(VENV), once: a few minutes."
+	$(PIP) install --quiet -r requirements-dev.lock
+	$(INSTALL_SELF)
+	@touch $(RUNTIME) $@
+
+# Debian's Python has venv without ensurepip unless python3-venv is installed: then pip itself fills the environment.
+$(BIN)/python:
+	@command -v $(PYTHON) >/dev/null || { echo "There is no '$(PYTHON)' here: install Python 3.11 or newer, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("fsteer_lens needs Python 3.11 or newer, $(PYTHON) is %d.%d. Name another: make $(MAKECMDGOALS) PYTHON=python3.12" % v[:2])'
+	@$(PYTHON) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $@ install --quiet pip; } || { rm -rf $(VENV); echo "Could not create $(VENV): install the venv module (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
+
+# --- the locks: made from a clean environment, so that they hold what pip chose and nothing else. A wheel's local version
+# (+cpu) and CUDA's packages are left out: which build of torch fits is the machine's affair.
+
+LOCK_VENV := build/lock
+LOCK_PIP := $(LOCK_VENV)/bin/python -m pip --disable-pip-version-check
+PINS := torch==2.13.0 transformer-lens==3.9.0
+FREEZE = $(LOCK_PIP) list --format=freeze | grep -Eiv '^(pip|fsteer-lens|triton|(nvidia|cuda)-.*)==' | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f
+
+lock: ## make both requirement locks anew from pyproject.toml, with the newest versions that fit
+	rm -rf $(LOCK_VENV) && $(PYTHON) -m venv $(LOCK_VENV)
+	$(LOCK_PIP) install --quiet $(PINS) .
+	{ echo "# Every package that fsteer_lens runs on. Made by 'make lock'; do not edit."; $(FREEZE); } > build/requirements.lock
+	$(LOCK_PIP) install --quiet -c build/requirements.lock '.[dev,notebook]'
+	{ echo "# What tests, checks and notebooks need on top. Made by 'make lock'; do not edit."; echo "-r requirements.lock"; $(FREEZE) | grep -vxFf build/requirements.lock; } > requirements-dev.lock
+	mv build/requirements.lock requirements.lock
+	rm -rf $(LOCK_VENV)

@@ -1,0 +1,50 @@
+"""See, teach and trust inference-time steering: FineSteer's gates and experts as hooks on TransformerLens models."""
+
+from fsteer_lens.activations import Activations, collect, collect_queries
+from fsteer_lens.baselines import MeanShift, fit_mean_shift
+from fsteer_lens.experts import Experts, FitReport, Parts, fit_experts
+from fsteer_lens.fitting import fit
+from fsteer_lens.gates import EnergyGate, Gate, LogisticGate, QuantileGate, fit_gate
+from fsteer_lens.generation import Generation, Generations, StepRecord, generate, stream
+from fsteer_lens.hooks import ExpertProbe, FineSteer, Schedule, SubspaceAblation, SubspaceProbe
+from fsteer_lens.prompts import Contrast, ContrastSet
+from fsteer_lens.storage import load, save
+from fsteer_lens.subspace import Subspace, fit_subspace
+from fsteer_lens.trace import Trace
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Activations",
+    "Contrast",
+    "ContrastSet",
+    "EnergyGate",
+    "ExpertProbe",
+    "Experts",
+    "FineSteer",
+    "FitReport",
+    "Gate",
+    "Generation",
+    "Generations",
+    "LogisticGate",
+    "MeanShift",
+    "Parts",
+    "QuantileGate",
+    "Schedule",
+    "StepRecord",
+    "Subspace",
+    "SubspaceAblation",
+    "SubspaceProbe",
+    "Trace",
+    "collect",
+    "collect_queries",
+    "fit",
+    "fit_experts",
+    "fit_gate",
+    "fit_mean_shift",
+    "fit_subspace",
+    "generate",
+    "load",
+    "save",
+    "stream",
+]

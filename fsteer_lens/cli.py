@@ -1,0 +1,277 @@
+"""The command `fsteer-lens`: a demonstration, a look at the environment, fitting and generating with files.
+
+Every subcommand imports what it needs when it is run, so that `--help` answers at once.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fsteer_lens.errors import DataError, FsteerError, InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from fsteer_lens.trace import Trace
+
+REQUIRED = (
+    "torch",
+    "transformer-lens",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "einops",
+    "jaxtyping",
+)
+REQUIRED += ("scikit-learn", "plotly", "circuitsvis", "rich")
+OPTIONAL = ("pandas", "ipykernel", "jupyterlab")
+CLASSES = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}
+BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand and return the exit code: 0 done, 1 doctor misses something, 2 unusable input."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except FsteerError as error:
+        _console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "Steer a language model and see what that did."
+    parser = argparse.ArgumentParser(prog="fsteer-lens", description=about)
+    parser.add_argument("--version", action="version", version=importlib.metadata.version("fsteer-lens"))
+    commands = parser.add_subparsers(required=True, metavar="command")
+
+    demo = commands.add_parser("demo", help="steer the tutor model, compare methods, write a report")
+    demo.set_defaults(run=_demo)
+    option = demo.add_argument
+    option("--out", type=Path, default=Path("out/demo.html"), help="the report (default: %(default)s)")
+    option("--seed", type=int, default=0)
+    option("--quick", action="store_true", help="fewer prompts: a glance instead of a measurement")
+    option("--open", action="store_true", help="open the report in the browser")
+
+    doctor = commands.add_parser("doctor", help="versions, model classes, GPU, browser, hub login")
+    doctor.set_defaults(run=_doctor)
+
+    model = argparse.ArgumentParser(add_help=False)
+    option = model.add_argument
+    option("--model", required=True, help="a Hugging Face name, a folder, or 'tutor'")
+    option("--kind", choices=list(CLASSES), help="class of the model (default: hooked where it is)")
+    option("--device", default="cpu")
+    option("--chat", action="store_true", help="put prompts through the tokenizer's chat template")
+    option("--batch-size", type=int, default=8)
+
+    fit = commands.add_parser("fit", parents=[model], help="fit a steering to contrasts and save it")
+    fit.set_defaults(run=_fit)
+    option = fit.add_argument
+    option("--data", type=Path, required=True, help=".jsonl or .csv: prompt, preferred, undesired, label")
+    option("--layer", type=int, required=True)
+    option("--out", type=Path, required=True, help="the steering, a .safetensors file")
+    option("--shift", choices=["response_mean", "last_prompt"], default="response_mean")
+    option("--rank", type=int, help="rank of the gate's subspace")
+    option("--gate", choices=["quantile", "logistic", "energy", "none"], help="none: always")
+    option("--general", type=Path, help="prompts to leave alone, for the logistic gate: .txt or .jsonl")
+    option("--strength", type=float, default=1.0)
+    option("--scope", choices=["all", "prompt", "generated"], help="positions (default: by --shift)")
+    option("--preset", choices=["paper"], help="the method to the letter of the paper")
+    option("--seed", type=int, default=0)
+
+    generate = commands.add_parser("generate", parents=[model], help="generate text under a saved steering")
+    generate.set_defaults(run=_generate)
+    option = generate.add_argument
+    option("prompts", nargs="+", metavar="prompt")
+    option("--steering", type=Path, required=True, help="a file that 'fit' wrote")
+    option("--compare", action="store_true", help="beside the text without steering, and how far apart")
+    option("--max-new-tokens", type=int, default=64)
+    option("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
+    option("--temperature", type=float, help="with --sample (default: 1)")
+    option("--seed", type=int, help="with --sample (default: 0)")
+    return parser
+
+
+def _console(stderr: bool = False) -> "Console":
+    from rich.console import Console
+
+    return Console(stderr=stderr)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from fsteer_lens.report import demo
+
+    demo(args.out, seed=args.seed, quick=args.quick, open_browser=args.open)
+    return 0
+
+
+def _load_model(args: argparse.Namespace) -> Any:
+    if args.model == "tutor":
+        from fsteer_lens import tutor
+
+        return tutor.load(args.kind, device=args.device)
+    from fsteer_lens import models
+
+    return models.load(args.model, kind=args.kind, device=args.device)
+
+
+def _fit(args: argparse.Namespace) -> int:
+    from fsteer_lens import ContrastSet, collect, collect_queries, fit, save
+
+    always = args.gate == "none"
+    if always and (args.rank or args.general):
+        raise InputError("--rank and --general have no effect with --gate none", fix="Leave them out.")
+    if not args.out.parent.is_dir():  # found out now, not after minutes of fitting
+        raise InputError(f"cannot write {args.out}", expected="an existing folder", got=args.out.parent)
+    read = ContrastSet.from_csv if args.data.suffix.lower() == ".csv" else ContrastSet.from_jsonl
+    contrasts = read(args.data)
+    general_prompts = None if args.general is None else _read_prompts(args.general)
+    model = _load_model(args)
+    run = {"layer": args.layer, "chat": args.chat, "batch_size": args.batch_size}
+    activations = collect(model, contrasts, shift=args.shift, **run)
+    general = None if general_prompts is None else collect_queries(model, general_prompts, **run)
+    options = {"rank": 1, "gate": "energy"} if always else _given(args, "rank", "gate")  # the least of gates, if any
+    options |= {"strength": args.strength, "seed": args.seed, **_given(args, "scope", "preset")}
+    steering = fit(activations, general=general, **options)
+    steering = steering.with_gate(None) if always else steering
+    save(steering, args.out, model=model)
+    _console().print(f"{steering}\nfitted to {len(contrasts)} contrasts, saved as {args.out}", markup=False)
+    return 0
+
+
+def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Options that were given on the command line: the others keep the library's defaults."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _read_prompts(path: Path) -> list[Any]:
+    """Read one prompt a line: text, or with .jsonl a JSON value or an object that holds it under "prompt"."""
+    from fsteer_lens.files import read_text
+
+    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    if path.suffix.lower() != ".jsonl":
+        return lines
+    prompts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            value = json.loads(line)
+            prompts.append(value["prompt"] if isinstance(value, dict) else value)
+        except (json.JSONDecodeError, KeyError) as error:
+            expected = 'a JSON string, or an object with "prompt"'
+            raise DataError(f"{path}, prompt {number}", expected=expected, got=line[:60]) from error
+    return prompts
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from rich.rule import Rule
+    from rich.text import Text
+
+    from fsteer_lens import generate, load
+
+    given = _given(args, "temperature", "seed")
+    if given and not args.sample:
+        raise InputError(f"--{next(iter(given))} has no effect on greedy text", fix="Add --sample, or leave it out.")
+    sampling = {"do_sample": True, "seed": 0, **given} if args.sample else {}
+    options = {"max_new_tokens": args.max_new_tokens, "chat": args.chat, "batch_size": args.batch_size}
+    model = _load_model(args)
+    steering = load(args.steering, model=model)
+    rows = generate(model, args.prompts, steering, compare=args.compare, **options, **sampling)
+    console = _console()
+    for row in rows:
+        console.print(Rule(Text(str(row.prompt)), align="left"))
+        if args.compare:
+            console.print(Text("unsteered  ", style="dim"), Text(row.baseline.text))
+        console.print(Text("steered    ", style="dim"), Text(row.text))
+        for line in _decisions(row.trace):
+            console.print(Text(line, style="dim"))
+    return 0
+
+
+def _decisions(trace: "Trace") -> Iterator[str]:
+    """Describe what one row's trace recorded, a line for each layer."""
+    for layer, gate in trace.gate.items():
+        line = f"layer {layer}: gate {gate[0]:.2f}"
+        if layer in trace.weights:
+            weights = trace.weights[layer][0]
+            expert = int(weights.argmax())
+            line += f", expert {expert} with weight {weights[expert]:.2f}"
+        yield line
+    if trace.steps is not None and trace.steps.kl is not None:
+        yield f"KL(steered || unsteered): {trace.steps.kl.nanmean():.3f} nats a token"
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    """Print what is installed and what works here; 1 where something that is needed is missing."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title="fsteer-lens doctor", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    healthy = True
+    with _console(stderr=True).status("looking around"):
+        for good, name, finding in _findings():
+            healthy &= good is not False
+            mark = {True: ("✓", "green"), None: ("–", "dim"), False: ("✗", "red")}[good]
+            table.add_row(Text(*mark), name, Text(finding))
+    _console().print(table)
+    return 0 if healthy else 1
+
+
+def _findings() -> Iterator[tuple[bool | None, str, str]]:
+    """Yield (True good, None absent but not needed, False missing; what it is; what was found)."""
+    yield (
+        sys.version_info >= (3, 11),
+        "Python",
+        f"{platform.python_version()}, {platform.platform(terse=True)}",
+    )
+    for name in ("fsteer-lens", *REQUIRED, *OPTIONAL):
+        try:
+            yield True, name, importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield ((None, name, "not here; notebooks need it") if name in OPTIONAL else (False, name, "missing"))
+    yield _model_classes()
+    yield _gpu()
+    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    yield (
+        bool(browser) or None,
+        "browser",
+        browser or "no Chromium or Chrome on the path; only browser tests need it",
+    )
+    yield _hub()
+
+
+def _model_classes() -> tuple[bool, str, str]:
+    from fsteer_lens.models import available_kinds
+
+    try:
+        return True, "model classes", " and ".join(CLASSES[kind] for kind in available_kinds())
+    except ImportError as error:
+        return False, "model classes", f"none: {error}"
+
+
+def _gpu() -> tuple[bool | None, str, str]:
+    try:
+        import torch
+    except ImportError:
+        return None, "GPU", "unknown without torch"
+    if torch.cuda.is_available():
+        return True, "GPU", ", ".join(map(torch.cuda.get_device_name, range(torch.cuda.device_count())))
+    if torch.backends.mps.is_available():
+        return True, "GPU", "Apple (mps)"
+    return None, "GPU", f"none; the CPU does it with {torch.get_num_threads()} threads"
+
+
+def _hub() -> tuple[bool | None, str, str]:
+    from huggingface_hub import constants, get_token
+
+    login = "logged in" if get_token() else "not logged in; public models only"
+    offline = f"HF_HUB_OFFLINE is {'on' if constants.HF_HUB_OFFLINE else 'off'}"
+    return bool(get_token()) or None, "Hugging Face hub", f"{login}; {offline}"

@@ -1,0 +1,373 @@
+"""SCS, the gates: when to steer.
+
+A gate maps a query activation to a number in [0, 1] through its subspace energy ratio s (see `subspace`):
+
+- quantile gate, one-class: F is the empirical CDF of s over IR queries that the basis did not see;
+  g = 1 where F(s) ≥ ε, else (F(s)/ε)^γ
+- logistic gate, needs general queries too: g = σ(a·s + b)
+- energy gate: g = s
+
+(FineSteer, arXiv 2604.15488, Eq. 8, 9 and 15.) The basis is fitted to the IR queries, so their own ratios are too
+high; `fit_gate` therefore calibrates on ratios from cross-fitting. Gates combine: `a & b` is the smaller, `a | b` the
+larger, `~a` one minus it.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, final
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fsteer_lens.errors import DataError, InputError
+from fsteer_lens.linalg import move, require_matrix, require_rank, require_shapes
+from fsteer_lens.subspace import Subspace, fit_subspace
+
+OPEN = 0.5
+"""A gate counts as open from this value on."""
+
+
+class Gate(ABC):
+    """When to steer: a value in [0, 1] for every activation."""
+
+    subspace: Subspace
+    """With every rank that was fitted; of the first leaf where the gate is composed."""
+
+    @abstractmethod
+    def gate(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        """Gate value of each activation, in [0, 1]."""
+
+    @abstractmethod
+    def at_rank(self, rank: int) -> "Gate":
+        """The same gate, every leaf recalibrated for another rank from what its fit stored; microseconds."""
+
+    @property
+    @abstractmethod
+    def leaves(self) -> "tuple[SubspaceGate, ...]":
+        """The fitted gates that this one is made of, left to right."""
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> "Gate":
+        """The same gate on another device or in another dtype."""
+        return move(self, device, dtype)
+
+    def __and__(self, other: "Gate") -> "Gate":
+        return MinGate(self, other)
+
+    def __or__(self, other: "Gate") -> "Gate":
+        return MaxGate(self, other)
+
+    def __invert__(self) -> "Gate":
+        return NotGate(self)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class SubspaceGate(Gate):
+    """A gate on the energy ratio of one subspace.
+
+    Attributes:
+        subspace: every rank that was fitted.
+        rank: the rank whose energy ratio decides.
+    """
+
+    subspace: Subspace
+    rank: int
+
+    def __post_init__(self) -> None:
+        require_rank(self.rank, self.subspace.rank, "the ranks that were fitted")
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(rank={self.rank} of {self.subspace.rank}, d_model={self.subspace.d_model})"
+
+    @property
+    def leaves(self) -> "tuple[SubspaceGate, ...]":
+        """This gate alone."""
+        return (self,)
+
+    def at_rank(self, rank: int) -> "SubspaceGate":
+        """The same gate at another of the fitted ranks; shares the tensors."""
+        return replace(self, rank=rank)
+
+    def gate(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        """Gate value of each activation, in [0, 1]."""
+        return self.gate_of_ratio(self.subspace.energy_ratio(h, self.rank))
+
+    @abstractmethod
+    def gate_of_ratio(self, ratio: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """Gate value for energy ratios at this gate's rank."""
+
+    @property
+    @abstractmethod
+    def threshold(self) -> float:
+        """The energy ratio at which the gate opens (reaches 0.5); may lie outside [0, 1] where it never does."""
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class QuantileGate(SubspaceGate):
+    """g = 1 where F(s) ≥ ε, else (F(s)/ε)^γ.
+
+    F interpolates linearly between the order statistics of the calibration ratios: 0 up to the smallest, 1 from the
+    largest on, and the upper value at ties. `cdf="step"` is the paper's F(s) = share of ratios ≤ s.
+
+    Attributes:
+        ratios: calibration ratios of IR queries at every rank, each column sorted, [n r].
+        epsilon: ε in (0, 1], about the share of IR queries that are let go by.
+        gamma: γ > 0, how sharply the gate closes below ε.
+        cdf: "linear" or "step".
+    """
+
+    ratios: Float[Tensor, "n r"]
+    epsilon: float
+    gamma: float
+    cdf: Literal["linear", "step"] = "linear"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_shapes("quantile gate", basis=(self.subspace.basis, "d r"), ratios=(self.ratios, "n r"))
+        if not (0 < self.epsilon <= 1 and self.gamma > 0):
+            raise InputError("quantile gate", expected="0 < epsilon <= 1 and gamma > 0", got=(self.epsilon, self.gamma))
+        if self.cdf not in ("linear", "step"):
+            raise InputError("cdf", expected="'linear' or 'step'", got=repr(self.cdf))
+
+    def quantile(self, ratio: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """F(s): where an energy ratio lies among those of the calibration queries, in [0, 1]."""
+        ordered = self.ratios[:, self.rank - 1].contiguous()
+        n = len(ordered)
+        at_or_below = torch.searchsorted(ordered, ratio.to(ordered).contiguous(), right=True)
+        if self.cdf == "step" or n == 1:
+            return at_or_below / n
+        below = ordered[(at_or_below - 1).clamp(0, n - 1)]
+        above = ordered[at_or_below.clamp(0, n - 1)]
+        within = (ratio - below) / (above - below).clamp(min=torch.finfo(ordered.dtype).tiny)
+        inside = (at_or_below - 1 + within.clamp(0, 1)) / (n - 1)
+        return torch.where(at_or_below == 0, 0.0, torch.where(at_or_below == n, 1.0, inside))
+
+    def gate_of_ratio(self, ratio: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """1 where F(s) ≥ ε, else (F(s)/ε)^γ."""
+        return (self.quantile(ratio) / self.epsilon).clamp(max=1).pow(self.gamma)
+
+    @property
+    def threshold(self) -> float:
+        """The energy ratio at which F(s) = ε · 0.5^(1/γ), that is g = 0.5."""
+        ordered = self.ratios[:, self.rank - 1]
+        place = self.epsilon * OPEN ** (1 / self.gamma)
+        if self.cdf == "step" or len(ordered) == 1:
+            return float(ordered[max(0, -int(-place * len(ordered) // 1) - 1)])
+        return float(torch.quantile(ordered, place))
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class LogisticGate(SubspaceGate):
+    """g = σ(a·s + b), one (a, b) per rank.
+
+    Attributes:
+        slopes: a at every rank, [r].
+        intercepts: b at every rank, [r].
+    """
+
+    slopes: Float[Tensor, " r"]
+    intercepts: Float[Tensor, " r"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        basis = (self.subspace.basis, "d r")
+        require_shapes("logistic gate", basis=basis, slopes=(self.slopes, "r"), intercepts=(self.intercepts, "r"))
+
+    def gate_of_ratio(self, ratio: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """σ(a·s + b)."""
+        return torch.sigmoid(self.slopes[self.rank - 1] * ratio + self.intercepts[self.rank - 1])
+
+    @property
+    def threshold(self) -> float:
+        """−b / a."""
+        return float(-self.intercepts[self.rank - 1] / self.slopes[self.rank - 1])
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class EnergyGate(SubspaceGate):
+    """g = s: the energy ratio itself."""
+
+    def gate_of_ratio(self, ratio: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """The ratio."""
+        return ratio
+
+    @property
+    def threshold(self) -> float:
+        """0.5."""
+        return OPEN
+
+
+class _ComposedGate(Gate):
+    @property
+    def subspace(self) -> Subspace:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The subspace of the first leaf."""
+        return self.leaves[0].subspace
+
+
+@dataclass(frozen=True, eq=False)
+class _PairGate(_ComposedGate):
+    """Two gates that decide together."""
+
+    left: Gate
+    right: Gate
+
+    @property
+    def leaves(self) -> tuple[SubspaceGate, ...]:
+        """The leaves of both, left first."""
+        return self.left.leaves + self.right.leaves
+
+    def at_rank(self, rank: int) -> "Gate":
+        """Both at another rank."""
+        return replace(self, left=self.left.at_rank(rank), right=self.right.at_rank(rank))
+
+
+@final
+class MinGate(_PairGate):
+    """`a & b`: the smaller of two gates."""
+
+    def gate(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        """min(a, b)."""
+        return torch.minimum(self.left.gate(h), self.right.gate(h))
+
+
+@final
+class MaxGate(_PairGate):
+    """`a | b`: the larger of two gates."""
+
+    def gate(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        """max(a, b)."""
+        return torch.maximum(self.left.gate(h), self.right.gate(h))
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class NotGate(_ComposedGate):
+    """`~a`: one minus a gate."""
+
+    inner: Gate
+
+    @property
+    def leaves(self) -> tuple[SubspaceGate, ...]:
+        """The leaves of the inner gate."""
+        return self.inner.leaves
+
+    def at_rank(self, rank: int) -> "Gate":
+        """The inner gate at another rank."""
+        return NotGate(self.inner.at_rank(rank))
+
+    def gate(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        """1 − a."""
+        return 1 - self.inner.gate(h)
+
+
+def fit_gate(
+    queries: Float[Tensor, "n d"],
+    *,
+    rank: int,
+    kind: Literal["quantile", "logistic", "energy"] = "quantile",
+    general: Float[Tensor, "n_general d"] | None = None,
+    epsilon: float = 0.01,
+    gamma: float = 4.0,
+    cdf: Literal["linear", "step"] = "linear",
+    folds: int | None = 5,
+    groups: Sequence[str | None] | None = None,
+    calibration: Float[Tensor, "n_calibration d"] | None = None,
+    max_rank: int = 64,
+    seed: int = 0,
+) -> Gate:
+    """Fit the subspace of the IR queries and a gate on its energy ratio.
+
+    Args:
+        queries: activations of the queries that need intervention, at the last prompt token, [n d].
+        rank: rank of the subspace whose energy ratio decides; at most (smallest training fold) − 1.
+        kind: "quantile" (paper Eq. 8), "logistic" (Eq. 9) or "energy" (Eq. 15).
+        general: activations of queries to be left alone; the logistic gate needs them, the others ignore nothing:
+            giving them to another kind raises.
+        epsilon: ε of the quantile gate. The paper's value is not public; the default is what measured best on the
+            tutor's valid split (docs/tutor_model_card.md).
+        gamma: γ of the quantile gate, likewise.
+        cdf: "linear" interpolates F, "step" is the paper's.
+        folds: calibrate on ratios from that many cross-fitting folds; None calibrates in-sample, which is biased and
+            is here for comparison only.
+        groups: fold group of every query (the template it was made from); a group is never split. None: random folds.
+        calibration: IR queries that the basis does not see; replaces cross-fitting.
+        max_rank: keep this many ranks (or as many as the data allow) for `.at_rank`.
+        seed: of the random folds.
+
+    Raises:
+        InputError: `rank` too high, unknown `kind`, or options that contradict each other.
+        ShapeError, NonFiniteError: a tensor is no finite floating matrix of the queries' width.
+        DataError: fewer than two groups to cut folds from.
+    """
+    rows = require_matrix(queries, "queries", min_rows=3)
+    n, d_model = rows.shape
+    if kind not in ("quantile", "logistic", "energy"):
+        raise InputError("gate kind", expected="'quantile', 'logistic' or 'energy'", got=repr(kind))
+    if (kind == "logistic") != (general is not None):
+        needs = "needs general=, activations of queries to leave alone" if general is None else "takes no general="
+        raise InputError(f"the {kind} gate {needs}", fix="Use kind='logistic' together with general=.")
+    cuts = [] if folds is None or calibration is not None else list(_folds(n, folds, groups, seed))
+    smallest = min([n] + [len(train) for train, _ in cuts])
+    limit = min(smallest - 1, d_model)
+    why = f"min(n - 1, d) of the smallest training fold, {smallest} of {n} queries"
+    require_rank(rank, limit, why)
+    subspace = fit_subspace(rows, rank=min(limit, max(rank, max_rank)))
+    if kind == "energy":
+        return EnergyGate(subspace, rank)
+    if calibration is not None:
+        ratios = subspace.energy_ratios(require_matrix(calibration, "calibration", d_model=d_model))
+    elif folds is None:
+        ratios = subspace.energy_ratios(rows)
+    else:
+        ratios = torch.empty(n, subspace.rank, dtype=rows.dtype)
+        for train, held_out in cuts:
+            ratios[held_out] = fit_subspace(rows[train], rank=subspace.rank).energy_ratios(rows[held_out])
+    if general is None:
+        return QuantileGate(subspace, rank, ratios.sort(dim=0).values, epsilon, gamma, cdf)
+    others = subspace.energy_ratios(require_matrix(general, "general", d_model=d_model))
+    return LogisticGate(subspace, rank, *_fit_logistic(ratios, others))
+
+
+def _folds(n: int, folds: int, groups: Sequence[str | None] | None, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+    from sklearn.model_selection import GroupKFold, KFold
+
+    if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
+        raise InputError("folds", expected="an int of at least 2, or None for in-sample calibration", got=folds)
+    if groups is None or all(group is None for group in groups):
+        splits = KFold(min(folds, n), shuffle=True, random_state=seed).split(range(n))
+    else:
+        if len(groups) != n or any(group is None for group in groups):
+            raise DataError(
+                "groups",
+                expected=f"a group for each of {n} queries",
+                got=f"{len(groups)} groups, {sum(group is None for group in groups)} of them None",
+                fix="Give every contrast a group=, or none of them.",
+            )
+        n_groups = len(set(groups))
+        if n_groups < 2:
+            raise DataError("groups", expected="at least 2 different groups", got=n_groups, fix="Pass groups=None.")
+        splits = GroupKFold(min(folds, n_groups)).split(range(n), groups=groups)
+    for train, held_out in splits:
+        yield torch.from_numpy(train), torch.from_numpy(held_out)
+
+
+def _fit_logistic(
+    positive: Float[Tensor, "n r"], negative: Float[Tensor, "m r"]
+) -> tuple[Float[Tensor, " r"], Float[Tensor, " r"]]:
+    from sklearn.linear_model import LogisticRegression
+
+    ratios = torch.cat([positive, negative]).double()
+    location, scale = ratios.mean(dim=0), ratios.std(dim=0).clamp(min=1e-12)
+    labels = [1] * len(positive) + [0] * len(negative)
+    slopes, intercepts = [], []
+    for column, centre, width in zip(ratios.T, location, scale, strict=True):
+        model = LogisticRegression(C=1.0, class_weight="balanced")
+        model.fit(((column - centre) / width)[:, None].numpy(), labels)
+        slope = float(model.coef_[0, 0] / width)
+        slopes.append(slope)
+        intercepts.append(float(model.intercept_[0] - slope * centre))
+    return torch.tensor(slopes, dtype=positive.dtype), torch.tensor(intercepts, dtype=positive.dtype)

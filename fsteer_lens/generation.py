@@ -1,0 +1,494 @@
+"""`generate` and `stream`: steered text with the trace of how it came about.
+
+1. Prompts are tokenised, sorted by length and padded on the left.
+2. One decoding loop serves both model classes; the hooks are on the model only while it computes a token.
+3. With `compare=True` an unsteered pass is fed the steered tokens in chunks of steps, so that no
+   [batch, tokens, vocabulary] rectangle is ever held; and the same prompts are generated without steering.
+"""
+
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, overload
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fsteer_lens.errors import InputError
+from fsteer_lens.hooks import Session, Steering, at
+from fsteer_lens.models import Forward, SteerableModel, hooks_added, run_up_to, site_name
+from fsteer_lens.progress import progress_bar
+from fsteer_lens.prompts import Prompt
+from fsteer_lens.tokens import (
+    Batch,
+    Detokenizer,
+    pad,
+    prompt_ids,
+    require_fits,
+    require_tokenizer,
+    stop_ids,
+    token_texts,
+)
+from fsteer_lens.trace import Steps, Trace, join
+
+TOP = 5
+CHUNK_NUMBERS = 2**25
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the model generates for a prompt without steering."""
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """One prompt's generated text.
+
+    Attributes:
+        prompt: as it was given.
+        text: generated text without special tokens.
+        tokens: generated ids, with the one that ended the answer.
+        trace: what steering did, a `Trace` of one row.
+        baseline: the unsteered run, with `compare=True`.
+    """
+
+    prompt: Prompt
+    text: str
+    tokens: tuple[int, ...]
+    trace: Trace
+    baseline: Baseline | None = None
+
+    def __repr__(self) -> str:
+        return f"Generation({self.text[:60]!r}, {len(self.tokens)} tokens)"
+
+
+class Generations(Sequence[Generation]):
+    """Generated texts, one per prompt, in the order of the prompts."""
+
+    def __init__(self, items: Iterable[Generation]) -> None:
+        self._items = tuple(items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, index: int) -> Generation: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Generations": ...
+    def __getitem__(self, index: int | slice) -> "Generation | Generations":
+        return Generations(self._items[index]) if isinstance(index, slice) else self._items[index]
+
+    def __repr__(self) -> str:
+        return f"Generations({len(self)} texts)"
+
+    @property
+    def texts(self) -> list[str]:
+        """The generated texts."""
+        return [item.text for item in self]
+
+    @property
+    def trace(self) -> Trace:
+        """One trace with all rows."""
+        return join([item.trace for item in self])
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One generated token as `stream` yields it.
+
+    Attributes:
+        step: 0 for the first generated token.
+        token: its id.
+        logprob: its log-probability under the steered model's raw logits, in nats.
+        top: the most probable tokens with their log-probabilities.
+        gate: gate value at every steered layer.
+        change: ‖edit‖ / ‖residual stream‖ at the position that predicted this token, at every steered layer.
+    """
+
+    step: int
+    token: int
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+    gate: Mapping[int, float]
+    change: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from the logits; every row has a generator of its own.
+
+    Attributes:
+        do_sample: draw from the distribution; otherwise take the most probable token.
+        temperature: divides the logits, > 0.
+        top_k: keep this many of the most probable tokens.
+        top_p: keep the smallest set of tokens with this much probability, in (0, 1].
+        seed: of the draws; None takes a random one.
+    """
+
+    do_sample: bool = False
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        given = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "seed")}
+        unused = [name for name, value in given.items() if value is not None]
+        if not self.do_sample and unused:
+            raise InputError(f"{', '.join(unused)} without effect", fix="Pass do_sample=True as well.")
+        if self.temperature is not None and not self.temperature > 0:
+            raise InputError("temperature", expected="a number > 0", got=self.temperature, fix="Or do_sample=False.")
+        if self.top_k is not None and self.top_k < 1:
+            raise InputError("top_k", expected="an int >= 1", got=self.top_k)
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError("top_p", expected="a number in (0, 1]", got=self.top_p)
+
+    def generators(self, rows: Iterable[int]) -> list[torch.Generator]:
+        """One generator per row number, so that a row draws the same in any batch."""
+        seed = torch.seed() if self.seed is None else self.seed
+        return [torch.Generator().manual_seed(zlib.crc32(f"{seed}/{row}".encode())) for row in rows]
+
+    def choose(self, logits: Float[Tensor, "b vocab"], generators: Sequence[torch.Generator]) -> Int[Tensor, " b"]:
+        """The next token of every row."""
+        if not self.do_sample:
+            return logits.argmax(dim=-1)
+        ordered, ids = (logits.float() / (self.temperature or 1.0)).sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(dim=-1)
+        if self.top_k is not None:
+            probabilities[:, self.top_k :] = 0
+        if self.top_p is not None:
+            probabilities[probabilities.cumsum(dim=-1) - probabilities >= self.top_p] = 0
+        cpu = probabilities.cpu()
+        places = torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(cpu, generators, strict=True)])
+        return ids.gather(1, places.to(ids.device).unsqueeze(1)).squeeze(1)
+
+
+class _Stop:
+    """Which tokens, or which texts, end a row."""
+
+    def __init__(self, model: SteerableModel, stop: Sequence[int | str] | None) -> None:
+        given = stop_ids(model) if stop is None else frozenset(item for item in stop if isinstance(item, int))
+        self.ids = torch.tensor(sorted(given), dtype=torch.long, device=model.cfg.device)
+        self.texts = () if stop is None else tuple(item for item in stop if isinstance(item, str))
+        if any(not text for text in self.texts):
+            raise InputError("stop", expected="token ids or non-empty texts", got=list(stop or ()))
+        self._model = model
+
+    def rows(self, chosen: Int[Tensor, " b"], generated: Sequence[Sequence[int]]) -> Bool[Tensor, " b"]:
+        """Which rows end with the tokens just chosen."""
+        ended = torch.isin(chosen, self.ids)
+        if self.texts:
+            texts = ["".join(token_texts(self._model, row)) for row in generated]
+            hits = [any(stop in text for stop in self.texts) for text in texts]
+            ended |= torch.tensor(hits, device=ended.device)
+        return ended
+
+    def cut(self, text: str) -> str:
+        """The text up to the first stop text."""
+        return text[: min([text.find(stop) for stop in self.texts if stop in text], default=len(text))]
+
+
+class _Step(NamedTuple):
+    """One step of the decoding loop: chosen tokens, full log-probabilities, and the rows that still ran."""
+
+    chosen: Int[Tensor, " b"]
+    logprobs: Float[Tensor, "b vocab"]
+    alive: Bool[Tensor, " b"]
+
+
+def _decode(
+    model: SteerableModel,
+    batch: Batch,
+    session: Session | None,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    stop: _Stop,
+    max_new_tokens: int,
+    cache: bool,
+) -> Iterator[_Step]:
+    forward = Forward(model, cache=cache)
+    hooks = [] if session is None else session.hooks(model)
+    tokens, mask = batch.tokens, batch.mask
+    alive = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    generated: list[list[int]] = [[] for _ in range(len(tokens))]
+    for _ in range(max_new_tokens):
+        with torch.no_grad(), hooks_added(model, hooks) if hooks else nullcontext():
+            logits = forward(tokens, mask)[:, -1].float()
+        chosen = sampling.choose(logits, generators)
+        yield _Step(chosen, logits.log_softmax(dim=-1), alive)
+        for row, token in zip(generated, chosen.tolist(), strict=True):
+            row.append(token)
+        alive = alive & ~stop.rows(chosen, generated)
+        if not bool(alive.any()):
+            return
+        tokens, mask = chosen.unsqueeze(1), mask.new_ones(len(chosen), 1)
+
+
+class _Unsteered:
+    """The unsteered model on the steered tokens, in chunks of steps: KL, log-probabilities and top tokens."""
+
+    def __init__(self, model: SteerableModel, batch: Batch, cache: bool) -> None:
+        self._forward = Forward(model, cache=cache)
+        self._pending = [batch.tokens]
+        self._masks = [batch.mask]
+        self._steps: list[_Step] = []
+        self._chunk = max(1, min(32, CHUNK_NUMBERS // (len(batch.tokens) * model.cfg.d_vocab)))
+        self.kl: list[Tensor] = []
+        self.logprobs: list[Tensor] = []
+        self.top: list[Any] = []
+
+    def add(self, step: _Step) -> None:
+        """Take one steered step."""
+        self._steps.append(step)
+        if len(self._steps) == self._chunk:
+            self.flush()
+
+    def flush(self) -> None:
+        """Run the steps taken so far through the unsteered model."""
+        if not self._steps:
+            return
+        fed = [step.chosen.unsqueeze(1) for step in self._steps]
+        tokens = torch.cat([*self._pending, *fed[:-1]], dim=1)
+        masks = torch.cat([*self._masks, *[torch.ones_like(t, dtype=torch.bool) for t in fed[:-1]]], dim=1)
+        logits = self._forward(tokens, masks)[:, -len(self._steps) :]
+        for index, step in enumerate(self._steps):
+            base = logits[:, index].float().log_softmax(dim=-1)
+            self.kl.append((step.logprobs.exp() * (step.logprobs - base)).sum(dim=-1).clamp(min=0))
+            self.logprobs.append(base.gather(1, step.chosen.unsqueeze(1)).squeeze(1))
+            self.top.append(base.topk(min(TOP, base.shape[-1]), dim=-1))
+        self._pending, self._masks = [fed[-1]], [torch.ones_like(fed[-1], dtype=torch.bool)]
+        self._steps = []
+
+
+def generate(
+    model: SteerableModel,
+    prompts: Prompt | Sequence[Prompt],
+    steering: Steering | None = None,
+    *,
+    max_new_tokens: int = 64,
+    stop: Sequence[int | str] | None = None,
+    chat: bool = False,
+    do_sample: bool = False,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    batch_size: int = 8,
+    compare: bool = False,
+    use_past_kv_cache: bool = True,
+    progress: bool = True,
+) -> Generations:
+    """Generate text, steered, with a trace of what steering did to every row, layer and token.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        prompts: one prompt or several; see `tokens.prompt_ids` for how they become tokens.
+        steering: what to put on the model; None generates without.
+        max_new_tokens: tokens to generate at most.
+        stop: token ids and texts that end an answer; None takes the model's end-of-sequence ids and the chat
+            template's end of turn.
+        chat: send string prompts as the user's turn through the chat template.
+        do_sample, temperature, top_k, top_p, seed: draw tokens instead of taking the most probable one. Each prompt
+            draws from a generator of its own, so that batching does not change the draws.
+        batch_size: rows per forward pass; a compared prompt counts twice.
+        compare: also run without steering: `baseline` of each generation, and per token KL(steered ‖ unsteered) and
+            the unsteered log-probabilities in `trace.steps`, from one pass of the steered text through the
+            unsteered model.
+        use_past_kv_cache: False runs the whole text again for every token; the same tokens, slower.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: no prompts, options that contradict each other or have no effect.
+        ContextLengthError: a prompt with its new tokens does not fit into the context.
+        MismatchError: the steering was fitted on another model.
+    """
+    many = [prompts] if _is_one(prompts) else list(prompts)
+    if not many:
+        raise InputError("prompts", expected="at least one", got="none")
+    if max_new_tokens < 1 or batch_size < 1:
+        raise InputError("generate", expected="max_new_tokens and batch_size >= 1", got=(max_new_tokens, batch_size))
+    if compare and steering is None:
+        raise InputError("compare=True without a steering has nothing to compare", fix="Give steering=.")
+    sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
+    if do_sample and seed is None:
+        sampling = replace(sampling, seed=torch.seed())
+    ending = _Stop(model, stop)
+    rows = [prompt_ids(model, prompt, chat=chat) for prompt in many]
+    for number, row in enumerate(rows):
+        require_fits(model, len(row) + max_new_tokens, f"prompt {number} with {max_new_tokens} new tokens")
+    size = max(1, batch_size // 2) if compare else batch_size
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    results: dict[int, Generation] = {}
+    with progress_bar(len(rows), "generating", progress) as advance:
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            ids = [rows[index] for index in chosen]
+            batch = pad(model, ids, "left")
+            made = _generate_batch(
+                model, ids, batch, steering, sampling, chosen, ending, max_new_tokens, use_past_kv_cache, compare
+            )
+            for index, (text, tokens, trace, baseline) in zip(chosen, made, strict=True):
+                results[index] = Generation(many[index], text, tokens, trace, baseline)
+            advance(len(chosen))
+    return Generations(results[index] for index in range(len(rows)))
+
+
+def stream(
+    model: SteerableModel,
+    prompt: Prompt,
+    steering: Steering | None = None,
+    *,
+    max_new_tokens: int = 64,
+    stop: Sequence[int | str] | None = None,
+    chat: bool = False,
+    do_sample: bool = False,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    use_past_kv_cache: bool = True,
+) -> Iterator[tuple[str, StepRecord]]:
+    """Generate one text token by token, yielding (text that the token adds, step record); the tokens of `generate`.
+
+    Arguments and errors as in `generate`. The hooks are on the model only while it computes a token.
+    """
+    sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
+    ids = prompt_ids(model, prompt, chat=chat)
+    require_fits(model, len(ids) + max_new_tokens, f"the prompt with {max_new_tokens} new tokens")
+    batch = pad(model, [ids], "left")
+    session = _session(model, batch, steering)
+    ending = _Stop(model, stop)
+    steps = _decode(
+        model, batch, session, sampling, sampling.generators([0]), ending, max_new_tokens, use_past_kv_cache
+    )
+    tokenizer = require_tokenizer(model)
+    detokenize = Detokenizer(tokenizer, ids)
+    trace = Trace() if session is None else session.trace
+    for number, step in enumerate(steps):
+        token = int(step.chosen[0])
+        top = step.logprobs[0].topk(min(TOP, step.logprobs.shape[-1]))
+        yield (
+            detokenize(token),
+            StepRecord(
+                step=number,
+                token=token,
+                logprob=float(step.logprobs[0, token]),
+                top=tuple(
+                    (tokenizer.decode([i]), p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                ),
+                gate={layer: float(value[0]) for layer, value in trace.gate.items()},
+                change={layer: float(value[0, -1]) for layer, value in trace.change.items()},
+            ),
+        )
+
+
+def _is_one(prompts: Any) -> bool:
+    """Whether this is one prompt: a string, chat messages, or token ids."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | Mapping))
+
+
+def _session(model: SteerableModel, batch: Batch, steering: Steering | None) -> Session | None:
+    """A session for left-padded prompts; with several layers every ĥ comes from one unsteered prefill."""
+    if steering is None:
+        return None
+    queries: dict[int, Tensor] | None = None
+    session = steering.session_on(model, batch.mask.sum(dim=1), batch.mask)
+    if len(steering.hooked_layers) > 1:
+        queries = {}
+        last = torch.full((len(batch.tokens),), batch.tokens.shape[1] - 1, device=batch.tokens.device)
+
+        def keep(layer: int) -> Any:
+            def hook_function(activation: Tensor, hook: Any) -> None:
+                queries[layer] = at(activation, last.to(activation.device)).float()
+
+            return hook_function
+
+        names = [(site_name(model, layer, steering.site), keep(layer)) for layer in steering.hooked_layers]
+        run_up_to(model, batch.tokens, batch.mask, max(steering.hooked_layers), names)
+        session.queries = queries
+    return session
+
+
+def _generate_batch(
+    model: SteerableModel,
+    ids: Sequence[Sequence[int]],
+    batch: Batch,
+    steering: Steering | None,
+    sampling: Sampling,
+    numbers: Sequence[int],
+    stop: _Stop,
+    max_new_tokens: int,
+    cache: bool,
+    compare: bool,
+) -> list[tuple[str, tuple[int, ...], Trace, Baseline | None]]:
+    def run(session: Session | None) -> Iterator[_Step]:
+        generators = sampling.generators(numbers) if sampling.do_sample else []
+        return _decode(model, batch, session, sampling, generators, stop, max_new_tokens, cache)
+
+    session = _session(model, batch, steering)
+    unsteered = _Unsteered(model, batch, cache) if compare else None
+    chosen, alive, logprobs, top = [], [], [], []
+    for step in run(session):
+        chosen.append(step.chosen)
+        alive.append(step.alive)
+        logprobs.append(step.logprobs.gather(1, step.chosen.unsqueeze(1)).squeeze(1))
+        top.append(step.logprobs.topk(min(TOP, step.logprobs.shape[-1]), dim=-1))
+        if unsteered is not None:
+            unsteered.add(step)
+    if unsteered is not None:
+        unsteered.flush()
+    lived = torch.stack(alive, dim=1).cpu()
+
+    def shown(values: Sequence[Tensor], fill: float) -> Tensor:
+        stacked = torch.stack(list(values), dim=1).cpu()
+        return stacked.masked_fill(~lived.reshape(*lived.shape, *[1] * (stacked.ndim - 2)), fill)
+
+    tokens = shown(chosen, -1)
+    rows = [[token for token in row if token >= 0] for row in tokens.tolist()]
+    nan = float("nan")
+    steps = Steps(
+        tokens=tokens,
+        texts=tuple(token_texts(model, row, before) for row, before in zip(rows, ids, strict=True)),
+        logprobs=shown(logprobs, nan),
+        top_ids=shown([values.indices for values in top], -1),
+        top_logprobs=shown([values.values for values in top], nan),
+    )
+    baselines: list[Baseline | None] = [None] * len(ids)
+    if unsteered is not None:
+        steps = replace(
+            steps,
+            kl=shown(unsteered.kl, nan),
+            baseline_logprobs=shown(unsteered.logprobs, nan),
+            baseline_top_ids=shown([values.indices for values in unsteered.top], -1),
+            baseline_top_logprobs=shown([values.values for values in unsteered.top], nan),
+        )
+        plain = [(step.chosen, step.alive) for step in run(None)]
+        for index in range(len(ids)):
+            row = [int(one[index]) for one, lives in plain if lives[index]]
+            baselines[index] = Baseline(_answer(model, ids[index], row, stop), tuple(row))
+    trace = Trace() if session is None else session.trace
+    for name in ("ser", "gate", "weights", "coefficients", "change"):
+        setattr(trace, name, {layer: value.cpu() for layer, value in getattr(trace, name).items()})
+    trace.prompt_lengths = batch.mask.sum(dim=1).cpu()
+    trace.first = batch.tokens.shape[1] - trace.prompt_lengths
+    trace.prompts = tuple(token_texts(model, row) for row in ids)
+    trace.steps = steps
+    return [
+        (_answer(model, ids[index], rows[index], stop), tuple(rows[index]), trace.row(index), baselines[index])
+        for index in range(len(ids))
+    ]
+
+
+def _answer(model: SteerableModel, prompt: Sequence[int], generated: Sequence[int], stop: _Stop) -> str:
+    """Generated text without special tokens, up to a stop text, with the spacing that it has after its prompt."""
+    tokenizer = require_tokenizer(model)
+    before, after = (
+        tokenizer.decode(list(part), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for part in (prompt, [*prompt, *generated])
+    )
+    return stop.cut(after[len(before) :])

@@ -1,0 +1,304 @@
+"""TransformerLens models: loading, hook points, and one way of running both classes.
+
+`HookedTransformer` exists up to TransformerLens 3.9, `TransformerBridge` from 3.9 on. Everything that differs between
+them is in this module; the rest of the package sees a `SteerableModel`.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fsteer_lens.errors import InputError, MissingDependencyError, SiteError
+
+Kind = Literal["hooked", "bridge"]
+SITES = ("hook_resid_pre", "hook_resid_post")
+DEFAULT_SITE = "hook_resid_post"
+
+
+@runtime_checkable
+class SteerableModel(Protocol):
+    """What HookedTransformer and TransformerBridge have in common and this package uses."""
+
+    cfg: Any
+    tokenizer: Any
+    hook_dict: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a forward pass."""
+        ...
+
+
+# ------------------------------------------------------------------------------------------------- which class, loading
+
+
+def available_kinds() -> tuple[Kind, ...]:
+    """Model classes that the installed TransformerLens has, the preferred one first."""
+    import transformer_lens
+
+    kinds: list[Kind] = []
+    if hasattr(transformer_lens, "HookedTransformer"):
+        kinds.append("hooked")
+    try:
+        import transformer_lens.model_bridge
+
+        kinds.append("bridge")
+    except ImportError:
+        pass
+    return tuple(kinds)
+
+
+def kind_of(model: SteerableModel) -> Kind:
+    """Whether a model is a HookedTransformer ("hooked") or a TransformerBridge ("bridge")."""
+    return "bridge" if hasattr(model, "original_model") else "hooked"
+
+
+def load(
+    name_or_folder: str | Path, kind: Kind | None = None, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> SteerableModel:
+    """Load a Hugging Face model by its hub name or from a local folder, without processing its weights.
+
+    Raises:
+        InputError: no such folder, and no such name on the hub (or no hub in reach).
+        MissingDependencyError: the installed TransformerLens lacks the class asked for.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        hf_model = AutoModelForCausalLM.from_pretrained(name_or_folder, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"cannot load the model {str(name_or_folder)!r}",
+            expected="a folder with config.json, weights and tokenizer, or a name on the Hugging Face hub",
+            got=str(error).splitlines()[0],
+            fix="Check the path; for a name, check the network and `huggingface-cli login` for gated models.",
+        ) from error
+    return from_hf(hf_model.to(device), tokenizer, kind=kind)
+
+
+def from_hf(hf_model: Any, tokenizer: Any, kind: Kind | None = None, process: bool = False) -> SteerableModel:
+    """Make a TransformerLens model from a Hugging Face model and tokenizer that are already in memory.
+
+    Works offline and keeps the tokenizer as it is given. The given `hf_model` must not be used afterwards: a
+    Bridge rewires it in place.
+
+    Args:
+        hf_model: a transformers causal language model.
+        tokenizer: its tokenizer.
+        kind: "hooked" or "bridge"; None takes HookedTransformer where the installed TransformerLens has it.
+        process: fold LayerNorm and centre the writing weights, as `HookedTransformer.from_pretrained` does. Gates and
+            experts that were fitted without it do not fit a processed LayerNorm model.
+
+    Raises:
+        MissingDependencyError: the installed TransformerLens lacks the class.
+        InputError: TransformerLens cannot convert this architecture.
+    """
+    kinds = available_kinds()
+    kind = kind or kinds[0]
+    if kind not in ("hooked", "bridge"):
+        raise InputError("kind", expected="'hooked' or 'bridge'", got=repr(kind))
+    if kind not in kinds:
+        raise MissingDependencyError(
+            f"this TransformerLens has no model class for kind={kind!r}",
+            got=f"kinds {kinds}",
+            fix='Use kind="bridge", or pip install "transformer-lens<4" for HookedTransformer.',
+        )
+    hf_model.eval()
+    model = _hooked(hf_model, tokenizer, process) if kind == "hooked" else _bridge(hf_model, tokenizer, process)
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    return model
+
+
+def _hooked(hf_model: Any, tokenizer: Any, process: bool) -> Any:
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.loading_from_pretrained import convert_hf_model_config, get_pretrained_state_dict
+
+    architecture = type(hf_model).__name__
+    parameter = next(hf_model.parameters())
+    with tempfile.TemporaryDirectory(prefix="config") as folder:
+        hf_model.config.save_pretrained(folder)
+        config = json.loads((Path(folder) / "config.json").read_text())
+        config["architectures"] = [architecture]
+        if "n_positions" in config:  # GPT-2's older name, which TransformerLens asks for
+            config.setdefault("n_ctx", config["n_positions"])
+        (Path(folder) / "config.json").write_text(json.dumps(config))
+        try:
+            settings = convert_hf_model_config(folder)
+            for unused in ("tokenizer_name", "quantization_method"):
+                settings.pop(unused, None)
+            cfg = HookedTransformerConfig(**settings, device=str(parameter.device), dtype=parameter.dtype)
+            state = get_pretrained_state_dict(folder, cfg, hf_model=hf_model, dtype=parameter.dtype)
+        except (NotImplementedError, ValueError, KeyError, AttributeError) as error:
+            raise InputError(
+                f"TransformerLens cannot convert {architecture} to HookedTransformer",
+                got=str(error),
+                fix='Use kind="bridge".',
+            ) from error
+    model = HookedTransformer(cfg)
+    model.load_and_process_state_dict(
+        state, fold_ln=process, center_writing_weights=process, center_unembed=process, fold_value_biases=process
+    )
+    model.tokenizer = tokenizer
+    model.cfg.tokenizer_prepends_bos = _tokenizer_prepends_bos(tokenizer)
+    return model
+
+
+def _bridge(hf_model: Any, tokenizer: Any, process: bool) -> Any:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    name = hf_model.config._name_or_path or type(hf_model).__name__
+    parameter = next(hf_model.parameters())
+    hf_model.set_attn_implementation("eager")
+    model = TransformerBridge.boot_transformers(
+        name, hf_model=hf_model, tokenizer=tokenizer, device=str(parameter.device), dtype=parameter.dtype
+    )
+    if process:
+        model.enable_compatibility_mode()
+    return model
+
+
+def _tokenizer_prepends_bos(tokenizer: Any) -> bool:
+    ids = tokenizer("a").input_ids
+    return len(ids) > 1 and ids[0] == tokenizer.bos_token_id
+
+
+# ---------------------------------------------------------------------------------------------------------- hook points
+
+
+def site_name(model: SteerableModel, layer: int, site: str = DEFAULT_SITE) -> str:
+    """Name of a hook point of the residual stream, checked against the model.
+
+    Raises:
+        SiteError: no such layer, or a site that cannot be steered the same way on both model classes.
+    """
+    n_layers = model.cfg.n_layers
+    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < n_layers:
+        raise SiteError("layer", expected=f"an int in 0..{n_layers - 1}", got=layer)
+    if site not in SITES:
+        near = get_close_matches(site, SITES, n=2)
+        raise SiteError(
+            f"site {site!r}",
+            expected=f"one of {SITES}",
+            fix=f"Did you mean {' or '.join(near)}?" if near else None,
+        )
+    name = f"blocks.{layer}.{site}"
+    if name not in model.hook_dict:
+        near = get_close_matches(name, list(model.hook_dict), n=3)
+        raise SiteError(f"the model has no hook point {name!r}", got=f"near matches {near}")
+    return name
+
+
+@contextmanager
+def hooks_added(model: SteerableModel, hooks: Sequence[tuple[str, Any]]) -> Iterator[None]:
+    """Add hooks to a model and take away exactly these at the end, whatever happens in between."""
+    remove = add_hooks(model, hooks)
+    try:
+        yield
+    finally:
+        remove()
+
+
+def add_hooks(model: SteerableModel, hooks: Sequence[tuple[str, Any]]) -> Any:
+    """Add hooks to a model; returns a function that takes away exactly these and may be called twice."""
+    added: list[tuple[Any, Any]] = []
+
+    def remove() -> None:
+        while added:
+            point, handle = added.pop()
+            handle.hook.remove()
+            point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
+
+    try:
+        for name, function in hooks:
+            point = model.hook_dict[name]
+            point.add_hook(function)
+            added.append((point, point.fwd_hooks[-1]))
+    except BaseException:
+        remove()
+        raise
+    return remove
+
+
+@contextmanager
+def hooks_suspended(model: SteerableModel) -> Iterator[None]:
+    """Run the model as if nobody had hooked it; every hook is back in its place and order at the end."""
+    hooked = [point for point in model.hook_dict.values() if point.fwd_hooks]
+    stashed = [(point, dict(point._forward_hooks)) for point in hooked]
+    try:
+        for point in hooked:
+            for handle in point.fwd_hooks:
+                point._forward_hooks.pop(handle.hook.id, None)
+        yield
+    finally:
+        for point, hooks in stashed:
+            point._forward_hooks.clear()
+            point._forward_hooks.update(hooks)
+
+
+# ------------------------------------------------------------------------------------------------------- forward passes
+
+
+class Forward:
+    """Forward passes over one batch that grows, with or without a KV cache; the same for both model classes.
+
+    Call it with the new tokens; with a cache only these are run, without one the whole rectangle is run again. Returns
+    the logits of the new tokens, [b new vocab].
+    """
+
+    def __init__(self, model: SteerableModel, *, cache: bool) -> None:
+        self.model, self.kind, self.use_cache = model, kind_of(model), cache
+        self.tokens: Tensor | None = None
+        self.mask: Tensor | None = None
+        self._cache: Any = None
+
+    @torch.no_grad()
+    def __call__(self, tokens: Int[Tensor, "b new"], mask: Bool[Tensor, "b new"]) -> Float[Tensor, "b new vocab"]:
+        """Append `tokens` (real where `mask` is true) and return their logits."""
+        new = tokens.shape[1]
+        self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens], dim=1)
+        self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
+        if not self.use_cache:
+            return self.model(self.tokens, attention_mask=self.mask.long(), return_type="logits")[:, -new:]
+        if self._cache is None:
+            self._cache = self._new_cache(len(tokens))
+        if self.kind == "hooked":
+            return self.model(tokens, attention_mask=mask.long(), past_kv_cache=self._cache, return_type="logits")
+        return self.model(
+            tokens,
+            attention_mask=self.mask.long(),
+            past_key_values=self._cache,
+            use_cache=True,
+            return_type="logits",
+        )
+
+    def _new_cache(self, batch_size: int) -> Any:
+        if self.kind == "hooked":
+            from transformer_lens.cache.key_value_cache import TransformerLensKeyValueCache
+
+            return TransformerLensKeyValueCache.init_cache(self.model.cfg, self.model.cfg.device, batch_size)
+        from transformers import DynamicCache
+
+        return DynamicCache(config=self.model.original_model.config)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+@torch.no_grad()
+def run_up_to(
+    model: SteerableModel,
+    tokens: Int[Tensor, "b s"],
+    mask: Bool[Tensor, "b s"],
+    layer: int,
+    hooks: Sequence[tuple[str, Any]],
+) -> None:
+    """Run token rows (real where `mask` is true) through the layers 0..`layer`, for what the hooks see."""
+    with hooks_added(model, hooks):
+        model(tokens, attention_mask=mask.long(), stop_at_layer=layer + 1)

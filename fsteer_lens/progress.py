@@ -1,0 +1,18 @@
+"""One progress bar for everything that takes a while."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def progress_bar(total: int, description: str, shown: bool) -> Iterator[Callable[[int], None]]:
+    """Yield a function that advances the bar by so many steps; draws nothing where `shown` is false."""
+    if not shown:
+        yield lambda steps: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, transient=True) as bar:
+        task = bar.add_task(description, total=total)
+        yield lambda steps: bar.advance(task, steps)

@@ -1,0 +1,216 @@
+"""The trace: what steering did, row by row, layer by layer, token by token.
+
+A trace holds plain tensors on the CPU and nothing of the model, so it can be kept, pickled into a data frame, or looked
+at elsewhere. A field that the way of running could not know is None.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fsteer_lens.errors import MissingDependencyError
+
+PerLayer = dict[int, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """Generated tokens of a batch; rows that ended early are filled with −1 and NaN.
+
+    Attributes:
+        tokens: generated ids, [b n].
+        texts: each generated token as text, per row, without the fill.
+        logprobs: log-probability of each token under the steered model's raw logits, in nats, [b n].
+        top_ids, top_logprobs: the most probable tokens at each step, [b n top].
+        kl: KL(steered ‖ unsteered) of the next-token distributions, in nats, [b n]; with `compare=True` only.
+        baseline_logprobs: log-probability of each token under the unsteered model, [b n]; likewise.
+        baseline_top_ids, baseline_top_logprobs: the unsteered model's most probable tokens; likewise.
+    """
+
+    tokens: Int[Tensor, "b n"]
+    texts: tuple[tuple[str, ...], ...]
+    logprobs: Float[Tensor, "b n"]
+    top_ids: Int[Tensor, "b n top"]
+    top_logprobs: Float[Tensor, "b n top"]
+    kl: Float[Tensor, "b n"] | None = None
+    baseline_logprobs: Float[Tensor, "b n"] | None = None
+    baseline_top_ids: Int[Tensor, "b n top"] | None = None
+    baseline_top_logprobs: Float[Tensor, "b n top"] | None = None
+
+    @property
+    def logprob_change(self) -> Float[Tensor, "b n"] | None:
+        """Steered minus unsteered log-probability of each token, in nats."""
+        return None if self.baseline_logprobs is None else self.logprobs - self.baseline_logprobs
+
+
+@dataclass(eq=False, repr=False)
+class Trace:
+    """What steering did to a batch of b rows; a hook fills it while the model runs.
+
+    Every mapping goes from layer to tensor and lacks the layers that the hook cannot know; for probes, which read every
+    token, [b r] becomes [b s r] and so on.
+
+    Attributes:
+        ser: energy ratio of the query activation at every fitted rank, [b r].
+        gate: gate value, [b]; 1 where there is no gate.
+        weights: weight of each expert, [b k].
+        coefficients: residual coefficients β, [b m].
+        change: ‖edit‖ / ‖residual stream‖ at every position, 0 where nothing was added, NaN at pads, [b s].
+        prompt_lengths: real prompt tokens of each row, [b].
+        first: index of each row's first real token, [b]; positions of `change` before it are pads.
+        prompts: token texts of each prompt; from `generate`.
+        steps: what was generated; from `generate`.
+    """
+
+    ser: PerLayer = field(default_factory=dict)
+    gate: PerLayer = field(default_factory=dict)
+    weights: PerLayer = field(default_factory=dict)
+    coefficients: PerLayer = field(default_factory=dict)
+    change: PerLayer = field(default_factory=dict)
+    prompt_lengths: Int[Tensor, " b"] | None = None
+    first: Int[Tensor, " b"] | None = None
+    prompts: tuple[tuple[str, ...], ...] | None = None
+    steps: Steps | None = None
+
+    def __repr__(self) -> str:
+        known = [item.name for item in fields(self) if getattr(self, item.name) not in (None, {})]
+        return f"Trace(rows={self.n_rows}, layers={list(self.layers)}, fields={known})"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that were recorded."""
+        return tuple(sorted({*self.gate, *self.ser, *self.weights, *self.change}))
+
+    @property
+    def n_rows(self) -> int:
+        """b, the number of rows."""
+        return 0 if self.prompt_lengths is None else len(self.prompt_lengths)
+
+    def row(self, index: int) -> "Trace":
+        """The trace of one row, still with a leading axis of 1 and with its pads cut off."""
+        cut = slice(index, index + 1)
+        start = 0 if self.first is None else int(self.first[index])
+
+        def pick(values: PerLayer, positions: bool = False) -> PerLayer:
+            return {layer: value[cut, start:] if positions else value[cut] for layer, value in values.items()}
+
+        steps = self.steps
+        if steps is not None:
+            n = len(steps.texts[index])
+            chosen = {item.name: getattr(steps, item.name) for item in fields(steps)}
+            chosen = {k: v[cut, :n] if isinstance(v, Tensor) else v for k, v in chosen.items()}
+            steps = Steps(**{**chosen, "texts": steps.texts[cut]})
+        change = pick(self.change, positions=True)
+        if steps is not None and self.prompt_lengths is not None:
+            end = int(self.prompt_lengths[index]) + len(steps.texts[0])
+            change = {layer: value[:, :end] for layer, value in change.items()}
+        return Trace(
+            ser=pick(self.ser),
+            gate=pick(self.gate),
+            weights=pick(self.weights),
+            coefficients=pick(self.coefficients),
+            change=change,
+            prompt_lengths=None if self.prompt_lengths is None else self.prompt_lengths[cut],
+            first=None if self.first is None else torch.zeros(1, dtype=torch.long),
+            prompts=None if self.prompts is None else self.prompts[cut],
+            steps=steps,
+        )
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One JSON-ready mapping per row: prompt, per-layer decisions and per-step tokens; NaN becomes None."""
+        records = []
+        for index in range(self.n_rows):
+            row = self.row(index)
+            layers = {}
+            for layer in row.layers:
+                known = {name: getattr(row, name) for name in ("ser", "gate", "weights", "coefficients", "change")}
+                layers[layer] = {name: _plain(values[layer][0]) for name, values in known.items() if layer in values}
+            record: dict[str, Any] = {"row": index, "layers": layers}
+            if row.prompts is not None:
+                record["prompt"] = list(row.prompts[0])
+            if row.steps is not None:
+                record["steps"] = _step_records(row.steps)
+            records.append(record)
+        return records
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame with one line per row and layer: gate, energy ratio at full rank, weights, mean change.
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingDependencyError("to_frame needs pandas", fix="pip install pandas.") from error
+        lines = []
+        for record in self.to_records():
+            for layer, values in record["layers"].items():
+                line: dict[str, Any] = {"row": record["row"], "layer": layer, "gate": values.get("gate")}
+                line["ser"] = values["ser"][-1] if "ser" in values else None
+                line.update({f"expert_{i}": weight for i, weight in enumerate(values.get("weights", []))})
+                changes = [value for value in values.get("change", []) if value]
+                line["change"] = sum(changes) / len(changes) if changes else 0.0
+                if "steps" in record:
+                    line["text"] = "".join(step["text"] for step in record["steps"])
+                lines.append(line)
+        return pandas.DataFrame(lines)
+
+
+def _plain(value: Tensor) -> Any:
+    """A tensor as nested lists with None for NaN."""
+    if value.ndim == 0:
+        number = float(value)
+        return None if number != number else number
+    return [_plain(item) for item in value]
+
+
+def _step_records(steps: Steps) -> list[dict[str, Any]]:
+    """One record per generated step of a trace with one row."""
+    records = []
+    for index, text in enumerate(steps.texts[0]):
+        record = {"step": index, "token": int(steps.tokens[0, index]), "text": text}
+        for name in ("logprobs", "kl", "logprob_change"):
+            value = getattr(steps, name)
+            if value is not None:
+                record[name.removesuffix("s") if name == "logprobs" else name] = float(value[0, index])
+        records.append(record)
+    return records
+
+
+def join(traces: Sequence[Trace]) -> Trace:
+    """One trace with the rows of all, padded to the longest; a field that one of them lacks is None."""
+    if len(traces) == 1:
+        return traces[0]
+
+    def joined(values: Sequence[Any]) -> Any:
+        if any(value is None for value in values):
+            return None
+        if isinstance(values[0], Mapping):
+            shared = set.intersection(*(set(value) for value in values))
+            return {layer: joined([value[layer] for value in values]) for layer in sorted(shared)}
+        if isinstance(values[0], tuple):
+            return tuple(item for value in values for item in value)
+        if isinstance(values[0], Steps):
+            names = [item.name for item in fields(Steps)]
+            return Steps(**{name: joined([getattr(value, name) for value in values]) for name in names})
+        return _stack(values)
+
+    names = [item.name for item in fields(Trace)]
+    return replace(Trace(), **{name: joined([getattr(trace, name) for trace in traces]) for name in names})
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Concatenate along the rows; a second axis of different length is filled with NaN, or −1 for integers."""
+    if tensors[0].ndim < 2:
+        return torch.cat(list(tensors))
+    longest = max(tensor.shape[1] for tensor in tensors)
+    fill = float("nan") if tensors[0].is_floating_point() else -1
+    widened = [
+        torch.cat([t, t.new_full((t.shape[0], longest - t.shape[1], *t.shape[2:]), fill)], dim=1) for t in tensors
+    ]
+    return torch.cat(widened)

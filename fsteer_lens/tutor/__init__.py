@@ -1,0 +1,13 @@
+"""The tutor: a small language model of a made-up world, shipped with the package, to learn and test steering on.
+
+`load` gives the model, `data` its prompts, `chat` turns typed text into model input, `unknown` names words outside its
+world, `fit` steers it with defaults that were chosen on its valid split. Two behaviours can be switched on by a tag
+before the user's turn: `<safe>` refuses harmful requests, `<honest>` answers myths truthfully.
+"""
+
+from fsteer_lens.tutor.loading import load
+from fsteer_lens.tutor.splits import Task, TutorData, data
+from fsteer_lens.tutor.steering import fit
+from fsteer_lens.tutor.world import chat, unknown
+
+__all__ = ["Task", "TutorData", "chat", "data", "fit", "load", "unknown"]

@@ -1,0 +1,155 @@
+"""The command line: what it prints, what it returns, and that files make the round trip through a real model."""
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fsteer_lens import ContrastSet, cli, tutor
+
+STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
+needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="the model stories260K is not beside the repository")
+
+Output = pytest.CaptureFixture[str]
+
+
+def cheerful_and_sad() -> list[dict[str, str]]:
+    """Contrasts for stories260K: a story's opening, a cheerful and a sad continuation."""
+    openings = ["Once upon a time, {} saw a {}.", "One day, {} had a {}.", "{} went to the park with a {}."]
+    names, things = ["Lily", "Tom", "Mia", "Ben", "Sam"], ["dog", "ball", "cat", "bird", "boat"]
+    return [
+        {
+            "prompt": openings[(i + j) % 3].format(name, thing),
+            "preferred": f" {name} was very happy and smiled.",
+            "undesired": f" {name} was very sad and cried.",
+            "label": thing,
+        }
+        for i, name in enumerate(names)
+        for j, thing in enumerate(things)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def run(*args: object) -> int:
+    return cli.main([str(arg) for arg in args])
+
+
+@pytest.mark.parametrize("args", [[], ["fit"], ["generate", "--model", "tutor"], ["dance"]])
+def test_bad_usage_exits_with_2(args: list[str], capsys: Output) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run(*args)
+    assert exit_.value.code == 2
+    assert "usage: fsteer-lens" in capsys.readouterr().err
+
+
+def test_version(capsys: Output) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        run("--version")
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.strip() == importlib.metadata.version("fsteer-lens")
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["--data", "nowhere.jsonl", "--out", "x.safetensors"], "nowhere.jsonl: expected an existing file"),
+        (["--data", "c.jsonl", "--out", "no/x.safetensors"], "expected an existing folder"),
+        (["--data", "c.jsonl", "--out", "x.safetensors", "--gate", "none", "--rank", "3"], "no effect"),
+        (["--data", "c.jsonl", "--out", "x.safetensors", "--layer", "99"], "layer: expected an int in"),
+        (["--data", "c.jsonl", "--out", "x.safetensors", "--general", "broken.jsonl"], "broken.jsonl, prompt 2"),
+        (["--data", "c.jsonl", "--out", "x.safetensors", "--rank", "500"], "rank: expected an int in"),
+    ],
+)
+def test_unusable_input_is_named_without_a_traceback(
+    args: list[str], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_jsonl(tmp_path / "c.jsonl", cheerful_and_sad())
+    (tmp_path / "broken.jsonl").write_text('"one"\n{"text": "two"}\n', encoding="utf-8")
+    assert run("fit", "--model", "tutor", "--layer", "2", *args) == 2
+    printed = capsys.readouterr()
+    assert "error: " in printed.err
+    assert says in printed.err
+    assert "Traceback" not in printed.err
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+def test_an_option_without_effect_is_refused(capsys: Output) -> None:
+    assert run("generate", "--model", "tutor", "--steering", "x", "--temperature", "0.7", "hello") == 2
+    assert "--temperature has no effect" in capsys.readouterr().err
+
+
+def test_general_prompts_are_read_from_text_and_json(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one\n\n  two\n", encoding="utf-8")
+    chat = [{"role": "user", "content": "three"}]
+    (tmp_path / "a.jsonl").write_text(f'"one"\n{{"prompt": "two"}}\n{json.dumps(chat)}\n', encoding="utf-8")
+    assert cli._read_prompts(tmp_path / "a.txt") == ["one", "two"]
+    assert cli._read_prompts(tmp_path / "a.jsonl") == ["one", "two", chat]
+
+
+def test_doctor_finds_this_environment_healthy(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_thisMustNotBeSeen")
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run("doctor") == 0
+    printed = capsys.readouterr().out
+    assert importlib.metadata.version("torch") in printed
+    assert "TransformerBridge" in printed
+    assert "; HF_HUB_OFFLINE is on" in printed
+    assert "logged in" in printed
+    assert "not logged in" not in printed
+    assert "hf_this" not in printed
+
+
+def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    found = importlib.metadata.version
+
+    def without_plotly(name: str) -> str:
+        if name == "plotly":
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", without_plotly)
+    assert run("doctor") == 1
+    line = next(line for line in capsys.readouterr().out.splitlines() if "plotly" in line)
+    assert "missing" in line
+
+
+def test_fit_and_generate_on_the_tutor(tmp_path: Path, capsys: Output) -> None:
+    train = tutor.data("safe").train
+    some = ContrastSet(list(train)[:: max(1, len(train) // 60)])
+    some.to_jsonl(tmp_path / "contrasts.jsonl")
+    out = tmp_path / "safe.safetensors"
+    common = ["--model", "tutor", "--layer", 3, "--shift", "last_prompt"]
+    assert run("fit", *common, "--data", tmp_path / "contrasts.jsonl", "--out", out) == 0
+    contrast = some[0]
+    assert run("generate", "--model", "tutor", "--steering", out, "--compare", contrast.prompt) == 0
+    printed = capsys.readouterr().out
+    assert f"fitted to {len(some)} contrasts" in printed
+    assert contrast.preferred.split()[0] in printed.split("steered    ")[1]
+    assert "layer 3: gate 1.00, expert " in printed
+    assert "KL(steered || unsteered): " in printed
+
+
+@needs_stories
+@pytest.mark.parametrize("gate", ["quantile", "logistic", "none"])
+def test_fit_and_generate_on_a_model_from_a_folder(gate: str, tmp_path: Path, capsys: Output) -> None:
+    data = write_jsonl(tmp_path / "contrasts.jsonl", cheerful_and_sad())
+    general = tmp_path / "general.txt"
+    general.write_text("\n".join(f"The {noun} is" for noun in ("house", "car", "sun", "moon")), encoding="utf-8")
+    options = {"quantile": ["--rank", 4], "logistic": ["--general", general], "none": ["--gate", "none"]}[gate]
+    out = tmp_path / "cheerful.safetensors"
+    assert run("fit", "--model", STORIES, "--data", data, "--layer", 2, "--out", out, *options) == 0
+    prompts = ["Once upon a time, Tom saw a cat.", "[bold]One day[/bold]"]
+    run_it = ["generate", "--model", STORIES, "--steering", out, "--max-new-tokens", 12]
+    assert run(*run_it, "--sample", "--seed", 3, *prompts) == 0
+    first = capsys.readouterr().out
+    assert all(prompt in first for prompt in prompts)
+    assert first.count("layer 2: gate") == 2
+    assert run(*run_it, "--sample", "--seed", 3, *prompts) == 0
+    assert capsys.readouterr().out == first.split("saved as ")[1].split("\n", 1)[1]
