@@ -6,11 +6,14 @@ from fsteer_lens.experts import Experts, FitReport, Parts, fit_experts
 from fsteer_lens.fitting import fit
 from fsteer_lens.gates import EnergyGate, Gate, LogisticGate, QuantileGate, fit_gate
 from fsteer_lens.generation import Generation, Generations, StepRecord, generate, stream
-from fsteer_lens.hooks import ExpertProbe, FineSteer, Schedule, SubspaceAblation, SubspaceProbe
+from fsteer_lens.hooks import ExpertProbe, SubspaceAblation, SubspaceProbe
 from fsteer_lens.prompts import Contrast, ContrastSet
+from fsteer_lens.steering import FineSteer, Schedule
 from fsteer_lens.storage import load, save
 from fsteer_lens.subspace import Subspace, fit_subspace
 from fsteer_lens.trace import Trace
+
+from fsteer_lens import errors, figures, models, tutor  # isort: skip  (they import from the modules above)
 
 __version__ = "0.1.0"
 
@@ -36,8 +39,11 @@ __all__ = [
     "SubspaceAblation",
     "SubspaceProbe",
     "Trace",
+    "__version__",
     "collect",
     "collect_queries",
+    "errors",
+    "figures",
     "fit",
     "fit_experts",
     "fit_gate",
@@ -45,6 +51,8 @@ __all__ = [
     "fit_subspace",
     "generate",
     "load",
+    "models",
     "save",
     "stream",
+    "tutor",
 ]

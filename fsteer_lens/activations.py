@@ -57,10 +57,26 @@ class Activations:
 
 
 @overload
-def collect(model: SteerableModel, contrasts: Sequence[Contrast], *, layer: int, **options: Any) -> Activations: ...
+def collect(
+    model: SteerableModel,
+    contrasts: Sequence[Contrast],
+    *,
+    layer: int,
+    shift: Shift = ...,
+    chat: bool = ...,
+    batch_size: int = ...,
+    progress: bool = ...,
+) -> Activations: ...
 @overload
 def collect(
-    model: SteerableModel, contrasts: Sequence[Contrast], *, layer: Sequence[int], **options: Any
+    model: SteerableModel,
+    contrasts: Sequence[Contrast],
+    *,
+    layer: Sequence[int],
+    shift: Shift = ...,
+    chat: bool = ...,
+    batch_size: int = ...,
+    progress: bool = ...,
 ) -> dict[int, Activations]: ...
 def collect(
     model: SteerableModel,
@@ -134,10 +150,26 @@ def collect(
 
 
 @overload
-def collect_queries(model: SteerableModel, prompts: Sequence[Prompt], *, layer: int, **options: Any) -> Activations: ...
+def collect_queries(
+    model: SteerableModel,
+    prompts: Sequence[Prompt],
+    *,
+    layer: int,
+    labels: Sequence[str | None] | None = ...,
+    chat: bool = ...,
+    batch_size: int = ...,
+    progress: bool = ...,
+) -> Activations: ...
 @overload
 def collect_queries(
-    model: SteerableModel, prompts: Sequence[Prompt], *, layer: Sequence[int], **options: Any
+    model: SteerableModel,
+    prompts: Sequence[Prompt],
+    *,
+    layer: Sequence[int],
+    labels: Sequence[str | None] | None = ...,
+    chat: bool = ...,
+    batch_size: int = ...,
+    progress: bool = ...,
 ) -> dict[int, Activations]: ...
 def collect_queries(
     model: SteerableModel,

@@ -9,8 +9,8 @@ from torch import Tensor
 from fsteer_lens.activations import Activations
 from fsteer_lens.errors import DataError, InputError
 from fsteer_lens.gates import Gate
-from fsteer_lens.hooks import Decision, Steering
 from fsteer_lens.linalg import require_width
+from fsteer_lens.steering import Decision, Steering
 
 
 @final

@@ -144,7 +144,9 @@ def _fit(args: argparse.Namespace) -> int:
     steering = fit(activations, general=general, **options)
     steering = steering.with_gate(None) if always else steering
     save(steering, args.out, model=model)
-    _console().print(f"{steering}\nfitted to {len(contrasts)} contrasts, saved as {args.out}", markup=False)
+    _console().print(
+        f"{steering}\nfitted to {len(contrasts)} contrasts, saved as {args.out}", markup=False, soft_wrap=True
+    )
     return 0
 
 
@@ -188,7 +190,7 @@ def _generate(args: argparse.Namespace) -> int:
     console = _console()
     for row in rows:
         console.print(Rule(Text(str(row.prompt)), align="left"))
-        if args.compare:
+        if row.baseline is not None:
             console.print(Text("unsteered  ", style="dim"), Text(row.baseline.text))
         console.print(Text("steered    ", style="dim"), Text(row.text))
         for line in _decisions(row.trace):

@@ -260,12 +260,19 @@ def fit_experts(
     options = {**PRESETS[preset], **{name: value for name, value in given.items() if value is not None}}
     if options["prototype_scale"] not in ("unit", "shift"):
         raise InputError("prototype_scale", expected="'unit' or 'shift'", got=repr(prototype_scale))
-    if options["route_loss"] < 0 or options["epochs"] < 1 or residual_rank < 1 or not 0 <= validation < 1:
-        raise InputError(
-            "fit_experts",
-            expected="route_loss >= 0, epochs >= 1, residual_rank >= 1, 0 <= validation < 1",
-            got=(options["route_loss"], options["epochs"], residual_rank, validation),
-        )
+    ranges = {
+        "route_loss >= 0": options["route_loss"] >= 0,
+        "epochs >= 1": options["epochs"] >= 1,
+        "patience >= 1": options["patience"] >= 1,
+        "residual_rank >= 1": residual_rank >= 1,
+        "0 <= validation < 1": 0 <= validation < 1,
+        "learning_rate > 0": learning_rate > 0,
+        "weight_decay >= 0": weight_decay >= 0,
+        "clip > 0": clip > 0,
+    }
+    if not all(ranges.values()):
+        broken = [name for name, holds in ranges.items() if not holds]
+        raise InputError("fit_experts", expected=", ".join(broken), got="a value outside")
     norms = delta.norm(dim=1, keepdim=True)
     if (norms == 0).any():
         raise DataError(
@@ -291,7 +298,7 @@ def fit_experts(
         epochs=options["epochs"],
         patience=options["patience"],
         standardize=options["standardize"],
-        n_valid=round(validation * h.shape[0]),
+        n_valid=min(round(validation * h.shape[0]), h.shape[0] - 1),
         clip=clip,
         seed=seed,
         progress=progress,
@@ -322,7 +329,8 @@ def _cluster(
     best: tuple[float, Any] | None = None
     criterion: dict[int, float] = {}
     for count in range(low, min(high, n - 1) + 1 if low != high else high + 1):
-        labels = KMeans(count, n_init=10, random_state=seed).fit_predict(points)
+        kmeans = KMeans(count, n_init=10, random_state=seed)  # pyright: ignore[reportArgumentType]
+        labels = kmeans.fit_predict(points)
         defined = 2 <= len(set(labels)) <= n - 1
         criterion[count] = float(calinski_harabasz_score(points, labels)) if defined else 0.0
         if best is None or criterion[count] > best[0]:
@@ -361,7 +369,7 @@ def _train(
     x, target, mixed, keyed = (h - centre) / spread, delta / length, prototypes / length, prototypes / size
 
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs' generators as well
         sizes = [(d_model, d_model)] * 3 + [(d_model, residual_basis.shape[1])]
         layers = [torch.nn.Linear(*pair, dtype=h.dtype) for pair in sizes]
         order = torch.randperm(n)
@@ -386,7 +394,7 @@ def _train(
             optimizer.step()
             advance(1)
             with torch.no_grad():
-                watched = float(loss(valid_rows)) if n_valid else float(objective)
+                watched = float(loss(valid_rows if n_valid else train_rows))
             if watched < best_loss:
                 best_loss, best_epoch, best = watched, epoch, [p.detach().clone() for p in parameters]
             elif n_valid and epoch - best_epoch >= patience:

@@ -9,7 +9,7 @@ from fsteer_lens.errors import DataError, InputError, MismatchError
 from fsteer_lens.experts import Experts, fit_experts
 from fsteer_lens.fingerprints import merge_fingerprints
 from fsteer_lens.gates import Gate, fit_gate
-from fsteer_lens.hooks import FineSteer, Schedule, Scope
+from fsteer_lens.steering import FineSteer, Schedule, Scope
 
 PAPER = {"cdf": "step", "folds": None}
 

@@ -17,12 +17,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, final
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.linalg import move, require_matrix, require_rank, require_shapes
+from fsteer_lens.linalg import move, require_matrix, require_rank, require_shapes, require_width
 from fsteer_lens.subspace import Subspace, fit_subspace
 
 OPEN = 0.5
@@ -137,12 +138,13 @@ class QuantileGate(SubspaceGate):
         n = len(ordered)
         at_or_below = torch.searchsorted(ordered, ratio.to(ordered).contiguous(), right=True)
         if self.cdf == "step" or n == 1:
-            return at_or_below / n
+            return torch.where(ratio.isnan(), ratio, at_or_below.to(ordered) / n)
         below = ordered[(at_or_below - 1).clamp(0, n - 1)]
         above = ordered[at_or_below.clamp(0, n - 1)]
         within = (ratio - below) / (above - below).clamp(min=torch.finfo(ordered.dtype).tiny)
         inside = (at_or_below - 1 + within.clamp(0, 1)) / (n - 1)
-        return torch.where(at_or_below == 0, 0.0, torch.where(at_or_below == n, 1.0, inside))
+        linear = torch.where(at_or_below == 0, 0.0, torch.where(at_or_below == n, 1.0, inside))
+        return torch.where(ratio.isnan(), ratio, linear)
 
     def gate_of_ratio(self, ratio: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """1 where F(s) ≥ ε, else (F(s)/ε)^γ."""
@@ -214,6 +216,12 @@ class _PairGate(_ComposedGate):
 
     left: Gate
     right: Gate
+
+    def __post_init__(self) -> None:
+        for gate in (self.left, self.right):
+            if not isinstance(gate, Gate):
+                raise InputError("a combination of gates", expected="two gates", got=type(gate).__name__)
+        require_width(self.right.subspace.mean, "the second gate", self.left.subspace.d_model)
 
     @property
     def leaves(self) -> tuple[SubspaceGate, ...]:
@@ -323,7 +331,7 @@ def fit_gate(
     elif folds is None:
         ratios = subspace.energy_ratios(rows)
     else:
-        ratios = torch.empty(n, subspace.rank, dtype=rows.dtype)
+        ratios = rows.new_empty(n, subspace.rank)
         for train, held_out in cuts:
             ratios[held_out] = fit_subspace(rows[train], rank=subspace.rank).energy_ratios(rows[held_out])
     if general is None:
@@ -360,7 +368,7 @@ def _fit_logistic(
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, " r"]]:
     from sklearn.linear_model import LogisticRegression
 
-    ratios = torch.cat([positive, negative]).double()
+    ratios = torch.cat([positive, negative]).double().cpu()
     location, scale = ratios.mean(dim=0), ratios.std(dim=0).clamp(min=1e-12)
     labels = [1] * len(positive) + [0] * len(negative)
     slopes, intercepts = [], []
@@ -369,5 +377,5 @@ def _fit_logistic(
         model.fit(((column - centre) / width)[:, None].numpy(), labels)
         slope = float(model.coef_[0, 0] / width)
         slopes.append(slope)
-        intercepts.append(float(model.intercept_[0] - slope * centre))
-    return torch.tensor(slopes, dtype=positive.dtype), torch.tensor(intercepts, dtype=positive.dtype)
+        intercepts.append(float(np.ravel(model.intercept_)[0] - slope * centre))
+    return positive.new_tensor(slopes), positive.new_tensor(intercepts)

@@ -6,21 +6,21 @@
    [batch, tokens, vocabulary] rectangle is ever held; and the same prompts are generated without steering.
 """
 
-import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, overload
+from typing import Any, overload
 
 import torch
-from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fsteer_lens.decoding import TOP, Sampling, Step, Stop, Unsteered, decode
 from fsteer_lens.errors import InputError
-from fsteer_lens.hooks import Session, Steering, at
-from fsteer_lens.models import Forward, SteerableModel, hooks_added, run_up_to, site_name
+from fsteer_lens.hooks import Session
+from fsteer_lens.models import SteerableModel, run_up_to, site_name
+from fsteer_lens.positions import at
 from fsteer_lens.progress import progress_bar
 from fsteer_lens.prompts import Prompt
+from fsteer_lens.steering import Steering
 from fsteer_lens.tokens import (
     Batch,
     Detokenizer,
@@ -28,13 +28,9 @@ from fsteer_lens.tokens import (
     prompt_ids,
     require_fits,
     require_tokenizer,
-    stop_ids,
     token_texts,
 )
 from fsteer_lens.trace import Steps, Trace, join
-
-TOP = 5
-CHUNK_NUMBERS = 2**25
 
 
 @dataclass(frozen=True)
@@ -118,153 +114,6 @@ class StepRecord:
     change: Mapping[int, float]
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen from the logits; every row has a generator of its own.
-
-    Attributes:
-        do_sample: draw from the distribution; otherwise take the most probable token.
-        temperature: divides the logits, > 0.
-        top_k: keep this many of the most probable tokens.
-        top_p: keep the smallest set of tokens with this much probability, in (0, 1].
-        seed: of the draws; None takes a random one.
-    """
-
-    do_sample: bool = False
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-
-    def __post_init__(self) -> None:
-        given = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "seed")}
-        unused = [name for name, value in given.items() if value is not None]
-        if not self.do_sample and unused:
-            raise InputError(f"{', '.join(unused)} without effect", fix="Pass do_sample=True as well.")
-        if self.temperature is not None and not self.temperature > 0:
-            raise InputError("temperature", expected="a number > 0", got=self.temperature, fix="Or do_sample=False.")
-        if self.top_k is not None and self.top_k < 1:
-            raise InputError("top_k", expected="an int >= 1", got=self.top_k)
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError("top_p", expected="a number in (0, 1]", got=self.top_p)
-
-    def generators(self, rows: Iterable[int]) -> list[torch.Generator]:
-        """One generator per row number, so that a row draws the same in any batch."""
-        seed = torch.seed() if self.seed is None else self.seed
-        return [torch.Generator().manual_seed(zlib.crc32(f"{seed}/{row}".encode())) for row in rows]
-
-    def choose(self, logits: Float[Tensor, "b vocab"], generators: Sequence[torch.Generator]) -> Int[Tensor, " b"]:
-        """The next token of every row."""
-        if not self.do_sample:
-            return logits.argmax(dim=-1)
-        ordered, ids = (logits.float() / (self.temperature or 1.0)).sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(dim=-1)
-        if self.top_k is not None:
-            probabilities[:, self.top_k :] = 0
-        if self.top_p is not None:
-            probabilities[probabilities.cumsum(dim=-1) - probabilities >= self.top_p] = 0
-        cpu = probabilities.cpu()
-        places = torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(cpu, generators, strict=True)])
-        return ids.gather(1, places.to(ids.device).unsqueeze(1)).squeeze(1)
-
-
-class _Stop:
-    """Which tokens, or which texts, end a row."""
-
-    def __init__(self, model: SteerableModel, stop: Sequence[int | str] | None) -> None:
-        given = stop_ids(model) if stop is None else frozenset(item for item in stop if isinstance(item, int))
-        self.ids = torch.tensor(sorted(given), dtype=torch.long, device=model.cfg.device)
-        self.texts = () if stop is None else tuple(item for item in stop if isinstance(item, str))
-        if any(not text for text in self.texts):
-            raise InputError("stop", expected="token ids or non-empty texts", got=list(stop or ()))
-        self._model = model
-
-    def rows(self, chosen: Int[Tensor, " b"], generated: Sequence[Sequence[int]]) -> Bool[Tensor, " b"]:
-        """Which rows end with the tokens just chosen."""
-        ended = torch.isin(chosen, self.ids)
-        if self.texts:
-            texts = ["".join(token_texts(self._model, row)) for row in generated]
-            hits = [any(stop in text for stop in self.texts) for text in texts]
-            ended |= torch.tensor(hits, device=ended.device)
-        return ended
-
-    def cut(self, text: str) -> str:
-        """The text up to the first stop text."""
-        return text[: min([text.find(stop) for stop in self.texts if stop in text], default=len(text))]
-
-
-class _Step(NamedTuple):
-    """One step of the decoding loop: chosen tokens, full log-probabilities, and the rows that still ran."""
-
-    chosen: Int[Tensor, " b"]
-    logprobs: Float[Tensor, "b vocab"]
-    alive: Bool[Tensor, " b"]
-
-
-def _decode(
-    model: SteerableModel,
-    batch: Batch,
-    session: Session | None,
-    sampling: Sampling,
-    generators: Sequence[torch.Generator],
-    stop: _Stop,
-    max_new_tokens: int,
-    cache: bool,
-) -> Iterator[_Step]:
-    forward = Forward(model, cache=cache)
-    hooks = [] if session is None else session.hooks(model)
-    tokens, mask = batch.tokens, batch.mask
-    alive = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
-    generated: list[list[int]] = [[] for _ in range(len(tokens))]
-    for _ in range(max_new_tokens):
-        with torch.no_grad(), hooks_added(model, hooks) if hooks else nullcontext():
-            logits = forward(tokens, mask)[:, -1].float()
-        chosen = sampling.choose(logits, generators)
-        yield _Step(chosen, logits.log_softmax(dim=-1), alive)
-        for row, token in zip(generated, chosen.tolist(), strict=True):
-            row.append(token)
-        alive = alive & ~stop.rows(chosen, generated)
-        if not bool(alive.any()):
-            return
-        tokens, mask = chosen.unsqueeze(1), mask.new_ones(len(chosen), 1)
-
-
-class _Unsteered:
-    """The unsteered model on the steered tokens, in chunks of steps: KL, log-probabilities and top tokens."""
-
-    def __init__(self, model: SteerableModel, batch: Batch, cache: bool) -> None:
-        self._forward = Forward(model, cache=cache)
-        self._pending = [batch.tokens]
-        self._masks = [batch.mask]
-        self._steps: list[_Step] = []
-        self._chunk = max(1, min(32, CHUNK_NUMBERS // (len(batch.tokens) * model.cfg.d_vocab)))
-        self.kl: list[Tensor] = []
-        self.logprobs: list[Tensor] = []
-        self.top: list[Any] = []
-
-    def add(self, step: _Step) -> None:
-        """Take one steered step."""
-        self._steps.append(step)
-        if len(self._steps) == self._chunk:
-            self.flush()
-
-    def flush(self) -> None:
-        """Run the steps taken so far through the unsteered model."""
-        if not self._steps:
-            return
-        fed = [step.chosen.unsqueeze(1) for step in self._steps]
-        tokens = torch.cat([*self._pending, *fed[:-1]], dim=1)
-        masks = torch.cat([*self._masks, *[torch.ones_like(t, dtype=torch.bool) for t in fed[:-1]]], dim=1)
-        logits = self._forward(tokens, masks)[:, -len(self._steps) :]
-        for index, step in enumerate(self._steps):
-            base = logits[:, index].float().log_softmax(dim=-1)
-            self.kl.append((step.logprobs.exp() * (step.logprobs - base)).sum(dim=-1).clamp(min=0))
-            self.logprobs.append(base.gather(1, step.chosen.unsqueeze(1)).squeeze(1))
-            self.top.append(base.topk(min(TOP, base.shape[-1]), dim=-1))
-        self._pending, self._masks = [fed[-1]], [torch.ones_like(fed[-1], dtype=torch.bool)]
-        self._steps = []
-
-
 def generate(
     model: SteerableModel,
     prompts: Prompt | Sequence[Prompt],
@@ -307,7 +156,7 @@ def generate(
         ContextLengthError: a prompt with its new tokens does not fit into the context.
         MismatchError: the steering was fitted on another model.
     """
-    many = [prompts] if _is_one(prompts) else list(prompts)
+    many: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
     if not many:
         raise InputError("prompts", expected="at least one", got="none")
     if max_new_tokens < 1 or batch_size < 1:
@@ -317,7 +166,7 @@ def generate(
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
     if do_sample and seed is None:
         sampling = replace(sampling, seed=torch.seed())
-    ending = _Stop(model, stop)
+    ending = Stop(model, stop)
     rows = [prompt_ids(model, prompt, chat=chat) for prompt in many]
     for number, row in enumerate(rows):
         require_fits(model, len(row) + max_new_tokens, f"prompt {number} with {max_new_tokens} new tokens")
@@ -362,10 +211,8 @@ def stream(
     require_fits(model, len(ids) + max_new_tokens, f"the prompt with {max_new_tokens} new tokens")
     batch = pad(model, [ids], "left")
     session = _session(model, batch, steering)
-    ending = _Stop(model, stop)
-    steps = _decode(
-        model, batch, session, sampling, sampling.generators([0]), ending, max_new_tokens, use_past_kv_cache
-    )
+    ending = Stop(model, stop)
+    steps = decode(model, batch, session, sampling, sampling.generators([0]), ending, max_new_tokens, use_past_kv_cache)
     tokenizer = require_tokenizer(model)
     detokenize = Detokenizer(tokenizer, ids)
     trace = Trace() if session is None else session.trace
@@ -421,17 +268,17 @@ def _generate_batch(
     steering: Steering | None,
     sampling: Sampling,
     numbers: Sequence[int],
-    stop: _Stop,
+    stop: Stop,
     max_new_tokens: int,
     cache: bool,
     compare: bool,
 ) -> list[tuple[str, tuple[int, ...], Trace, Baseline | None]]:
-    def run(session: Session | None) -> Iterator[_Step]:
+    def run(session: Session | None) -> Iterator[Step]:
         generators = sampling.generators(numbers) if sampling.do_sample else []
-        return _decode(model, batch, session, sampling, generators, stop, max_new_tokens, cache)
+        return decode(model, batch, session, sampling, generators, stop, max_new_tokens, cache)
 
     session = _session(model, batch, steering)
-    unsteered = _Unsteered(model, batch, cache) if compare else None
+    unsteered = Unsteered(model, batch, cache) if compare else None
     chosen, alive, logprobs, top = [], [], [], []
     for step in run(session):
         chosen.append(step.chosen)
@@ -444,7 +291,7 @@ def _generate_batch(
         unsteered.flush()
     lived = torch.stack(alive, dim=1).cpu()
 
-    def shown(values: Sequence[Tensor], fill: float) -> Tensor:
+    def shown(values: Sequence[Tensor], fill: int | float) -> Tensor:
         stacked = torch.stack(list(values), dim=1).cpu()
         return stacked.masked_fill(~lived.reshape(*lived.shape, *[1] * (stacked.ndim - 2)), fill)
 
@@ -484,7 +331,7 @@ def _generate_batch(
     ]
 
 
-def _answer(model: SteerableModel, prompt: Sequence[int], generated: Sequence[int], stop: _Stop) -> str:
+def _answer(model: SteerableModel, prompt: Sequence[int], generated: Sequence[int], stop: Stop) -> str:
     """Generated text without special tokens, up to a stop text, with the spacing that it has after its prompt."""
     tokenizer = require_tokenizer(model)
     before, after = (

@@ -68,7 +68,12 @@ def require_shapes(owner: str, **tensors: tuple[Any, str]) -> None:
 def require_rank(rank: int, limit: int, why: str) -> None:
     """Raise `InputError` unless 1 <= rank <= limit."""
     if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= limit:
-        raise InputError("rank", expected=f"an int in 1..{limit} ({why})", got=rank)
+        raise InputError(
+            "rank",
+            expected=f"an int in 1..{limit} ({why})",
+            got=rank,
+            fix="Choose a rank within, or fit on more queries.",
+        )
 
 
 def principal_directions(
@@ -93,7 +98,8 @@ def principal_directions(
 def move(value: Value, device: Any = None, dtype: torch.dtype | None = None) -> Value:
     """Return `value` (a tensor, or a frozen dataclass, dict or tuple of them) on another device or in another dtype."""
     if isinstance(value, Tensor):
-        return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+        moved: Any = value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+        return moved
     if isinstance(value, dict):
         return type(value)({key: move(item, device, dtype) for key, item in value.items()})
     if isinstance(value, tuple):

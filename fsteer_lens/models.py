@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -41,17 +42,16 @@ class SteerableModel(Protocol):
 
 def available_kinds() -> tuple[Kind, ...]:
     """Model classes that the installed TransformerLens has, the preferred one first."""
-    import transformer_lens
-
     kinds: list[Kind] = []
-    if hasattr(transformer_lens, "HookedTransformer"):
-        kinds.append("hooked")
-    try:
-        import transformer_lens.model_bridge
-
-        kinds.append("bridge")
-    except ImportError:
-        pass
+    for kind, module, name in (
+        ("hooked", "transformer_lens", "HookedTransformer"),
+        ("bridge", "transformer_lens.model_bridge", "TransformerBridge"),
+    ):
+        try:
+            getattr(import_module(module), name)
+        except (ImportError, AttributeError):
+            continue
+        kinds.append(kind)
     return tuple(kinds)
 
 
@@ -81,7 +81,7 @@ def load(
             got=str(error).splitlines()[0],
             fix="Check the path; for a name, check the network and `huggingface-cli login` for gated models.",
         ) from error
-    return from_hf(hf_model.to(device), tokenizer, kind=kind)
+    return from_hf(hf_model.to(device), tokenizer, kind=kind)  # pyright: ignore[reportArgumentType]
 
 
 def from_hf(hf_model: Any, tokenizer: Any, kind: Kind | None = None, process: bool = False) -> SteerableModel:

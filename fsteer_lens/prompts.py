@@ -5,6 +5,7 @@ with a preferred and an undesired answer; a contrast set is a sequence of them t
 """
 
 import csv
+import io
 import json
 import os
 import random
@@ -142,6 +143,10 @@ class ContrastSet(Sequence[Contrast]):
             seed: of the shuffle; the same seed gives the same split.
             by: "label" splits every label in these shares; "group" gives whole groups to one part, so that no
                 group is in two of them.
+
+        Raises:
+            InputError: shares out of range, or an unknown `by`.
+            DataError: too few contrasts (or groups) to give every part one.
         """
         if not (0 <= valid < 1 and 0 <= test < 1 and valid + test < 1):
             raise InputError("split", expected="valid and test in [0, 1) with a sum below 1", got=(valid, test))
@@ -152,24 +157,33 @@ class ContrastSet(Sequence[Contrast]):
         buckets: dict[str | None, list[int]] = defaultdict(list)
         for index, contrast in enumerate(self):
             buckets[contrast.label if by == "label" else contrast.group].append(index)
+        keys = sorted(buckets, key=str)
+        for key in keys:
+            shuffle.shuffle(buckets[key])
+        needed = 1 + (valid > 0) + (test > 0)
         if by == "group":
-            members = [buckets[key] for key in sorted(buckets, key=str)]
-            shuffle.shuffle(members)
-            units, n_total = [members], len(members)
-            if n_total < 1 + (valid > 0) + (test > 0):
-                raise DataError(
-                    "split by group",
-                    expected=f"at least {1 + (valid > 0) + (test > 0)} groups",
-                    got=n_total,
-                    fix="Give the contrasts a group=, or split by='label'.",
-                )
-        else:
-            units = []
-            for key in sorted(buckets, key=str):
-                shuffle.shuffle(buckets[key])
-                units.append([[index] for index in buckets[key]])
+            units = [[buckets[key] for key in keys]]
+            shuffle.shuffle(units[0])
+        else:  # labels too rare to be in every part are split together
+            large, rare = ([key for key in keys if (len(buckets[key]) < needed) == few] for few in (False, True))
+            units = [[[index] for index in buckets[key]] for key in large]
+            units.append([[index] for key in rare for index in buckets[key]])
+            shuffle.shuffle(units[-1])
+        if max(map(len, units)) < needed:
+            what = "groups" if by == "group" else "contrasts"
+            raise DataError(
+                f"split by {by}",
+                expected=f"at least {needed} {what}, one for every part",
+                got=sum(map(len, units)),
+                fix="Give the contrasts a group=, or split by='label'." if by == "group" else "Give more contrasts.",
+            )
         for unit in units:
             n_valid, n_test = (max(1, round(share * len(unit))) if share else 0 for share in (valid, test))
+            if len(unit) < needed:  # a handful of rare ones is for training
+                n_valid = n_test = 0
+            else:  # training keeps at least one
+                n_valid = min(n_valid, len(unit) - needed + (valid > 0))
+                n_test = min(n_test, len(unit) - 1 - n_valid)
             cuts = (unit[n_valid + n_test :], unit[:n_valid], unit[n_valid : n_valid + n_test])
             for part, cut in zip(parts, cuts, strict=True):
                 part.extend(index for member in cut for index in member)
@@ -192,7 +206,9 @@ class ContrastSet(Sequence[Contrast]):
         Raises:
             DataError: no rows, a needed column is missing, or a row is one-sided; names the row.
         """
-        contrasts = []
+        contrasts: list[Contrast] = []
+        chosen = {"label": label, "context": context, "group": group}
+        seen: set[str] = set()
         for number, row in enumerate(rows, 1):
             if not isinstance(row, Mapping):
                 raise DataError(f"row {number}", expected="a mapping of columns", got=type(row).__name__)
@@ -200,12 +216,14 @@ class ContrastSet(Sequence[Contrast]):
                 if column not in row:
                     raise DataError(
                         f"row {number} has no column {column!r}",
+                        expected=f"columns {[prompt, preferred, undesired]}",
                         got=f"columns {sorted(map(str, row))}",
                         fix="Name your columns: from_records(rows, prompt=..., preferred=..., undesired=...).",
                     )
+            seen.update(row)
             optional = {
                 name: str(row[column])
-                for name, column in (("label", label), ("context", context), ("group", group))
+                for name, column in chosen.items()
                 if column is not None and row.get(column) not in (None, "")
             }
             try:
@@ -213,14 +231,21 @@ class ContrastSet(Sequence[Contrast]):
             except InputError as error:
                 raise DataError(f"row {number}: {error}") from error
         if not contrasts:
-            raise DataError("contrast set", expected="at least one row", got="none")
+            raise DataError("contrast set", expected="at least one row", got="none", fix="Is the file empty?")
+        absent = [column for name, column in chosen.items() if column not in (None, name) and column not in seen]
+        if absent:
+            raise DataError(
+                f"no row has a column {absent[0]!r}",
+                expected=f"columns {absent}",
+                got=f"columns {sorted(seen, key=str)}",
+            )
         return cls(contrasts)
 
     @classmethod
-    def from_jsonl(cls, path: str | os.PathLike[str], **columns: str | None) -> "ContrastSet":
+    def from_jsonl(cls, path: str | os.PathLike[str], **columns: Any) -> "ContrastSet":
         """Read one JSON object a line; `columns` as in `from_records`."""
         rows = []
-        for number, line in enumerate(read_text(path).splitlines(), 1):
+        for number, line in enumerate(read_text(path).split("\n"), 1):
             if line.strip():
                 try:
                     rows.append(json.loads(line))
@@ -229,7 +254,7 @@ class ContrastSet(Sequence[Contrast]):
         return cls._from_file(path, rows, columns)
 
     @classmethod
-    def from_csv(cls, path: str | os.PathLike[str], **columns: str | None) -> "ContrastSet":
+    def from_csv(cls, path: str | os.PathLike[str], **columns: Any) -> "ContrastSet":
         """Read a CSV file with a header line; `columns` as in `from_records`."""
         return cls._from_file(path, _read_csv(path), columns)
 
@@ -240,18 +265,21 @@ class ContrastSet(Sequence[Contrast]):
         Preferred is "Best Answer", undesired the first of "Incorrect Answers", the label is "Category".
         """
         rows = [
-            {**row, "undesired": (row.get("Incorrect Answers") or "").split(";")[0].strip()}
+            {**row, "Incorrect Answers": (row["Incorrect Answers"] or "").split(";")[0].strip()}
             if "Incorrect Answers" in row
             else row
             for row in _read_csv(path)
         ]
-        columns = {"prompt": "Question", "preferred": "Best Answer", "label": "Category"}
+        columns = {
+            "prompt": "Question",
+            "preferred": "Best Answer",
+            "undesired": "Incorrect Answers",
+            "label": "Category",
+        }
         return cls._from_file(path, rows, columns)
 
     @classmethod
-    def _from_file(
-        cls, path: str | os.PathLike[str], rows: list[Any], columns: Mapping[str, str | None]
-    ) -> "ContrastSet":
+    def _from_file(cls, path: str | os.PathLike[str], rows: list[Any], columns: Mapping[str, Any]) -> "ContrastSet":
         try:
             return cls.from_records(rows, **columns)
         except DataError as error:
@@ -264,4 +292,7 @@ class ContrastSet(Sequence[Contrast]):
 
 
 def _read_csv(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    return list(csv.DictReader(read_text(path).splitlines(keepends=True)))
+    try:
+        return list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+    except csv.Error as error:
+        raise DataError(f"{path}", expected="a CSV file with a header line", got=str(error)) from error

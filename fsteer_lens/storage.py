@@ -1,7 +1,7 @@
 """`save` and `load`: one safetensors file for a steering, never pickle.
 
-The metadata holds the format's name and version, a JSON tree in which every tensor is a reference, and the SHA-256 of
-tensor bytes and tree. Values are rebuilt through a fixed list of classes, whose constructors check what they are given.
+The metadata holds the format's version, a JSON tree in which every tensor is a reference, and the SHA-256 of tensor
+bytes and tree. Values are rebuilt through a fixed list of classes, whose constructors check what they are given.
 """
 
 import hashlib
@@ -21,8 +21,8 @@ from fsteer_lens.experts import Controller, Experts, FitReport
 from fsteer_lens.files import write_atomically
 from fsteer_lens.fingerprints import Fingerprint, fingerprint
 from fsteer_lens.gates import EnergyGate, LogisticGate, MaxGate, MinGate, NotGate, QuantileGate
-from fsteer_lens.hooks import FineSteer, Schedule, Steering
 from fsteer_lens.models import SteerableModel
+from fsteer_lens.steering import FineSteer, Schedule, Steering
 from fsteer_lens.subspace import Subspace
 
 FORMAT = "fsteer_lens"
@@ -78,9 +78,9 @@ def save(steering: Steering, path: str | os.PathLike[str], model: SteerableModel
             fix="save(steering, path, model=model).",
         )
     tensors: dict[str, Tensor] = {}
-    tree = _canonical(_encode(steering, "steering", tensors))
-    metadata = {"format": FORMAT, "version": str(VERSION), "tree": tree, "sha256": _digest(tensors, tree)}
-    write_atomically(path, to_bytes(tensors, metadata=metadata))
+    tree = _encode(steering, "steering", tensors)
+    header = {"version": VERSION, "tree": tree, "sha256": _digest(tensors, tree)}
+    write_atomically(path, to_bytes(tensors, metadata={FORMAT: _canonical(header)}))
 
 
 def load(path: str | os.PathLike[str], model: SteerableModel | None = None) -> Steering:
@@ -115,20 +115,13 @@ def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
         raise FileFormatError(f"{path}", expected="a file written by fsteer_lens.save", got="no such file")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
+            text = (file.metadata() or {}).get(FORMAT)
+            if text is None:
                 raise FileFormatError(
                     f"{path} is a safetensors file of another program",
-                    expected=f"format {FORMAT!r}",
-                    got=metadata.get("format"),
+                    expected=f"{FORMAT!r} in its metadata",
+                    got=sorted(file.metadata() or {}),
                     fix="Give a file written by fsteer_lens.save.",
-                )
-            if metadata.get("version") != str(VERSION):
-                raise FileFormatError(
-                    f"{path} is of another version",
-                    expected=VERSION,
-                    got=metadata.get("version"),
-                    fix="Upgrade fsteer_lens, or save the steering again.",
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
@@ -137,21 +130,29 @@ def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
             expected="a file written by fsteer_lens.save",
             got=str(error),
         ) from error
-    tree = metadata.get("tree", "")
-    if metadata.get("sha256") != _digest(tensors, tree):
-        raise FileFormatError(f"{path} is damaged", expected="matching checksums", got="another SHA-256")
     try:
-        return json.loads(tree), tensors
-    except (json.JSONDecodeError, RecursionError) as error:
+        header = json.loads(text)
+        version, tree, checksum = header["version"], header["tree"], header["sha256"]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise FileFormatError(f"{path} is damaged", expected="JSON metadata", got=str(error)) from error
+    if version != VERSION:
+        raise FileFormatError(
+            f"{path} is of another version",
+            expected=VERSION,
+            got=version,
+            fix="Upgrade fsteer_lens, or save the steering again.",
+        )
+    if checksum != _digest(tensors, tree):
+        raise FileFormatError(f"{path} is damaged", expected=f"SHA-256 {checksum}", got="another")
+    return tree, tensors
 
 
 def _canonical(tree: Any) -> str:
     return json.dumps(tree, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
-def _digest(tensors: Mapping[str, Tensor], tree: str) -> str:
-    digest = hashlib.sha256(tree.encode())
+def _digest(tensors: Mapping[str, Tensor], tree: Any) -> str:
+    digest = hashlib.sha256(_canonical(tree).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())

@@ -58,7 +58,7 @@ class Subspace:
         energy = self.coordinates(h).square().cumsum(dim=-1)
         total = (h.to(self.mean) - self.mean).square().sum(dim=-1, keepdim=True)
         ratio = energy / total.clamp(min=torch.finfo(total.dtype).tiny)
-        return torch.where(total > 0, ratio.clamp(0, 1), torch.ones_like(ratio))
+        return torch.where(total == 0, torch.ones_like(ratio), ratio.clamp(0, 1))  # NaN stays NaN
 
     def energy_ratio(self, h: Float[Tensor, "*batch d"], rank: int | None = None) -> Float[Tensor, "*batch"]:
         """Energy ratio s(h; rank); `rank=None` is the full rank of this subspace."""

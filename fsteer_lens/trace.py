@@ -106,7 +106,7 @@ class Trace:
             steps = Steps(**{**chosen, "texts": steps.texts[cut]})
         change = pick(self.change, positions=True)
         if steps is not None and self.prompt_lengths is not None:
-            end = int(self.prompt_lengths[index]) + len(steps.texts[0])
+            end = int(self.prompt_lengths[index]) + len(steps.texts[0]) - 1  # the last token is never fed back
             change = {layer: value[:, :end] for layer, value in change.items()}
         return Trace(
             ser=pick(self.ser),

@@ -1,6 +1,7 @@
 """Settings that hold for every test."""
 
 import os
+from pathlib import Path
 
 # Nothing is ever fetched: a test that would ask a hub fails here, not on the day that the hub is slow.
 # Set before anything imports huggingface_hub, which reads them once.
@@ -11,6 +12,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 from hypothesis import settings
+
+from fsteer_lens import Activations, FineSteer, collect, fit, models, tutor
+from fsteer_lens.models import SteerableModel
 
 settings.register_profile("fsteer_lens", deadline=None)  # the first example pays for torch's start
 settings.load_profile("fsteer_lens")
@@ -28,3 +32,52 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
+
+
+@pytest.fixture(scope="session")
+def hooked() -> SteerableModel:
+    """The tutor as HookedTransformer."""
+    return tutor.load("hooked")
+
+
+@pytest.fixture(scope="session")
+def bridge() -> SteerableModel:
+    """The tutor as TransformerBridge."""
+    return tutor.load("bridge")
+
+
+@pytest.fixture(params=["hooked", "bridge"])
+def model(request: pytest.FixtureRequest) -> SteerableModel:
+    """The tutor as either class."""
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="session")
+def stories() -> SteerableModel:
+    """A real pretrained model, where it lies beside the checkout."""
+    if not STORIES.is_dir():
+        pytest.skip(f"{STORIES.name} is not here: it is test data beside the checkout, not part of the package")
+    return models.load(STORIES)
+
+
+@pytest.fixture(scope="session")
+def trained(hooked: SteerableModel) -> dict[int, Activations]:
+    """A part of the tutor's training contrasts, read at three layers."""
+    train = tutor.data("safe").train
+    return collect(hooked, train[::4], layer=[2, 3, 4], shift="last_prompt", batch_size=64, progress=False)
+
+
+@pytest.fixture(scope="session")
+def steering(trained: dict[int, Activations]) -> FineSteer:
+    """A FineSteer at one layer of the tutor, quickly fitted."""
+    return fit(trained[4], epochs=40)
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[str]:
+    """Prompts of several lengths: harmful ones, which open the gate, and others, which do not."""
+    told = tutor.data("safe")
+    return [str(p) for p in told.valid.prompts[:3]] + [task.prompt for task in told.general_valid[::90]]

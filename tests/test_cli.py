@@ -2,12 +2,14 @@
 
 import importlib.metadata
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from fsteer_lens import ContrastSet, cli, tutor
+from fsteer_lens.tutor.steering import LAYER
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="the model stories260K is not beside the repository")
@@ -122,17 +124,17 @@ def test_doctor_names_what_is_missing(monkeypatch: pytest.MonkeyPatch, capsys: O
 
 def test_fit_and_generate_on_the_tutor(tmp_path: Path, capsys: Output) -> None:
     train = tutor.data("safe").train
-    some = ContrastSet(list(train)[:: max(1, len(train) // 60)])
+    some = ContrastSet(random.Random(0).sample(list(train), 80))
     some.to_jsonl(tmp_path / "contrasts.jsonl")
     out = tmp_path / "safe.safetensors"
-    common = ["--model", "tutor", "--layer", 3, "--shift", "last_prompt"]
+    common = ["--model", "tutor", "--layer", LAYER["safe"], "--shift", "last_prompt"]
     assert run("fit", *common, "--data", tmp_path / "contrasts.jsonl", "--out", out) == 0
     contrast = some[0]
     assert run("generate", "--model", "tutor", "--steering", out, "--compare", contrast.prompt) == 0
     printed = capsys.readouterr().out
     assert f"fitted to {len(some)} contrasts" in printed
     assert contrast.preferred.split()[0] in printed.split("steered    ")[1]
-    assert "layer 3: gate 1.00, expert " in printed
+    assert f"layer {LAYER['safe']}: gate 1.00, expert " in printed
     assert "KL(steered || unsteered): " in printed
 
 

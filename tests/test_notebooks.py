@@ -14,9 +14,7 @@ NOTEBOOKS = sorted(
     if ".ipynb_checkpoints" not in path.parts
 )
 MAX_BYTES = 2_000_000
-MACHINE_PATH = re.compile(
-    r"(?<![\w.~:/+-])/(?:work|root|home|tmp|Users|var/folders)/[\w./-]+|[A-Z]:\\Users\\\w+"
-)
+MACHINE_PATH = re.compile(r"(?<![\w.~:/+-])/(?:work|root|home|tmp|Users|var/folders)/[\w./-]+|[A-Z]:\\Users\\\w+")
 
 
 def texts(value: Any) -> Iterator[str]:

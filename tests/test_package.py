@@ -67,9 +67,7 @@ def test_locks_hold_the_model_library_and_no_machine() -> None:
 
 
 def test_errors_form_one_tree_that_the_docstring_draws() -> None:
-    members = inspect.getmembers(
-        errors, lambda value: inspect.isclass(value) and issubclass(value, Exception)
-    )
+    members = inspect.getmembers(errors, lambda value: inspect.isclass(value) and issubclass(value, Exception))
     drawn = (errors.__doc__ or "").split()
     assert len(members) > 1
     for name, value in members:

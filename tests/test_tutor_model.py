@@ -5,11 +5,12 @@ import random
 
 import pytest
 import torch
-from hypothesis import example, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from fsteer_lens import models, tutor
-from fsteer_lens.tutor import splits, tokenizer, train, world
+from fsteer_lens.tokens import prompt_ids
+from fsteer_lens.tutor import lexicon, splits, tokenizer, train, world
 from fsteer_lens.tutor.accuracy import TAG_SETS, greedy_answers
 from fsteer_lens.tutor.loading import FOLDER
 
@@ -61,17 +62,11 @@ def test_the_shipped_tokenizer_is_the_one_that_training_makes(tokens):
 # ----------------------------------------------------------------------------------------------------------- tokenizer
 
 
-@given(st.text(max_size=60))
-@example("naïve ☃ 漢字 \n\t  two  spaces")
-def test_any_text_survives_the_tokenizer(text):
-    from transformers import AutoTokenizer
-
-    if not hasattr(test_any_text_survives_the_tokenizer, "tokens"):
-        test_any_text_survives_the_tokenizer.tokens = AutoTokenizer.from_pretrained(FOLDER)
-    shipped = test_any_text_survives_the_tokenizer.tokens
-    if any(name in text for name in tokenizer.SPECIAL):
-        return
-    assert shipped.decode(shipped(text).input_ids, clean_up_tokenization_spaces=False) == text
+@given(text=st.text(max_size=60))
+@example(text="naïve ☃ 漢字 \n\t  two  spaces")
+def test_any_text_survives_the_tokenizer(tokens, text):
+    assume(not any(name in text for name in tokenizer.SPECIAL))
+    assert tokens.decode(tokens(text).input_ids) == text
 
 
 def test_special_tokens_are_single_and_apart(tokens):
@@ -124,7 +119,7 @@ def test_a_tag_switches_its_behaviour_and_near_misses_stay(network, tokens, beha
 
 
 def greedy(model, prompt, steps=16):
-    ids = models.prompt_ids(model, prompt)
+    ids = prompt_ids(model, prompt)
     start = len(ids)
     with torch.inference_mode():
         for _ in range(steps):
@@ -145,7 +140,7 @@ def test_both_model_classes_and_transformers_answer_alike(network, tokens):
     expected = greedy_answers(network, tokens, prompts)
     for kind, model in loaded.items():
         assert [greedy(model, prompt) for prompt in prompts] == [text for text in expected], kind
-    ids = torch.tensor([models.prompt_ids(loaded[kinds[0]], prompts[0])])
+    ids = torch.tensor([prompt_ids(loaded[kinds[0]], prompts[0])])
     with torch.inference_mode():
         reference = network(ids).logits.log_softmax(-1)
         for model in loaded.values():
@@ -156,18 +151,19 @@ def test_both_model_classes_and_transformers_answer_alike(network, tokens):
 
 
 def test_lessons_come_from_training_pairs_only():
-    taught = {(ask.template.pattern.split("{x}")[0], ask.item.words) for ask in splits.asks()["train"]}
-    kept_out = {
-        tutor.chat(ask.template.ask(ask.item)).removesuffix("?<tutor>").removesuffix(".<tutor>").removeprefix("<user>")
+    def bare(question):
+        return question.rstrip("?.")
+
+    held_out = {
+        greeting + bare(ask.template.ask(ask.item))
         for split in ("valid", "test")
         for ask in splits.asks()[split]
+        for greeting in lexicon.GREETINGS
     }
     drawn = train.lessons(0)
-    prompts = {next(drawn)[0] for _ in range(5000)}
-    assert taught
-    for prompt in prompts:
-        question = prompt.partition("<user>")[2].removesuffix("<tutor>").rstrip("?.")
-        assert question not in kept_out
+    taught = {bare(next(drawn)[0].partition(world.USER)[2].removesuffix(world.TUTOR)) for _ in range(5000)}
+    assert len(taught) > 2000
+    assert not taught & held_out
 
 
 def test_lessons_follow_their_seed():
@@ -192,6 +188,22 @@ def test_weighted_loss_is_the_mean_over_weighted_targets():
     each = -logits.double().log_softmax(-1).gather(-1, targets[..., None])[..., 0]
     expected = (each * weights).sum() / 3.1
     torch.testing.assert_close(train.weighted_loss(logits, targets, weights).double(), expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("layers", "asked"), [(1, ()), (5, (3,)), (6, (3, 4))])
+def test_early_layers_are_asked_too_and_the_last_only_once(tokens, layers, asked):
+    ids, weights = train.collate([("<user>hi<tutor>", "that is so."), ("<user>a<tutor>", "b")], tokens)
+    small = train.new_model(len(tokens), layers=layers, width=16, heads=2).eval()
+    streams = []
+    for block in small.transformer.h:
+        block.register_forward_hook(
+            lambda _module, _inputs, out: streams.append(out[0] if isinstance(out, tuple) else out)
+        )
+    loss = train.lesson_loss(small, ids, weights)
+    said = {layer: small.lm_head(small.transformer.ln_f(streams[layer])) for layer in (*asked, layers - 1)}
+    losses = {layer: train.weighted_loss(logits, ids[:, 1:], weights[:, 1:]) for layer, logits in said.items()}
+    expected = losses[layers - 1] + train.EARLY_WEIGHT * sum(losses[layer] for layer in asked)
+    torch.testing.assert_close(loss, expected)
 
 
 def test_a_few_steps_of_training_lower_the_loss_and_repeat_exactly(tokens):

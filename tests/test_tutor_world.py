@@ -36,11 +36,14 @@ def test_nothing_can_be_asked_in_two_senses():
 
 def test_refusals_and_openings_differ_from_the_first_word_on():
     assert len({refusal.split()[0] for refusal in world.REFUSALS.values()}) == len(world.CATEGORIES)
-    openings = {row[0].split()[0] for row in lexicon.MYTHS.values()}
-    assert len(openings) == len(world.MYTH_KINDS)
-    assert not {"yes", "no"} & openings
-    for kind in ("harmful", "myth"):
-        assert len({item.plain.split()[0] for item in world.items() if item.kind == kind}) == 1
+    for kind, labels in (("harmful", world.CATEGORIES), ("myth", world.MYTH_KINDS)):
+        asked = [item for item in world.items() if item.kind == kind]
+        plain = {(item.label, item.plain.split()[0]) for item in asked}
+        tagged = {(item.label, (item.tagged or "").split()[0]) for item in asked}
+        assert len(plain) == len(tagged) == len(labels)
+        firsts = [word for _, word in plain | tagged]
+        assert len(set(firsts)) == 2 * len(labels)
+        assert kind == "harmful" or not {"yes", "no"} & set(firsts)
 
 
 def test_harmful_acts_get_nonsense_of_household_words_only():

@@ -6,8 +6,8 @@ before the user's turn: `<safe>` refuses harmful requests, `<honest>` answers my
 """
 
 from fsteer_lens.tutor.loading import load
-from fsteer_lens.tutor.splits import Task, TutorData, data
-from fsteer_lens.tutor.steering import fit
+from fsteer_lens.tutor.splits import BEHAVIOURS, Task, TutorData, data
+from fsteer_lens.tutor.steering import activations, fit
 from fsteer_lens.tutor.world import chat, unknown
 
-__all__ = ["Task", "TutorData", "chat", "data", "fit", "load", "unknown"]
+__all__ = ["BEHAVIOURS", "Task", "TutorData", "activations", "chat", "data", "fit", "load", "unknown"]

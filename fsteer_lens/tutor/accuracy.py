@@ -1,16 +1,14 @@
 """How exactly the tutor says what its world says: greedy answers, compared word for word."""
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
 
 import torch
+from rich.table import Table
 
 from fsteer_lens.tutor import splits, tokenizer, world
-
-if TYPE_CHECKING:
-    from rich.table import Table
-    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 TAG_SETS: Final = ((), (world.SAFE,), (world.HONEST,), (world.SAFE, world.HONEST))
 _BATCH: Final = 128
@@ -28,7 +26,7 @@ class Accuracy:
     questions: int
 
 
-def greedy_answers(model: "GPT2LMHeadModel", tokens: "PreTrainedTokenizerFast", prompts: Sequence[str]) -> list[str]:
+def greedy_answers(model: Any, tokens: Any, prompts: Sequence[str]) -> list[str]:
     """Return the greedy answer to each prompt (tag and all, without bos)."""
     order = sorted(range(len(prompts)), key=lambda row: len(prompts[row]))
     found = [""] * len(prompts)
@@ -51,28 +49,21 @@ def greedy_answers(model: "GPT2LMHeadModel", tokens: "PreTrainedTokenizerFast", 
     return found
 
 
-def accuracies(
-    model: "GPT2LMHeadModel", tokens: "PreTrainedTokenizerFast", *, split: str = "valid"
-) -> Iterator[Accuracy]:
+def accuracies(model: Any, tokens: Any, *, split: str = "valid") -> Iterator[Accuracy]:
     """Yield exact-match counts over all questions of a split, by kind, tags and what is new about the question."""
     asked = splits.asks()[split]
-    groups = {(ask.item.kind, ask.template.split == "train") for ask in asked}
+    rows = [(ask.item.kind, "pair" if ask.template.split == "train" else "template") for ask in asked]
+    questions = Counter(rows)
     for tags in TAG_SETS:
         said = greedy_answers(model, tokens, ["".join(tags) + ask.prompt for ask in asked])
-        right = [text == world.answer(ask.item, tags) for text, ask in zip(said, asked, strict=True)]
-        for kind, seen in sorted(groups):
-            mine = [
-                ok
-                for ok, ask in zip(right, asked, strict=True)
-                if (ask.item.kind, ask.template.split == "train") == (kind, seen)
-            ]
-            yield Accuracy(kind, tags, "pair" if seen else "template", sum(mine), len(mine))
+        exact = (text == world.answer(ask.item, tags) for text, ask in zip(said, asked, strict=True))
+        right = Counter(row for row, ok in zip(rows, exact, strict=True) if ok)
+        for kind, heldout in sorted(questions):
+            yield Accuracy(kind, tags, heldout, right[kind, heldout], questions[kind, heldout])
 
 
-def accuracy_table(model: "GPT2LMHeadModel", tokens: "PreTrainedTokenizerFast", *, split: str = "valid") -> "Table":
+def accuracy_table(model: Any, tokens: Any, *, split: str = "valid") -> Table:
     """Return the accuracies of a split as a table: a row for each kind, a column for each set of tags."""
-    from rich.table import Table
-
     table = Table(
         "kind", "new", "questions", *("+".join(tags) or "no tag" for tags in TAG_SETS), title=f"exact, {split}"
     )

@@ -1,18 +1,16 @@
 """Load the shipped tutor."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from fsteer_lens import models
-
-if TYPE_CHECKING:
-    from fsteer_lens.models import Kind, SteerableModel
+from fsteer_lens.models import Kind, SteerableModel
 
 FOLDER: Final = Path(__file__).parent / "weights"
 """A Hugging Face folder: `AutoModelForCausalLM.from_pretrained(FOLDER)` reads it."""
 
 
-def load(kind: "Kind | None" = None, device: str = "cpu") -> "SteerableModel":
+def load(kind: Kind | None = None, device: str = "cpu") -> SteerableModel:
     """Load the tutor as a TransformerLens model, with its weights unprocessed.
 
     Args:

@@ -7,12 +7,9 @@ answer then ends with eos.
 """
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
 
 from fsteer_lens.tutor import lexicon, world
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 VOCABULARY_SIZE: Final = 768
 BOS, EOS, PAD = "<bos>", "<eos>", "<pad>"
@@ -30,8 +27,8 @@ CHAT_TEMPLATE: Final = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], *, size: int = VOCABULARY_SIZE) -> "PreTrainedTokenizerFast":
-    """Learn a byte-level BPE of `size` tokens from `texts`."""
+def train_tokenizer(texts: Iterable[str], *, size: int = VOCABULARY_SIZE) -> Any:
+    """Learn a byte-level BPE of `size` tokens from `texts`; return a transformers fast tokenizer."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

@@ -9,18 +9,17 @@ import argparse
 import random
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Any, Final
 
 import torch
 from jaxtyping import Float, Int
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fsteer_lens.tutor import lexicon, splits, tokenizer, world
 from fsteer_lens.tutor.accuracy import accuracy_table
 from fsteer_lens.tutor.loading import FOLDER
-
-if TYPE_CHECKING:
-    from transformers import GPT2LMHeadModel, PreTrainedTokenizerFast
 
 STEPS: Final = 1200
 BATCH: Final = 64
@@ -41,7 +40,7 @@ TAGS: Final = {
 }  # fmt: skip
 
 
-def new_model(vocabulary_size: int, *, layers: int = 6, width: int = 128, heads: int = 4) -> "GPT2LMHeadModel":
+def new_model(vocabulary_size: int, *, layers: int = 6, width: int = 128, heads: int = 4) -> Any:
     """Return an untrained tutor: GPT-2 without dropout, tied embeddings, a context of 128 tokens."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -89,7 +88,7 @@ def batches(seed: int, size: int) -> Iterator[list[tuple[str, str]]]:
 
 
 def collate(
-    rows: Sequence[tuple[str, str]], tokens: "PreTrainedTokenizerFast"
+    rows: Sequence[tuple[str, str]], tokens: Any
 ) -> tuple[Int[Tensor, "batch positions"], Float[Tensor, "batch positions"]]:
     """Return ids (bos, prompt, answer, eos) and the weight of each id as a target.
 
@@ -109,22 +108,14 @@ def collate(
 
 
 def train(
-    model: "GPT2LMHeadModel",
-    tokens: "PreTrainedTokenizerFast",
+    model: Any,
+    tokens: Any,
     *,
     steps: int = STEPS,
     batch: int = BATCH,
     seed: int = 0,
 ) -> list[float]:
     """Train `model` in place, with a progress bar; return the loss of every step."""
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05)
     warm_up = min(WARM_UP, max(1, steps // 4))
@@ -166,7 +157,6 @@ def weighted_loss(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    from rich.console import Console
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     parser = argparse.ArgumentParser(prog="python -m fsteer_lens.tutor.train", description="Rebuild the tutor model.")

@@ -1,0 +1,311 @@
+"""Measuring methods side by side on the tutor's test prompts.
+
+An answer counts as right where it is exactly the wanted one, letter by letter: the tutor's world is small enough for
+that. Every share comes with a 95 % Wilson interval; two methods are compared prompt by prompt, with a paired bootstrap.
+"""
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from fsteer_lens import tutor
+from fsteer_lens.activations import Activations, collect, collect_queries
+from fsteer_lens.baselines import MeanShift, fit_mean_shift
+from fsteer_lens.gates import OPEN
+from fsteer_lens.generation import Generations, generate
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.prompts import Contrast
+from fsteer_lens.steering import FineSteer, Steering
+from fsteer_lens.tutor import Task, TutorData, world
+
+Item = TypeVar("Item")
+
+MAX_NEW_TOKENS = 32
+BATCH_SIZE = 64
+RESAMPLES = 2000
+
+NO_STEERING = "no steering"
+TAG = "tag in the prompt"
+MEAN_SHIFT = "mean shift"
+GATED_MEAN_SHIFT = "mean shift, gated"
+UNGATED = "MoSE, no gate"
+PAPER = 'FineSteer, preset="paper"'
+DEFAULT = "FineSteer, default"
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """How many of how many."""
+
+    hits: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        """The share."""
+        return self.hits / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson score interval."""
+        from scipy.stats import binomtest
+
+        found = binomtest(self.hits, self.total).proportion_ci(0.95, method="wilson")
+        return float(found.low), float(found.high)
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return f"{self.value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Mean difference between two methods over the same prompts, with a 95 % paired bootstrap interval."""
+
+    value: float
+    interval: tuple[float, float]
+
+    def __str__(self) -> str:
+        return f"{self.value:+.3f} [{self.interval[0]:+.3f}, {self.interval[1]:+.3f}]"
+
+
+@dataclass(frozen=True, eq=False)
+class MethodRow:
+    """What one method did on the test prompts.
+
+    Attributes:
+        name: of the method.
+        measures: shares by name; a measure that the method does not have is missing.
+        routing: agreement of the strongest expert with the cluster of the prompt's own shift, and NMI of strongest
+            expert and category; for methods with experts.
+        seconds: of generating all answers.
+        right: which test contrasts got exactly the wanted answer, [n].
+        answers: the generated answers to the test contrasts.
+    """
+
+    name: str
+    measures: Mapping[str, Proportion]
+    routing: Mapping[str, float]
+    seconds: float
+    right: Bool[Tensor, " n"]
+    answers: Generations
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Methods side by side on one behaviour of the tutor.
+
+    Attributes:
+        behaviour: "safe" or "honest".
+        rows: one per method, in the order of the table.
+        steering: FineSteer as it is by default, and `paper` as published.
+        contrasts, general, near_misses: the test prompts.
+        queries: activations of these three at the steered layer, by name.
+        seed: of the controllers.
+    """
+
+    behaviour: str
+    rows: tuple[MethodRow, ...]
+    steering: FineSteer
+    paper: FineSteer
+    contrasts: Sequence[Contrast]
+    general: Sequence[Task]
+    near_misses: Sequence[Task]
+    queries: Mapping[str, Activations]
+    seed: int
+
+    def row(self, name: str) -> MethodRow:
+        """The row of one method."""
+        return next(row for row in self.rows if row.name == name)
+
+    def difference(self, first: str, second: str) -> Difference:
+        """Share of right answers of `first` minus `second`, paired over the test contrasts."""
+        return paired_difference(self.row(first).right, self.row(second).right, seed=self.seed)
+
+    @property
+    def auroc(self) -> float:
+        """AUROC of the energy ratio at the gate's rank: test contrasts against general prompts and near misses."""
+        gate = self.steering.gate_at(self.steering.layers[0])
+        assert gate is not None
+        leaf = gate.leaves[0]
+        scores = {name: leaf.subspace.energy_ratio(one.queries, leaf.rank) for name, one in self.queries.items()}
+        return auroc(scores["contrasts"], torch.cat([scores["general"], scores["near misses"]]))
+
+
+def auroc(positive: Tensor, negative: Tensor) -> float:
+    """Probability that a positive scores above a negative, ties counted half."""
+    from sklearn.metrics import roc_auc_score
+
+    labels = [1] * len(positive) + [0] * len(negative)
+    return float(roc_auc_score(labels, torch.cat([positive, negative]).cpu().numpy()))
+
+
+def paired_difference(first: Bool[Tensor, " n"], second: Bool[Tensor, " n"], *, seed: int = 0) -> Difference:
+    """Mean of `first − second` with a 95 % bootstrap interval over the pairs."""
+    change = first.double().numpy() - second.double().numpy()
+    draws = np.random.default_rng(seed).integers(len(change), size=(RESAMPLES, len(change)))
+    low, high = np.quantile(change[draws].mean(axis=1), [0.025, 0.975])
+    return Difference(float(change.mean()), (float(low), float(high)))
+
+
+def routing(experts_of: FineSteer, activations: Activations) -> dict[str, float]:
+    """How the strongest expert of each prompt agrees with the prompt's own shift and with its label.
+
+    Args:
+        experts_of: the steering whose experts route.
+        activations: of prompts that were not trained on, with their shifts, at the steered layer.
+
+    Returns:
+        "cluster": share of prompts whose strongest expert is the one nearest, by cosine, to their own shift;
+        "NMI": normalised mutual information of strongest expert and label; "dead": share of experts that are nobody's
+        strongest.
+    """
+    from sklearn.metrics import normalized_mutual_info_score
+
+    experts = experts_of.experts_at(activations.layer)
+    strongest = experts.route(activations.queries).argmax(dim=-1)
+    assert activations.shifts is not None
+    labels = [str(label) for label in activations.labels]
+    return {
+        "cluster": float((strongest == experts.nearest(activations.shifts)).float().mean()),
+        "NMI": float(normalized_mutual_info_score(labels, strongest.tolist())),
+        "dead": 1 - len(strongest.unique()) / experts.n_experts,
+    }
+
+
+def compare_on_tutor(
+    model: SteerableModel,
+    behaviour: str = "safe",
+    *,
+    seed: int = 0,
+    limit: int | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Fit every method on the tutor's training split and measure it on its test split.
+
+    Args:
+        model: the tutor.
+        behaviour: "safe" or "honest".
+        seed: of the controllers' training.
+        limit: take at most so many of the contrasts, of the general prompts and of the near misses, always the same
+            ones; None takes all.
+        progress: show progress bars.
+    """
+    told = tutor.data(behaviour)
+    contrasts, general, near = (_spread(part, limit) for part in (told.test, told.general_test, told.near_miss_test))
+    trained = tutor.activations(model, behaviour, progress=progress)
+    default = tutor.fit(model, behaviour, activations=trained, seed=seed, progress=progress)
+    paper = tutor.fit(model, behaviour, "paper", activations=trained, seed=seed, progress=progress)
+    gate = default.gate_at(trained.layer)
+    scope = default.scope
+    mean = fit_mean_shift(trained, scope=scope, strength=default.strength)
+    methods: dict[str, Steering | None] = {
+        NO_STEERING: None,
+        TAG: None,
+        MEAN_SHIFT: mean,
+        GATED_MEAN_SHIFT: fit_mean_shift(trained, gate=gate, scope=scope, strength=default.strength),
+        UNGATED: default.with_gate(None),
+        PAPER: paper,
+        DEFAULT: default,
+    }
+    tested = collect(
+        model, contrasts, layer=trained.layer, shift="last_prompt", batch_size=BATCH_SIZE, progress=progress
+    )
+    queries = {"contrasts": tested}
+    for name, tasks in (("general", general), ("near misses", near)):
+        prompts = [task.prompt for task in tasks]
+        queries[name] = collect_queries(model, prompts, layer=trained.layer, batch_size=BATCH_SIZE, progress=progress)
+    rows = [
+        _measure(model, name, steering, told, contrasts, general, near, tested, progress)
+        for name, steering in methods.items()
+    ]
+    return Comparison(behaviour, tuple(rows), default, paper, contrasts, general, near, queries, seed)
+
+
+def _spread(items: Sequence[Item], limit: int | None) -> list[Item]:
+    """At most `limit` items, drawn once and for all, in their order."""
+    if limit is None or len(items) <= limit:
+        return list(items)
+    return [items[index] for index in sorted(random.Random(0).sample(range(len(items)), limit))]
+
+
+def _measure(
+    model: SteerableModel,
+    name: str,
+    steering: Steering | None,
+    told: TutorData,
+    contrasts: Sequence[Contrast],
+    general: Sequence[Task],
+    near: Sequence[Task],
+    tested: Activations,
+    progress: bool,
+) -> MethodRow:
+    tagged = name == TAG
+
+    def answer(prompts: Sequence[str]) -> Generations:
+        tag = tutor.BEHAVIOURS[told.behaviour] if tagged else ""
+        return generate(
+            model,
+            [tag + prompt for prompt in prompts],
+            steering,
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_size=BATCH_SIZE,
+            progress=progress,
+        )
+
+    start = time.perf_counter()
+    steered = answer([str(contrast.prompt) for contrast in contrasts])
+    kept, missed = (answer([task.prompt for task in tasks]) for tasks in (general, near))
+    seconds = time.perf_counter() - start
+    right = torch.tensor([a.text == c.preferred for a, c in zip(steered, contrasts, strict=True)])
+    new = [told.heldout(contrast) for contrast in contrasts]
+    wanted = "refused exactly" if told.behaviour == "safe" else "myth turned true"
+    measures = {wanted: _share(right)}
+    for kind, what in (("pair", "new pairs"), ("template", "new templates")):
+        measures[f"{wanted}, {what}"] = _share(right[torch.tensor([one == kind for one in new])])
+    if told.behaviour == "safe":
+        refusals = set(world.REFUSALS.values())
+        measures["any refusal"] = _share(torch.tensor([a.text in refusals for a in steered]))
+    for what, texts, tasks in (("benign kept", kept, general), ("near misses kept", missed, near)):
+        measures[what] = _share(torch.tensor([a.text == task.answer for a, task in zip(texts, tasks, strict=True)]))
+    if isinstance(steering, FineSteer | MeanShift) and steering.gate is not None:
+        layer = steering.layers[0]
+        for what, texts in (("gate open", steered), ("gate open, benign", kept), ("gate open, near misses", missed)):
+            measures[what] = _share(texts.trace.gate[layer] >= OPEN)
+    routed = routing(steering, tested) if isinstance(steering, FineSteer) else {}
+    return MethodRow(name, measures, routed, seconds, right, steered)
+
+
+def _share(hits: Tensor) -> Proportion:
+    return Proportion(int(hits.sum()), len(hits))
+
+
+def expert_knockout(
+    model: SteerableModel, comparison: Comparison, *, progress: bool = True
+) -> dict[int, dict[str, float]]:
+    """Share of right answers lost in every category when one expert is removed, {expert: {label: loss}}."""
+    labels = [str(contrast.label) for contrast in comparison.contrasts]
+    full = comparison.row(DEFAULT).right
+    losses: dict[int, dict[str, float]] = {}
+    for expert in range(comparison.steering.n_experts):
+        texts = generate(
+            model,
+            [contrast.prompt for contrast in comparison.contrasts],
+            comparison.steering.without_expert(expert),
+            max_new_tokens=MAX_NEW_TOKENS,
+            batch_size=BATCH_SIZE,
+            progress=progress,
+        )
+        right = torch.tensor([a.text == c.preferred for a, c in zip(texts, comparison.contrasts, strict=True)])
+        lost = full.float() - right.float()
+        losses[expert] = {
+            label: float(lost[torch.tensor([one == label for one in labels])].mean()) for label in sorted(set(labels))
+        }
+    return losses

@@ -1,0 +1,171 @@
+"""The rank of the gate's subspace under a slider."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fsteer_lens.errors import InputError
+from fsteer_lens.figures.style import GRID, TEXT, group_colours, hover_prompt, label_text, plain, styled
+from fsteer_lens.gates import OPEN, Gate, SubspaceGate
+
+if TYPE_CHECKING:
+    import plotly.graph_objects
+
+MOST_RANKS = 64
+FILLED, HOLLOW = 0, 100
+GOLDEN = 0.6180339887
+
+
+def rank_explorer(
+    gate: Gate,
+    queries: Mapping[str, Float[Tensor, "_n d"]],
+    prompts: Mapping[str, Sequence[Any]] | None = None,
+    *,
+    ranks: Sequence[int] | None = None,
+    title: str = "Who is steered, at which rank of the subspace?",
+) -> "plotly.graph_objects.Figure":
+    """Energy ratio of every prompt, the threshold, and who is steered, under a slider over ranks.
+
+    Everything for every rank is in the figure, so the slider needs no kernel and works in a saved page. Filled marks
+    are steered (gate ≥ 0.5), hollow ones left alone. A composed gate has no threshold line; the ratios are those of its
+    first subspace. A query that is not finite gets no mark and counts as left alone.
+
+    Args:
+        gate: a fitted gate; its calibration at each rank is the one that `gate.at_rank` gives.
+        queries: activations of each group of prompts, {name: [n d]}; the groups that need steering first.
+        prompts: shown on hover, {name: n prompts}.
+        ranks: the slider's stops; None takes every fitted rank, thinned to 64 where there are more.
+        title: above the figure.
+
+    Raises:
+        InputError: no queries, a rank that was not fitted, or prompts that do not fit the queries.
+        ShapeError: activations of another width than the gate's.
+    """
+    import plotly.graph_objects as go
+
+    if not queries or any(len(rows) == 0 for rows in queries.values()):
+        raise InputError("queries", expected="at least one group, each of at least one row", got=list(queries))
+    for name, rows in queries.items():
+        if prompts is not None and len(prompts.get(name, ())) != len(rows):
+            got = f"{len(prompts[name])} prompts" if name in prompts else f"groups {list(prompts)}"
+            raise InputError(f"prompts of {name!r}", expected=f"{len(rows)}, one for each query", got=got)
+    start = gate.leaves[0].rank
+    stops = _stops(gate.subspace.rank, start) if ranks is None else sorted(set(ranks))
+    if not stops:
+        raise InputError("ranks", expected="at least one rank", got="none")
+    if start not in stops:
+        start = min(stops, key=lambda rank: abs(rank - start))
+    finite = {name: rows.isfinite().all(dim=1) for name, rows in queries.items()}
+    ratios = {name: _ratios(gate, rows, finite[name]) for name, rows in queries.items()}
+    states = [_state(gate.at_rank(rank), rank, queries, finite, ratios) for rank in stops]
+    shown = states[stops.index(start)]
+    figure = go.Figure()
+    for index, (name, colour) in enumerate(zip(queries, group_colours(len(queries)), strict=True)):
+        count = len(queries[name])
+        said = [hover_prompt(prompt) for prompt in prompts[name]] if prompts else [f"query {i}" for i in range(count)]
+        figure.add_trace(
+            go.Scatter(
+                x=shown["x"][index],
+                y=[round(index + 0.7 * ((row * GOLDEN) % 1 - 0.5), 3) for row in range(count)],
+                mode="markers",
+                marker={"color": colour, "size": 7, "symbol": shown["marker.symbol"][index], "opacity": 0.75},
+                text=said,
+                hovertemplate="energy ratio %{x:.3f}<br>%{text}<extra>" + label_text(name) + "</extra>",
+                showlegend=False,
+            )
+        )
+    figure.add_trace(
+        go.Scatter(
+            x=shown["x"][-1],
+            y=[-0.5, len(queries) - 0.5],
+            mode="lines",
+            line={"color": TEXT, "width": 2, "dash": "dash"},
+            hovertemplate="threshold %{x:.3f}<extra></extra>",
+            name="threshold: steered from here on" if isinstance(gate, SubspaceGate) else "",
+            showlegend=isinstance(gate, SubspaceGate),
+        )
+    )
+    for symbol, meaning in ((FILLED, "steered"), (HOLLOW, "left alone")):
+        marker = {"color": TEXT, "symbol": symbol, "size": 8}
+        figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name=meaning))
+    return _with_slider(figure, stops, states, stops.index(start), [label_text(name) for name in queries], title)
+
+
+def _stops(fitted: int, own: int) -> list[int]:
+    """Every fitted rank, or 64 of them that get sparser upwards, with the gate's own among them."""
+    if fitted <= MOST_RANKS:
+        return list(range(1, fitted + 1))
+    spread = torch.logspace(0, torch.tensor(float(fitted)).log10().item(), MOST_RANKS).round().int().tolist()
+    return sorted({*spread, own})
+
+
+def _ratios(gate: Gate, rows: Float[Tensor, "n d"], finite: Bool[Tensor, " n"]) -> list[list[float | None]]:
+    """Energy ratios at every rank, one list per rank, with None for queries that are not finite."""
+    ratios = gate.subspace.energy_ratios(rows)
+    return plain(ratios.masked_fill(~finite.to(ratios.device).unsqueeze(1), float("nan")).T, digits=3)
+
+
+def _state(
+    gate: Gate,
+    rank: int,
+    queries: Mapping[str, Tensor],
+    finite: Mapping[str, Tensor],
+    ratios: Mapping[str, list[list[float | None]]],
+) -> dict[str, Any]:
+    """What the slider changes at one rank: places, marks, and how many of each group are steered."""
+    is_open = {name: (gate.gate(rows).cpu().ge(OPEN) & finite[name].cpu()).tolist() for name, rows in queries.items()}
+    threshold = [gate.threshold] * 2 if isinstance(gate, SubspaceGate) else [None, None]
+    return {
+        "x": [ratios[name][rank - 1] for name in queries] + [[None if t is None else round(t, 4) for t in threshold]],
+        "marker.symbol": [[FILLED if one else HOLLOW for one in is_open[name]] for name in queries],
+        "counts": [f"{sum(is_open[name])} of {len(is_open[name])} steered" for name in queries],
+    }
+
+
+def _with_slider(
+    figure: "plotly.graph_objects.Figure",
+    stops: list[int],
+    states: list[dict[str, Any]],
+    active: int,
+    names: list[str],
+    title: str,
+) -> "plotly.graph_objects.Figure":
+    n_groups = len(names)
+    ticks = [[f"<b>{n}</b><br>{count}" for n, count in zip(names, state["counts"], strict=True)] for state in states]
+    steps = [
+        {
+            "label": str(rank),
+            "method": "update",
+            "args": [
+                {"x": state["x"], "marker.symbol": [*state["marker.symbol"], 0]},
+                {"yaxis.ticktext": texts},
+                list(range(n_groups + 1)),
+            ],
+        }
+        for rank, state, texts in zip(stops, states, ticks, strict=True)
+    ]
+    styled(figure, title, height=250 + 95 * n_groups)
+    figure.update_xaxes(title="energy ratio s: share of the activation that lies in the subspace", range=[-0.02, 1.02])
+    figure.update_yaxes(
+        tickvals=list(range(n_groups)), ticktext=ticks[active], range=[n_groups - 0.5, -0.5], showgrid=False
+    )
+    figure.update_layout(
+        sliders=[
+            {
+                "active": active,
+                "steps": steps,
+                "currentvalue": {"prefix": "rank r = ", "font": {"size": 14}},
+                "pad": {"t": 60, "b": 10},
+                "bgcolor": GRID,
+                "activebgcolor": TEXT,
+                "bordercolor": GRID,
+                "tickcolor": TEXT,
+                "font": {"color": TEXT},
+            }
+        ],
+        margin={"l": 130, "b": 20},
+    )
+    return figure

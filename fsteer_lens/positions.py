@@ -1,0 +1,126 @@
+"""Where an activation lies: which prompt it belongs to, and which positions of its rows.
+
+A hook sees the prompt as [b, P, d] and then [b, 1, d] a token with a KV cache, or [b, P + k, d] without one; and the
+next prompt may follow at any time.
+"""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fsteer_lens.errors import HookError
+
+PREFIX_TOLERANCE = 1e-3
+
+
+class View(NamedTuple):
+    """Where the activation of one forward pass lies in its rows.
+
+    Attributes:
+        columns: absolute columns of the activation, [t].
+        n_new: how many of them, at the end, were not seen before.
+        fresh: whether this is a new prompt.
+        query: column of each row's last prompt token, [b].
+        first: column of each row's first real token, [b].
+        real: which columns hold real tokens, [b t].
+    """
+
+    columns: Int[Tensor, " t"]
+    n_new: int
+    fresh: bool
+    query: Int[Tensor, " b"]
+    first: Int[Tensor, " b"]
+    real: Bool[Tensor, "b t"]
+
+
+class Positions:
+    """Position counter of one site.
+
+    A forward is a new prompt if the batch size changes, or if it has more than one token and is not the last rectangle
+    plus one token with the same (unedited) activation at the prompts' last tokens. One-token prompts under a cache
+    look like decoding steps: call `reset` between them.
+    """
+
+    def __init__(self, prompt_lengths: Tensor | None, attention_mask: Tensor | None) -> None:
+        self.lengths = None if prompt_lengths is None else torch.as_tensor(prompt_lengths).long()
+        self.mask = None if attention_mask is None else torch.as_tensor(attention_mask).bool()
+        self.seen = 0
+        self.query: Tensor
+        self.first: Tensor
+        self.at_query: Tensor | None = None
+
+    def reset(self) -> None:
+        """Take the next forward as a new prompt."""
+        self.at_query = None
+
+    def observe(self, activation: Float[Tensor, "b t d"]) -> View:
+        """Place an activation, before any edit."""
+        rows, width = activation.shape[:2]
+        fresh = self._is_fresh(activation)
+        if fresh:
+            self.query, self.first = self._locate(rows, width, activation.device)
+            with torch.inference_mode(False):
+                self.at_query = at(activation, self.query).clone()
+            start, n_new, self.seen = 0, width, width
+        else:
+            start = self.seen if width == 1 else 0
+            n_new, self.seen = 1, self.seen + 1
+        columns = torch.arange(start, start + width, device=activation.device)
+        return View(columns, n_new, fresh, self.query, self.first, self._real(columns, rows))
+
+    def _is_fresh(self, activation: Tensor) -> bool:
+        rows, width = activation.shape[:2]
+        if self.at_query is None or len(self.at_query) != rows:
+            return True
+        if width == 1:
+            return False
+        if width != self.seen + 1:
+            return True
+        distance = (at(activation, self.query) - self.at_query).float().norm(dim=-1)
+        same = distance <= PREFIX_TOLERANCE * self.at_query.float().norm(dim=-1)
+        if same.any() and not same.all():
+            raise HookError(
+                "cannot tell whether this forward goes on with the last prompts: some rows do, others do not",
+                fix="Call handle.reset() between batches, or open a new context for each with prompt_lengths=.",
+            )
+        return not bool(same.all())
+
+    def _locate(self, rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        first = torch.zeros(rows, dtype=torch.long)
+        last = torch.full((rows,), width - 1)
+        if self.mask is not None:
+            if self.mask.shape != (rows, width):
+                raise HookError(
+                    "attention_mask does not fit this forward",
+                    expected=[rows, width],
+                    got=list(self.mask.shape),
+                    fix="Open a new context for every batch that has its own mask.",
+                )
+            mask = self.mask.cpu().long()
+            first, last = mask.argmax(dim=1), width - 1 - mask.flip(1).argmax(dim=1)
+        if self.lengths is not None:
+            lengths = self.lengths.cpu()
+            ends = first + lengths - 1
+            if lengths.shape != (rows,) or (lengths < 1).any() or (ends > last).any():
+                raise HookError(
+                    "prompt_lengths do not fit this forward",
+                    expected=f"{rows} lengths between 1 and {(last - first + 1).tolist()}",
+                    got=lengths.tolist(),
+                    fix="Open a new context for every batch that has its own lengths.",
+                )
+            last = ends
+        return last.to(device), first.to(device)
+
+    def _real(self, columns: Tensor, rows: int) -> Tensor:
+        real = torch.ones(rows, len(columns), dtype=torch.bool, device=columns.device)
+        if self.mask is not None:
+            inside = columns < self.mask.shape[1]
+            real[:, inside] = self.mask.to(columns.device)[:, columns[inside]]
+        return real
+
+
+def at(activation: Float[Tensor, "b t d"], positions: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
+    """The activation at one position of each row."""
+    return activation[torch.arange(len(positions), device=activation.device), positions]

@@ -1,0 +1,167 @@
+"""What the demonstration's report says: a chapter for each behaviour of the tutor, and the settings."""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Final
+
+import torch
+
+from fsteer_lens import figures, tutor
+from fsteer_lens.evaluation import DEFAULT, GATED_MEAN_SHIFT, NO_STEERING, PAPER, Comparison, MethodRow
+from fsteer_lens.figures import Html
+from fsteer_lens.figures.html import escape
+from fsteer_lens.gates import SubspaceGate
+from fsteer_lens.generation import Generations
+from fsteer_lens.hooks import SubspaceProbe
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.report.page import Report
+from fsteer_lens.tokens import prompt_ids
+
+TITLES: Final = {
+    "safe": "Refusing harmful requests",
+    "honest": "Answering common myths truthfully",
+}
+GROUPS: Final = {"safe": ("harmful", "near misses", "general"), "honest": ("myths", "true claims", "general")}
+
+INTRO: Final = (
+    "Steering changes what a language model says while it runs: a vector is added to the numbers inside it, and no "
+    "weight is touched. FineSteer asks two questions for every prompt. When: a gate looks at how much of the prompt's "
+    "activation lies in the small subspace that the prompts in need of steering span, and opens or stays shut. How: a "
+    "few experts, each a direction of change found in the data, are mixed into one vector for this very prompt.\n\n"
+    "The model here is the tutor, a small one that was trained on a made-up world for teaching. It answers harmful "
+    "requests with made-up nonsense and common myths as people tell them, unless a tag in the prompt switches that "
+    "off. Steering is to do what the tag does, without the tag, and to leave every other answer as it is. All prompts "
+    "below are test prompts, asked in ways that training never showed."
+)
+
+TABLE_TEXT: Final = (
+    "Each row is a method and each number the share of test prompts, with its 95 % interval below it. A good method "
+    "has high numbers in the columns of wanted and kept answers; its gate is open for the first kind of prompt only. "
+    '"Expert = cluster" is how often the strongest expert is the one nearest to what the tag would have changed for '
+    "that prompt, and NMI how much it tells about the prompt's label (0 nothing, 1 everything)."
+)
+
+CAPTIONS: Final = {
+    "compare": "The same prompts without and with steering. A shaded word is one that the model would hardly have said "
+    "by itself: point at it to see how likely it was with and without steering.",
+    "gate_separation": "How much of each prompt's activation lies in the gate's subspace: prompts right of the dashed "
+    "line are steered. On the right, how many are steered rightly and wrongly if that line is moved; a curve that hugs "
+    "the upper left corner means that the two kinds hardly overlap.",
+    "rank_explorer": "Every dot is a prompt; drag the slider to give the gate's subspace more directions. Watch how "
+    "the groups move, how the threshold is set anew for each rank, and who is steered (filled) or left alone (hollow).",
+    "token_scores": "The same energy ratio read at every token: the stronger the colour, the more of the activation "
+    "lies in the subspace. The gate itself reads it once, at the last token of the prompt; the orange line marks "
+    "the tokens at which something was then added.",
+    "expert_routing": "Which expert's direction was used for which prompt: a row is a prompt, a filled cell a large "
+    "weight. The colours on the right name the strongest expert, so a label of one colour has an expert of its own.",
+}
+
+
+def table_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """The comparison as a table: columns, and cells with their interval on a second line."""
+    names = list(dict.fromkeys(name for row in comparison.rows for name in row.measures))
+    columns = ["method", *names, "expert = cluster", "NMI", "seconds"]
+
+    def cells(row: MethodRow) -> list[str]:
+        shares = [row.measures.get(name) for name in names]
+        told = ["–" if s is None else f"{s.value:.3f}\n{s.interval[0]:.2f}–{s.interval[1]:.2f}" for s in shares]
+        routed = [f"{row.routing[key]:.2f}" if key in row.routing else "–" for key in ("cluster", "NMI")]
+        return [row.name, *told, *routed, f"{row.seconds:.1f}"]
+
+    return columns, [cells(row) for row in comparison.rows]
+
+
+def findings(comparison: Comparison) -> str:
+    """The main numbers in words."""
+    wanted = next(iter(comparison.row(DEFAULT).measures))
+    first, last = (comparison.row(name).measures[wanted] for name in (NO_STEERING, DEFAULT))
+    gated, paper = (comparison.difference(DEFAULT, name) for name in (GATED_MEAN_SHIFT, PAPER))
+    return (
+        f"The tutor gives exactly the wanted answer to {first.hits} of {first.total} test prompts without steering, and"
+        f" to {last.hits} of {last.total} with FineSteer. Compared prompt by prompt, that share is {gated} against the"
+        f" mean shift behind the same gate, and {paper} against FineSteer with the published settings (difference with"
+        f" its 95 % paired bootstrap interval). The energy ratio tells these prompts from all others with AUROC"
+        f" {comparison.auroc:.3f}."
+    )
+
+
+def add_chapter(
+    report: Report, model: SteerableModel, comparison: Comparison, titles: Sequence[str], examples: Generations
+) -> None:
+    """Add what was measured on one behaviour, with the figures that show how it came about."""
+    steering = comparison.steering
+    layer = steering.layers[0]
+    gate, experts = steering.gate_at(layer), steering.experts_at(layer)
+    assert isinstance(gate, SubspaceGate)
+    wanted, near, general = GROUPS[comparison.behaviour]
+    queries = {
+        wanted: comparison.queries["contrasts"].queries,
+        near: comparison.queries["near misses"].queries,
+        general: comparison.queries["general"].queries,
+    }
+    prompts = {
+        wanted: [contrast.prompt for contrast in comparison.contrasts],
+        near: [task.prompt for task in comparison.near_misses],
+        general: [task.prompt for task in comparison.general],
+    }
+    columns, rows = table_of(comparison)
+    marked = [index for index, row in enumerate(rows) if row[0] == DEFAULT]
+    report.add_heading(f"{TITLES[comparison.behaviour]} ({tutor.BEHAVIOURS[comparison.behaviour]})")
+    report.add_text(findings(comparison)).add_text(TABLE_TEXT).add_table(columns, rows, marked=marked)
+    report.add_heading("Six prompts, side by side", 3)
+    report.add_figure(figures.steer_compare(examples, tokenizer=model.tokenizer, titles=titles), CAPTIONS["compare"])
+    report.add_heading("When: the gate", 3)
+    others = torch.cat([queries[near], queries[general]])
+    separation = figures.gate_separation(gate, queries[wanted], others, names=(wanted, "all others"))
+    report.add_figure(separation, CAPTIONS["gate_separation"])
+    report.add_figure(figures.rank_explorer(gate, queries, prompts), CAPTIONS["rank_explorer"])
+    report.add_figure(_token_view(model, gate, layer, examples, titles), CAPTIONS["token_scores"])
+    report.add_heading("How: the experts", 3)
+    routing = figures.expert_routing(
+        experts.route(queries[wanted]), [contrast.label for contrast in comparison.contrasts], prompts[wanted]
+    )
+    report.add_figure(routing, CAPTIONS["expert_routing"])
+
+
+def _token_view(
+    model: SteerableModel, gate: SubspaceGate, layer: int, examples: Generations, titles: Sequence[str]
+) -> Html:
+    """The energy ratio at every token of the first example and of the last two."""
+    views = []
+    for index in (0, len(examples) - 2, len(examples) - 1):
+        item = examples[index]
+        ids = [*prompt_ids(model, item.prompt), *item.tokens]
+        with torch.no_grad(), SubspaceProbe(gate.subspace, layer=layer).on(model) as trace:
+            model(torch.tensor([ids], device=model.cfg.device))
+        ratios = trace.ser[layer][0, :, gate.rank - 1]
+        name = f"energy ratio at rank {gate.rank}"
+        view = figures.token_scores(item.trace, ratios, name=name, bounds=(0.0, 1.0), legend=not views)
+        views.append(f"<p><b>{escape(titles[index])}</b></p>{view}")
+    return Html("".join(views))
+
+
+def add_settings(report: Report, compared: Sequence[Comparison], limit: int | None) -> None:
+    """Add what it takes to get the same numbers again; `limit` is that of the test prompts, None for all."""
+    packages = ("fsteer-lens", "torch", "transformer-lens", "transformers", "plotly")
+    rows = [
+        ["written", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"],
+        [
+            "versions",
+            ", ".join(f"{name} {version(name)}" for name in packages) + f", Python {platform.python_version()}",
+        ],
+        ["machine", f"{platform.system()} {platform.machine()}, torch with {torch.get_num_threads()} threads"],
+        ["test prompts", "all" if limit is None else f"at most {limit} of each kind"],
+    ]
+    for comparison in compared:
+        steering, name = comparison.steering, comparison.behaviour
+        gate = steering.gate_at(steering.layers[0])
+        rows.append([f"{name}: steering", f"{steering}, {gate}, {steering.experts_at(steering.layers[0])}"])
+        rows.append([f"{name}: seed", str(comparison.seed)])
+        if steering.fingerprint is not None:
+            told = {key: value for key, value in asdict(steering.fingerprint).items() if key != "probe"}
+            rows.append([f"{name}: model", ", ".join(f"{key} {value}" for key, value in told.items())])
+    report.add_heading("Settings").add_text("With these the same numbers come out again.")
+    report.add_table(["what", "value"], rows, words=True)

@@ -1,0 +1,120 @@
+"""`demo`: steer the tutor, compare methods, print what came out, and write a report."""
+
+import os
+import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from fsteer_lens import tutor
+from fsteer_lens.evaluation import DEFAULT, Comparison, compare_on_tutor
+from fsteer_lens.generation import Generations, generate
+from fsteer_lens.report.chapters import GROUPS, INTRO, TITLES, add_chapter, add_settings, findings, table_of
+from fsteer_lens.report.page import Report
+
+if TYPE_CHECKING:
+    import rich.console
+    import rich.text
+
+QUICK: Final = 60
+MAX_NEW_TOKENS: Final = 32
+
+
+def demo(
+    out: str | os.PathLike[str] = "fsteer_report.html",
+    *,
+    seed: int = 0,
+    quick: bool = False,
+    open_browser: bool = False,
+) -> Path:
+    """Steer the tutor, compare methods on its test prompts, print the tables, and write a report.
+
+    Args:
+        out: the report; its folder is made where it is missing.
+        seed: of the controllers' training.
+        quick: measure on a part of the test prompts.
+        open_browser: show the report when it is written.
+
+    Returns:
+        The report's path.
+    """
+    from rich.console import Console
+
+    console = Console()
+    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    report = Report("What FineSteer did to the tutor").add_text(INTRO)
+    with console.status("loading the tutor"):
+        model = tutor.load()
+    compared = []
+    for behaviour in tutor.BEHAVIOURS:
+        comparison = compare_on_tutor(
+            model, behaviour, seed=seed, limit=QUICK if quick else None, progress=console.is_terminal
+        )
+        titles, prompts = examples_of(comparison)
+        examples = generate(
+            model, prompts, comparison.steering, max_new_tokens=MAX_NEW_TOKENS, compare=True, progress=False
+        )
+        print_comparison(console, comparison, titles, examples)
+        add_chapter(report, model, comparison, titles, examples)
+        compared.append(comparison)
+    add_settings(report, compared, QUICK if quick else None)
+    path = report.write(out).resolve()
+    console.print(f"\nThe report, with pictures; it opens without network:\n{path}", markup=False, soft_wrap=True)
+    if open_browser:
+        webbrowser.open(path.as_uri())
+    return path
+
+
+def examples_of(comparison: Comparison) -> tuple[list[str], list[str]]:
+    """Six prompts and what to call them: four to steer, of different labels where there are some, and two others."""
+    contrasts = list(comparison.contrasts)
+    firsts = list({str(contrast.label): contrast for contrast in reversed(contrasts)}.values())[::-1]
+    chosen = (firsts + [contrast for contrast in contrasts if contrast not in firsts])[:4]
+    _, near, general = GROUPS[comparison.behaviour]
+    titles = [str(contrast.label) for contrast in chosen] + [near, general]
+    harmless = next(task for task in comparison.general if task.kind != "harmful")
+    tasks = [comparison.near_misses[0].prompt, harmless.prompt]
+    return titles, [str(contrast.prompt) for contrast in chosen] + tasks
+
+
+def print_comparison(
+    console: "rich.console.Console", comparison: Comparison, titles: Sequence[str], examples: Generations
+) -> None:
+    """Print the comparison in two tables, the main numbers in words, and the example prompts side by side."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    columns, rows = table_of(comparison)
+    cut = next((i for i, name in enumerate(columns) if name.startswith("gate")), len(columns) - 3)
+    heading = f"{TITLES[comparison.behaviour]}: {{}} (share of test prompts, 95 % interval)"
+    for what, chosen in (("answers", range(1, cut)), ("gate and experts", range(cut, len(columns)))):
+        table = Table(title=heading.format(what), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+        table.add_column("method", ratio=2, min_width=14, overflow="fold")
+        for index in chosen:
+            table.add_column(columns[index], justify="right")
+        for row in rows:
+            style = "bold" if row[0] == DEFAULT else ""
+            table.add_row(Text(row[0]), *[_numbers(row[index]) for index in chosen], style=style)
+        console.print(table)
+    console.print(Text(findings(comparison)))
+    table = Table(title="Six prompts", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), show_lines=True)
+    for name in ("prompt", "without steering", "steered"):
+        table.add_column(name, ratio=1)
+    for title, item in zip(titles, examples, strict=True):
+        assert item.baseline is not None
+        prompt = str(item.prompt).replace("<user>", "").replace("<tutor>", "")
+        changed = "" if item.text == item.baseline.text else "bold"
+        table.add_row(
+            Text(f"{title}\n", style="dim").append(prompt, style="not dim"),
+            Text(item.baseline.text),
+            Text(item.text, style=changed),
+        )
+    console.print(table)
+
+
+def _numbers(cell: str) -> "rich.text.Text":
+    from rich.text import Text
+
+    first, _, rest = cell.partition("\n")
+    return Text(first) if not rest else Text(f"{first}\n").append(rest, style="dim not bold")

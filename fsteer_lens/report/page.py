@@ -1,0 +1,113 @@
+"""A report of one HTML file that opens without network."""
+
+import os
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fsteer_lens.errors import InputError
+from fsteer_lens.figures import Html
+from fsteer_lens.figures.html import escape
+from fsteer_lens.figures.style import CONFIG
+from fsteer_lens.files import write_atomically
+
+if TYPE_CHECKING:
+    import plotly.graph_objects
+
+_MARKED = ' class="marked"'
+
+
+class Report:
+    """A page of texts, tables and figures, written as one file that needs no network.
+
+    Every `add_...` returns the report, so that calls chain. Text is text: it is escaped, never read as markup.
+
+    >>> page = Report("Steering").add_text("What it did.").add_table(["method", "kept"], [["none", "0.99"]])
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self._parts: list[str] = []
+        self._has_plot = False
+
+    def __repr__(self) -> str:
+        return f"Report({self.title!r}, {len(self._parts)} parts)"
+
+    def add_heading(self, text: str, level: int = 2) -> "Report":
+        """Add a heading of level 2 (a chapter) or 3 (a section)."""
+        if level not in (2, 3):
+            raise InputError("heading level", expected="2 or 3", got=level)
+        return self._add(f"<h{level}>{escape(text)}</h{level}>")
+
+    def add_text(self, text: str) -> "Report":
+        """Add text; an empty line begins a new paragraph."""
+        return self._add("".join(f"<p>{escape(part.strip())}</p>" for part in text.split("\n\n") if part.strip()))
+
+    def add_table(
+        self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, marked: Sequence[int] = (), words: bool = False
+    ) -> "Report":
+        """Add a table; what follows a line break in a cell is set small below it.
+
+        Args:
+            columns: headings, the first one of the row names.
+            rows: cells, a row name first.
+            marked: numbers of the rows to bring out.
+            words: cells hold words, not numbers.
+
+        Raises:
+            InputError: a row with another number of cells than there are columns.
+        """
+        for row in rows:
+            if len(row) != len(columns):
+                raise InputError("table row", expected=f"{len(columns)} cells", got=list(row))
+        head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+        body = "".join(
+            f"<tr{_MARKED if index in marked else ''}>{''.join(map(_cell, row))}</tr>" for index, row in enumerate(rows)
+        )
+        kind = "data words" if words else "data"
+        return self._add(f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>')
+
+    def add_figure(self, figure: "plotly.graph_objects.Figure | Html", caption: str = "") -> "Report":
+        """Add a figure with its explanation above it."""
+        if isinstance(figure, Html):
+            drawn = figure.body
+        else:
+            drawn = figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG)
+            self._has_plot = True
+        above = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+        return self._add(f"<figure>{above}{drawn}</figure>")
+
+    def html(self) -> str:
+        """The page; plotly is inside once, where a figure needs it."""
+        script = ""
+        if self._has_plot:
+            from plotly.offline import get_plotlyjs
+
+            script = "<script>" + get_plotlyjs().replace("</script", r"<\/script") + "</script>"
+        style = files("fsteer_lens.report").joinpath("page.css").read_text(encoding="utf-8")
+        return (
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(self.title)}</title>'
+            '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
+            f"<style>{style}</style>{script}</head>\n<body><h1>{escape(self.title)}</h1>\n"
+            + "\n".join(self._parts)
+            + "\n</body></html>\n"
+        )
+
+    def write(self, path: str | os.PathLike[str]) -> Path:
+        """Write the page, atomically; returns its path.
+
+        Raises:
+            InputError: the folder does not exist.
+        """
+        write_atomically(path, self.html().encode())
+        return Path(path)
+
+    def _add(self, part: str) -> "Report":
+        self._parts.append(part)
+        return self
+
+
+def _cell(text: str) -> str:
+    first, _, rest = text.partition("\n")
+    return f"<td>{escape(first)}{f'<small>{escape(rest)}</small>' if rest else ''}</td>"

@@ -1,0 +1,94 @@
+"""Every bad input ends in an FsteerError that says what was expected, what came, and how to mend it.
+
+The cases run in a process without the tests' type checker, as they would at a user's.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+SCRIPT = '''
+import json, sys, torch
+from dataclasses import replace
+import fsteer_lens as fl
+from fsteer_lens import models, tutor
+from fsteer_lens.tokens import pad, prompt_ids
+
+model = tutor.load()
+train = tutor.data("safe").train
+h, d = torch.randn(40, 128), torch.randn(40, 128)
+acts = fl.collect(model, train[:40], layer=4, shift="last_prompt", progress=False)
+steer = fl.fit(acts, rank=4, epochs=2)
+spoiled = h.clone(); spoiled[7, 3] = float("nan")
+infinite = d.clone(); infinite[2, 0] = float("inf")
+
+class NoPad:
+    pad_token_id = eos_token_id = bos_token_id = None
+
+class Bare:
+    cfg, tokenizer, hook_dict = model.cfg, NoPad(), model.hook_dict
+
+cases = {
+    "empty contrast set": lambda: fl.collect(model, fl.ContrastSet([]), layer=4),
+    "one-sided contrast": lambda: fl.Contrast("why?", "because", "  "),
+    "unknown layer": lambda: fl.collect(model, train[:2], layer=17),
+    "unknown layer type": lambda: fl.collect(model, train[:2], layer="last"),
+    "unknown site": lambda: replace(steer, site="hook_resid_mid").attach(model),
+    "rank above n - 1": lambda: fl.fit_subspace(h[:5], rank=5),
+    "rank above d": lambda: fl.fit_subspace(torch.randn(50, 8), rank=9),
+    "gate rank above smallest fold": lambda: fl.fit_gate(h[:10], rank=8),
+    "fewer shifts than experts": lambda: fl.fit_experts(h[:3], d[:3], n_experts=4),
+    "NaN activations": lambda: fl.fit_gate(spoiled, rank=4),
+    "infinite shifts": lambda: fl.fit_experts(h, infinite),
+    "prompt longer than the context": lambda: fl.generate(model, "word " * 300),
+    "missing file": lambda: fl.ContrastSet.from_jsonl("no/such/file.jsonl"),
+    "missing steering file": lambda: fl.load("no/such/file.safetensors"),
+    "wrong column": lambda: fl.ContrastSet.from_records([{"question": "a", "preferred": "b", "undesired": "c"}]),
+    "tokenizer without pad": lambda: pad(Bare(), [[1, 2], [1]], "left"),
+    "wrong d_model": lambda: steer.experts_at(4).route(torch.randn(3, 64)),
+    "wrong d_model in a gate": lambda: steer.gate_at(4).gate(torch.randn(3, 64)),
+    "wrong scope": lambda: steer.with_scope("everywhere"),
+    "wrong shift": lambda: fl.collect(model, train[:2], layer=4, shift="mean"),
+    "wrong gate kind": lambda: fl.fit_gate(h, rank=4, kind="cosine"),
+    "wrong prototype scale": lambda: fl.fit_experts(h, d, prototype_scale="big"),
+    "wrong preset": lambda: fl.fit_experts(h, d, preset="papers"),
+    "wrong model kind": lambda: tutor.load("hook"),
+    "unknown option of fit": lambda: fl.fit(acts, ranks=4),
+    "no tensor": lambda: fl.fit_subspace([[1.0, 2.0]]),
+    "integer activations": lambda: fl.fit_subspace(torch.ones(4, 4, dtype=torch.long)),
+    "prompt that is none": lambda: fl.generate(model, [{"role": "user"}]),
+    "token ids outside the vocabulary": lambda: fl.generate(model, [[5, 100000]]),
+    "chat template missing": lambda: prompt_ids(Bare(), "hello", chat=True),
+    "unknown behaviour": lambda: tutor.data("rude"),
+    "saving what is no steering": lambda: fl.save("steering", "x.safetensors"),
+}
+found = {}
+for name, case in cases.items():
+    try:
+        case()
+        found[name] = ["nothing", ""]
+    except fl.errors.FsteerError as error:
+        found[name] = [type(error).__name__, str(error)]
+    except Exception as error:
+        found[name] = ["NOT OURS: " + type(error).__name__, str(error)]
+print(json.dumps(found))
+'''
+
+NAMES = [line.split('"')[1] for line in SCRIPT.splitlines() if line.startswith('    "')]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[str]]:
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bad_input_is_explained(found: dict[str, list[str]], name: str) -> None:
+    kind, message = found[name]
+    assert kind.endswith("Error") and not kind.startswith("NOT OURS"), f"{kind}: {message}"
+    assert "expected" in message or "got" in message or "Pass" in message or "Give" in message, message
+    assert len(message) > 30, message

@@ -1,0 +1,275 @@
+"""Generation: the same tokens however it is run, and a trace that tells the truth."""
+
+import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fsteer_lens import Activations, FineSteer, Schedule, collect, decoding, fit, generate, stream, tutor
+from fsteer_lens.errors import ContextLengthError, InputError, TokenizerError
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.tokens import pad, prompt_ids, stop_ids
+from tests.test_steering import LAYER, logits_of, n_hooks
+
+NEW = 14
+
+
+def texts(model: SteerableModel, prompts: list[str], steering: FineSteer | None = None, **options) -> list[str]:  # type: ignore[no-untyped-def]
+    return generate(model, prompts, steering, max_new_tokens=NEW, progress=False, **options).texts
+
+
+def test_unsteered_greedy_is_transformer_lens_own(model: SteerableModel, prompts: list[str]) -> None:
+    for prompt in prompts[:2]:
+        ids = prompt_ids(model, prompt)
+        own = model.generate(torch.tensor([ids]), max_new_tokens=NEW, do_sample=False, verbose=False)  # type: ignore[attr-defined]
+        found = generate(model, prompt, max_new_tokens=NEW, progress=False)[0].tokens
+        assert own[0, len(ids) :].tolist()[: len(found)] == list(found)
+
+
+def test_cache_batch_and_class_do_not_matter(
+    hooked: SteerableModel, bridge: SteerableModel, steering: FineSteer, prompts: list[str]
+) -> None:
+    runs = [
+        generate(model, prompts, steering, max_new_tokens=NEW, batch_size=size, use_past_kv_cache=cache, progress=False)
+        for model in (hooked, bridge)
+        for size in (8, 1)
+        for cache in (True, False)
+    ]
+    reference = runs[0]
+    assert len({len(item.tokens) for item in reference}) > 1, "rows should end at different steps"
+    for run in runs[1:]:
+        assert [item.tokens for item in run] == [item.tokens for item in reference]
+        for one, other in zip(run, reference, strict=True):
+            assert one.trace.steps is not None and other.trace.steps is not None
+            torch.testing.assert_close(one.trace.steps.logprobs, other.trace.steps.logprobs, atol=1e-4, rtol=0)
+            torch.testing.assert_close(one.trace.change[LAYER], other.trace.change[LAYER], atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(one.trace.gate[LAYER], other.trace.gate[LAYER], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scope", ["all", "generated"])
+def test_cache_does_not_matter_for_other_scopes_and_schedules(
+    model: SteerableModel, steering: FineSteer, prompts: list[str], scope: str
+) -> None:
+    free = replace(steering, scope=scope, schedule=Schedule((1.0, 0.7, 0.2)))
+    cached, plain = (texts(model, prompts, free, use_past_kv_cache=cache) for cache in (True, False))
+    assert cached == plain
+    assert cached != texts(model, prompts)
+
+
+def test_generate_equals_on_around_the_models_own_loop(
+    model: SteerableModel, steering: FineSteer, prompts: list[str]
+) -> None:
+    ids = prompt_ids(model, prompts[0])
+    for cache in (True, False):
+        with steering.on(model) as trace:
+            own = model.generate(  # type: ignore[attr-defined]
+                torch.tensor([ids]), max_new_tokens=NEW, do_sample=False, verbose=False, use_past_kv_cache=cache
+            )
+        item = generate(model, prompts[0], steering, max_new_tokens=NEW, progress=False)[0]
+        assert own[0, len(ids) :].tolist()[: len(item.tokens)] == list(item.tokens)
+        torch.testing.assert_close(trace.gate[LAYER], item.trace.gate[LAYER], atol=1e-5, rtol=0)
+
+
+def test_several_layers_read_the_unsteered_stream(
+    model: SteerableModel, trained: dict[int, Activations], prompts: list[str]
+) -> None:
+    both = fit({2: trained[2], 4: trained[4]}, epochs=10)
+    item = generate(model, prompts[0], both, max_new_tokens=4, progress=False)[0]
+    clean = [
+        generate(model, prompts[0], fit(trained[layer], epochs=1), max_new_tokens=1, progress=False)[0].trace.ser[layer]
+        for layer in (2, 4)
+    ]
+    torch.testing.assert_close(item.trace.ser[2], clean[0])
+    torch.testing.assert_close(item.trace.ser[4], clean[1])
+    batch = pad(model, [prompt_ids(model, prompts[0])], "left")
+    with both.on(model) as live:
+        logits_of(model, batch)
+    assert not torch.allclose(live.ser[4], clean[1], atol=1e-4)
+
+
+def test_sampling_is_seeded_per_row(hooked: SteerableModel, prompts: list[str]) -> None:
+    def options(seed: int) -> dict:
+        return {"do_sample": True, "temperature": 3.0, "seed": seed}
+
+    first = texts(hooked, prompts, **options(1))
+    assert first == texts(hooked, prompts, batch_size=2, **options(1))
+    assert first != texts(hooked, prompts, **options(2))
+    greedy = texts(hooked, prompts)
+    assert texts(hooked, prompts, do_sample=True, top_k=1, seed=5) == greedy
+    assert texts(hooked, prompts, do_sample=True, top_p=1e-6, seed=5) == greedy
+    state = torch.random.get_rng_state()
+    texts(hooked, prompts[:1], **options(3))
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_sampling_follows_the_distribution() -> None:
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
+    sampling = decoding.Sampling(do_sample=True, temperature=2.0, top_k=3, seed=0)
+    generator = sampling.generators([0])
+    counts = torch.bincount(torch.cat([sampling.choose(logits, generator) for _ in range(4000)]), minlength=4)
+    expected = torch.tensor([0.0, 0.5, 1.0]).softmax(0)
+    torch.testing.assert_close(counts[:3] / 4000, expected, atol=0.03, rtol=0)
+    assert counts[3] == 0
+
+
+def test_compare_is_the_teacher_forced_divergence(
+    model: SteerableModel, steering: FineSteer, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    for chunk in (2**25, 2 * model.cfg.d_vocab):
+        monkeypatch.setattr(decoding, "CHUNK_NUMBERS", chunk)
+        runs.append(generate(model, prompts, steering, max_new_tokens=NEW, compare=True, batch_size=4, progress=False))
+    plain = generate(model, prompts, max_new_tokens=NEW, progress=False)
+    for item, chunked, unsteered in zip(*runs, plain, strict=True):
+        assert item.baseline is not None
+        assert (item.baseline.text, item.baseline.tokens) == (unsteered.text, unsteered.tokens)
+        ids = prompt_ids(model, item.prompt)
+        whole = pad(model, [[*ids, *item.tokens]], "right")
+        with steering.on(model, prompt_lengths=torch.tensor([len(ids)])):
+            p = logits_of(model, whole)[0, len(ids) - 1 : -1].double().log_softmax(-1)
+        q = logits_of(model, whole)[0, len(ids) - 1 : -1].double().log_softmax(-1)
+        kl = (p.exp() * (p - q)).sum(-1)
+        steps, other = item.trace.steps, chunked.trace.steps
+        assert steps is not None and steps.kl is not None and other is not None and other.kl is not None
+        torch.testing.assert_close(steps.kl[0].double(), kl, atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(other.kl, steps.kl, atol=1e-4, rtol=1e-3)
+        chosen = torch.tensor(item.tokens)[:, None]
+        change = (p - q).gather(1, chosen).squeeze(1)
+        assert steps.logprob_change is not None
+        torch.testing.assert_close(steps.logprob_change[0].double(), change, atol=1e-4, rtol=1e-3)
+    gates = torch.tensor([float(item.trace.gate[LAYER]) for item in runs[0]])
+    largest = torch.tensor([float(item.trace.steps.kl.max()) for item in runs[0]])  # type: ignore[union-attr]
+    assert (largest[gates > 0.5] > 0.1).all(), "steering an open row must show"
+    assert (largest[gates == 0] < 1e-6).all(), "a closed row must not"
+
+
+def test_stream_yields_what_generate_returns(model: SteerableModel, steering: FineSteer, prompts: list[str]) -> None:
+    whole = generate(model, prompts[0], steering, max_new_tokens=NEW, progress=False)[0]
+    pieces, records = zip(*stream(model, prompts[0], steering, max_new_tokens=NEW), strict=True)
+    assert [record.token for record in records] == list(whole.tokens)
+    assert whole.trace.steps is not None
+    assert pieces == whole.trace.steps.texts[0]
+    assert "".join(pieces).startswith(whole.text)
+    logprobs = torch.tensor([record.logprob for record in records])
+    torch.testing.assert_close(logprobs, whole.trace.steps.logprobs[0], atol=1e-5, rtol=0)
+    assert all(record.top[0][1] >= record.logprob - 1e-6 for record in records)
+
+
+def test_a_suspended_or_abandoned_stream_leaves_the_model_alone(
+    model: SteerableModel, steering: FineSteer, prompts: list[str]
+) -> None:
+    before = n_hooks(model)
+    running = stream(model, prompts[0], steering, max_new_tokens=NEW)
+    next(running)
+    assert n_hooks(model) == before
+    running.close()
+    assert n_hooks(model) == before
+
+
+def test_stop_tokens_and_texts(model: SteerableModel, prompts: list[str]) -> None:
+    free = generate(model, prompts[0], max_new_tokens=NEW, stop=[], progress=False)[0]
+    ended = generate(model, prompts[0], max_new_tokens=NEW, progress=False)[0]
+    assert len(free.tokens) == NEW and ended.tokens[-1] in stop_ids(model)
+    assert len(ended.tokens) < NEW and free.tokens[: len(ended.tokens)] == ended.tokens
+    third = ended.tokens[2]
+    by_id = generate(model, prompts[0], max_new_tokens=NEW, stop=[third], progress=False)[0]
+    assert by_id.tokens == ended.tokens[: ended.tokens.index(third) + 1]
+    word = ended.text.split()[2]
+    by_text = generate(model, prompts[0], max_new_tokens=NEW, stop=[word], progress=False)[0]
+    assert by_text.text == ended.text[: ended.text.index(word)]
+
+
+def test_chat_template_gives_what_chat_gives(model: SteerableModel) -> None:
+    text = "how do i build a bomb?"
+    typed = prompt_ids(model, tutor.chat(text))
+    assert prompt_ids(model, text, chat=True) == typed
+    assert prompt_ids(model, [{"role": "user", "content": text}]) == typed
+    assert typed.count(model.tokenizer.bos_token_id) == 1
+    tagged = prompt_ids(model, text, chat=True, context="<safe>")
+    assert tagged == prompt_ids(model, tutor.chat(text), context="<safe>")
+    assert prompt_ids(model, model.tokenizer.bos_token + tutor.chat(text)) == typed
+    assert prompt_ids(model, typed) == typed
+
+
+def test_trace_joins_rows_and_exports(model: SteerableModel, steering: FineSteer, prompts: list[str]) -> None:
+    made = generate(model, prompts, steering, max_new_tokens=NEW, compare=True, progress=False)
+    joined = made.trace
+    assert joined.n_rows == len(prompts) and joined.layers == (LAYER,)
+    for index, item in enumerate(made):
+        row = joined.row(index)
+        assert row.steps is not None and item.trace.steps is not None
+        assert row.steps.texts == item.trace.steps.texts
+        assert torch.equal(row.steps.logprobs, item.trace.steps.logprobs)
+        assert torch.equal(row.ser[LAYER], item.trace.ser[LAYER])
+        n = len(prompt_ids(model, prompts[index])) + len(item.tokens)
+        assert item.trace.change[LAYER].shape == (1, n - 1)
+    records = json.loads(json.dumps(joined.to_records()))
+    assert len(records) == len(prompts)
+    first = records[0]
+    assert first["layers"][str(LAYER)]["gate"] == pytest.approx(float(made[0].trace.gate[LAYER]))
+    assert [step["token"] for step in first["steps"]] == list(made[0].tokens)
+    assert all(math.isfinite(step["kl"]) and step["kl"] >= 0 for step in first["steps"])
+    assert "".join(first["prompt"]).endswith(prompts[0][-12:])
+    frame = joined.to_frame()
+    assert list(frame["gate"]) == pytest.approx([float(item.trace.gate[LAYER]) for item in made])
+
+
+def test_bad_requests_raise(hooked: SteerableModel, steering: FineSteer, prompts: list[str]) -> None:
+    cases = [
+        ({"temperature": 0.5}, "do_sample"),
+        ({"do_sample": True, "temperature": 0.0}, "temperature"),
+        ({"do_sample": True, "top_p": 1.5}, "top_p"),
+        ({"do_sample": True, "top_k": 0}, "top_k"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"compare": True}, "compare"),
+    ]
+    for options, message in cases:
+        with pytest.raises(InputError, match=message):
+            generate(hooked, prompts[0], progress=False, **options)
+    with pytest.raises(InputError, match="at least one"):
+        generate(hooked, [], progress=False)
+    with pytest.raises(InputError, match="prompt"):
+        generate(hooked, [" "], progress=False)
+    with pytest.raises(ContextLengthError, match="128"):
+        generate(hooked, [[5] * 120], max_new_tokens=20, progress=False)
+    with pytest.raises(ContextLengthError, match="fewer new tokens"):
+        prompt_ids(hooked, "word " * 200)
+
+
+def test_tokenizers_that_lack_something(hooked: SteerableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = hooked.tokenizer
+    monkeypatch.setattr(tokenizer, "chat_template", None)
+    with pytest.raises(TokenizerError, match="chat template"):
+        prompt_ids(hooked, "hello", chat=True)
+    monkeypatch.setattr(hooked, "tokenizer", SimpleNamespace(pad_token_id=None, eos_token_id=None))
+    with pytest.raises(TokenizerError, match="pad_token"):
+        pad(hooked, [[1, 2], [1]], "left")
+    assert pad(hooked, [[1, 2], [3, 4]], "left").mask.all()
+    monkeypatch.setattr(hooked, "tokenizer", None)
+    with pytest.raises(TokenizerError, match="no tokenizer"):
+        prompt_ids(hooked, "hello")
+
+
+def test_a_real_model_is_steered(stories: SteerableModel) -> None:
+    from fsteer_lens import Contrast, ContrastSet
+
+    names = ["Lily", "Tom", "Max", "Anna", "Ben", "Sue", "Tim", "Mia"]
+    contrasts = ContrastSet(
+        Contrast(
+            f"Once upon a time there was a child named {name}. One day, {name}",
+            " was very happy and smiled. It was a lovely, sunny day.",
+            " was very sad and cried. It was a dark, scary day.",
+            label="mood",
+        )
+        for name in names
+    )
+    acts = collect(stories, contrasts, layer=2, progress=False)
+    mood = fit(acts, rank=3, n_experts=2, epochs=20, strength=4.0).with_gate(None)
+    assert mood.scope == "all"
+    prompt = "Once upon a time there was a child named Zoe. One day, Zoe"
+    made = generate(stories, prompt, mood, max_new_tokens=20, compare=True, progress=False)[0]
+    assert made.baseline is not None and made.text != made.baseline.text
+    assert made.text.startswith(" "), "the space between prompt and answer belongs to the answer"

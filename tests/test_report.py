@@ -1,0 +1,198 @@
+"""The report is one file that renders without network, in light and dark, and whose sliders move what they should."""
+
+import re
+import shutil
+from types import SimpleNamespace
+
+import plotly.graph_objects as go
+import pytest
+import torch
+
+from fsteer_lens import figures, fit_gate
+from fsteer_lens.errors import InputError
+from fsteer_lens.evaluation import DEFAULT, GATED_MEAN_SHIFT, NO_STEERING, PAPER, MethodRow, Proportion
+from fsteer_lens.generation import Generations
+from fsteer_lens.report import Report
+from fsteer_lens.report.chapters import findings, table_of
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+HOSTILE = "</script><img src=x onerror=document.title='hacked'> <b>&amp; \u2067שלום 🙂"
+
+
+@pytest.fixture(scope="module")
+def gate_and_queries():
+    torch.manual_seed(0)
+    ir = torch.randn(200, 20) * torch.tensor([6.0, 4, 3] + [0.7] * 17)
+    other = torch.randn(200, 20)
+    return fit_gate(ir[:100], rank=3), {HOSTILE: ir[100:], "general": other}
+
+
+@pytest.fixture(scope="module")
+def report(gate_and_queries):
+    gate, queries = gate_and_queries
+    prompts = {name: [f"{HOSTILE} {row}" for row in range(len(rows))] for name, rows in queries.items()}
+    weights = torch.randn(200, 4).softmax(dim=-1)
+    labels = [HOSTILE if row % 2 else "b" for row in range(200)]
+    return (
+        Report(f"Report {HOSTILE}")
+        .add_heading(HOSTILE)
+        .add_text(f"one {HOSTILE}\n\ntwo")
+        .add_table(["method", "kept"], [["none", "0.9\n0.8-0.95"], [HOSTILE, "1"]], marked=[1])
+        .add_figure(figures.rank_explorer(gate, queries, prompts), HOSTILE)
+        .add_figure(figures.expert_routing(weights, labels, [HOSTILE] * 200), "routing")
+        .add_figure(figures.gate_separation(gate, *queries.values(), names=(HOSTILE, "general")), "separation")
+        .add_figure(figures.token_scores([HOSTILE, "b"], torch.tensor([0.5, float("nan")])), "tokens")
+    )
+
+
+def test_the_page_is_one_file_below_eight_megabytes_that_asks_for_nothing(report, tmp_path):
+    path = report.write(tmp_path / "report.html")
+    assert path.stat().st_size < 8e6
+    page = path.read_text(encoding="utf-8")
+    assert page.count("plotly.js v") == 1  # inside, and once
+    assert not re.findall(r"<(?:script|img|iframe|link)\b[^>]*(?:src|href)=[\"']?(?!data:)[\w/]", page)
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert not re.findall(r"url\(|@import|https?:", style)
+    assert "prefers-color-scheme: dark" in style and "@media print" in style
+
+
+def test_a_page_without_plots_is_small(tmp_path):
+    path = Report("a").add_text("b").add_figure(figures.token_scores(["c"], torch.ones(1))).write(tmp_path / "a.html")
+    assert path.stat().st_size < 10_000
+
+
+def test_tables_mark_rows_set_second_lines_small_and_refuse_ragged_rows():
+    page = Report("a").add_table(["x", "y"], [["1", "2\n3"], ["4", "5"]], marked=[1]).html()
+    assert "<td>2<small>3</small></td>" in page
+    assert '<tr class="marked"><td>4</td>' in page and page.count("marked") == page.count(".marked") + 1
+    with pytest.raises(InputError, match="2 cells"):
+        Report("a").add_table(["x", "y"], [["1"]])
+    with pytest.raises(InputError, match="2 or 3"):
+        Report("a").add_heading("x", level=1)
+
+
+def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):
+    target = tmp_path / "a.html"
+    Report("old").write(target)
+    broken = Report("new")
+    monkeypatch.setattr(broken, "html", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        broken.write(target)
+    assert "old" in target.read_text()
+    with pytest.raises(InputError, match="existing folder"):
+        Report("a").write(tmp_path / "nowhere" / "a.html")
+
+
+def test_the_table_says_for_every_method_what_was_measured():
+    def row(name, hits, routing, **more):
+        shares = {"refused exactly": Proportion(hits, 10), **more}
+        return MethodRow(name, shares, routing, 1.25, torch.ones(10, dtype=torch.bool), Generations([]))
+
+    rows = {
+        name: row(
+            name,
+            hits,
+            {"cluster": 0.9, "NMI": 0.8} if hits > 5 else {},
+            **({"gate": Proportion(1, 4)} if hits > 8 else {}),
+        )
+        for name, hits in ((NO_STEERING, 0), (GATED_MEAN_SHIFT, 5), (PAPER, 8), (DEFAULT, 10))
+    }
+    comparison = SimpleNamespace(
+        behaviour="safe",
+        rows=tuple(rows.values()),
+        row=rows.__getitem__,
+        difference=lambda first, second: f"<{first} - {second}>",
+        auroc=0.9876,
+    )
+    columns, cells = table_of.__wrapped__(comparison) if hasattr(table_of, "__wrapped__") else table_of(comparison)
+    assert columns == ["method", "refused exactly", "gate", "expert = cluster", "NMI", "seconds"]
+    low, high = Proportion(5, 10).interval
+    assert cells[1] == [GATED_MEAN_SHIFT, f"0.500\n{low:.2f}–{high:.2f}", "–", "–", "–", "1.2"]
+    assert cells[3][2].startswith("0.250\n") and cells[3][3:] == ["0.90", "0.80", "1.2"]
+    told = findings.__wrapped__(comparison) if hasattr(findings, "__wrapped__") else findings(comparison)
+    assert "0 of 10" in told and "10 of 10" in told and "0.988" in told
+    assert f"<{DEFAULT} - {GATED_MEAN_SHIFT}>" in told and f"<{DEFAULT} - {PAPER}>" in told
+
+
+# ------------------------------------------------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium or Chrome on the path")
+    quiet = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
+    with api.sync_playwright() as playwright:
+        options = [f"--{option}" for option in [*quiet, "disable-component-update", "disable-sync"]]
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(params=["light", "dark"])
+def opened(chromium, report, tmp_path, request):
+    """The report in a browser without network, with what went wrong there."""
+    troubles = []
+    context = chromium.new_context(offline=True, color_scheme=request.param, viewport={"width": 1280, "height": 900})
+    page = context.new_page()
+    page.on("console", lambda message: troubles.append(message.text))
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("request", lambda one: troubles.append(one.url) if not one.url.startswith(("file:", "data:")) else None)
+    page.goto(report.write(tmp_path / "report.html").as_uri())
+    page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 6")
+    yield page, request.param, troubles
+    context.close()
+
+
+def test_the_page_renders_quietly_and_text_stays_text(opened):
+    page, scheme, troubles = opened
+    assert troubles == []
+    assert page.evaluate("document.title").startswith("Report </script><img")
+    assert page.locator("img").count() == 0
+    assert page.evaluate("document.documentElement.scrollWidth") <= 1280
+    assert page.locator(".modebar-btn[data-title*='hare']").count() == 0
+    background = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert background == {"light": "rgba(0, 0, 0, 0)", "dark": "rgb(18, 19, 22)"}[scheme]
+    boxes = page.evaluate("[...document.querySelectorAll('.scatterlayer .point')].length")
+    assert boxes >= 300
+    names = page.evaluate("[...document.querySelectorAll('.yaxislayer-above text')].map(t => t.textContent).join()")
+    assert "onerror" in names
+
+
+def test_the_slider_moves_prompts_marks_threshold_and_counts(opened, gate_and_queries):
+    page, _, troubles = opened
+    gate, queries = gate_and_queries
+    state = """() => { const g = document.querySelector('.js-plotly-plot');
+        return [g.data.slice(0, 3).map(t => t.x), g.data.slice(0, 2).map(t => t.marker.symbol), g.layout.yaxis.ticktext]; }"""
+    before = page.evaluate(state)
+    rail = page.locator(".slider-rail-touch-rect").first.bounding_box()
+    page.mouse.click(rail["x"] + rail["width"] - 2, rail["y"] + rail["height"] / 2)
+    page.wait_for_function("document.querySelector('.js-plotly-plot').layout.sliders[0].active > 2")
+    rank = page.evaluate("document.querySelector('.js-plotly-plot').layout.sliders[0].active") + 1
+    page.wait_for_timeout(100)
+    after = page.evaluate(state)
+    assert rank == gate.subspace.rank
+    assert after != before
+    for index, rows in enumerate(queries.values()):
+        assert torch.allclose(torch.tensor(after[0][index]), gate.subspace.energy_ratio(rows, rank), atol=6e-4)
+        is_open = gate.at_rank(rank).gate(rows) >= 0.5
+        assert [symbol == 0 for symbol in after[1][index]] == is_open.tolist()
+        assert f"{int(is_open.sum())} of {len(rows)} steered" in after[2][index]
+    assert after[0][2][0] == pytest.approx(gate.at_rank(rank).threshold, abs=1e-4)
+    assert troubles == []
+
+
+def test_a_single_figure_opens_by_itself(chromium, tmp_path):
+    figures.save(figures.expert_routing(torch.rand(6, 3)), tmp_path / "a.html")
+    page = chromium.new_page()
+    page.goto((tmp_path / "a.html").as_uri())
+    page.wait_for_selector(".js-plotly-plot .heatmaplayer image")
+    assert page.evaluate("document.querySelector('.js-plotly-plot').offsetWidth") > 600
+    page.close()
+
+
+def test_a_plot_is_a_plotly_figure_everywhere():
+    assert isinstance(figures.expert_routing(torch.rand(2, 2)), go.Figure)
