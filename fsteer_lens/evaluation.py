@@ -18,6 +18,7 @@ from torch import Tensor
 from fsteer_lens import tutor
 from fsteer_lens.activations import Activations, collect, collect_queries
 from fsteer_lens.baselines import MeanShift, fit_mean_shift
+from fsteer_lens.errors import InputError
 from fsteer_lens.gates import OPEN
 from fsteer_lens.generation import Generations, generate
 from fsteer_lens.models import SteerableModel
@@ -38,6 +39,7 @@ GATED_MEAN_SHIFT = "mean shift, gated"
 UNGATED = "MoSE, no gate"
 PAPER = 'FineSteer, preset="paper"'
 DEFAULT = "FineSteer, default"
+METHODS = (NO_STEERING, TAG, MEAN_SHIFT, GATED_MEAN_SHIFT, UNGATED, PAPER, DEFAULT)
 
 
 @dataclass(frozen=True)
@@ -186,6 +188,7 @@ def compare_on_tutor(
     *,
     seed: int = 0,
     limit: int | None = None,
+    only: Sequence[str] | None = None,
     progress: bool = True,
 ) -> Comparison:
     """Fit every method on the tutor's training split and measure it on its test split.
@@ -196,8 +199,15 @@ def compare_on_tutor(
         seed: of the controllers' training.
         limit: take at most so many of the contrasts, of the general prompts and of the near misses, always the same
             ones; None takes all.
+        only: names of the methods to measure; None measures all of `METHODS`.
         progress: show progress bars.
+
+    Raises:
+        InputError: an unknown behaviour or method.
     """
+    unknown = set(only or ()) - set(METHODS)
+    if unknown:
+        raise InputError("methods", expected=f"names among {METHODS}", got=sorted(unknown))
     told = tutor.data(behaviour)
     contrasts, general, near = (_spread(part, limit) for part in (told.test, told.general_test, told.near_miss_test))
     trained = tutor.activations(model, behaviour, progress=progress)
@@ -206,15 +216,9 @@ def compare_on_tutor(
     gate = default.gate_at(trained.layer)
     scope = default.scope
     mean = fit_mean_shift(trained, scope=scope, strength=default.strength)
-    methods: dict[str, Steering | None] = {
-        NO_STEERING: None,
-        TAG: None,
-        MEAN_SHIFT: mean,
-        GATED_MEAN_SHIFT: fit_mean_shift(trained, gate=gate, scope=scope, strength=default.strength),
-        UNGATED: default.with_gate(None),
-        PAPER: paper,
-        DEFAULT: default,
-    }
+    gated_mean = fit_mean_shift(trained, gate=gate, scope=scope, strength=default.strength)
+    steerings = (None, None, mean, gated_mean, default.with_gate(None), paper, default)
+    methods: dict[str, Steering | None] = dict(zip(METHODS, steerings, strict=True))
     tested = collect(
         model, contrasts, layer=trained.layer, shift="last_prompt", batch_size=BATCH_SIZE, progress=progress
     )
@@ -225,6 +229,7 @@ def compare_on_tutor(
     rows = [
         _measure(model, name, steering, told, contrasts, general, near, tested, progress)
         for name, steering in methods.items()
+        if only is None or name in only
     ]
     return Comparison(behaviour, tuple(rows), default, paper, contrasts, general, near, queries, seed)
 

@@ -270,8 +270,8 @@ def fit_experts(
         "weight_decay >= 0": weight_decay >= 0,
         "clip > 0": clip > 0,
     }
-    if not all(ranges.values()):
-        broken = [name for name, holds in ranges.items() if not holds]
+    broken = [name for name, holds in ranges.items() if not holds]
+    if broken:
         raise InputError("fit_experts", expected=", ".join(broken), got="a value outside")
     norms = delta.norm(dim=1, keepdim=True)
     if (norms == 0).any():

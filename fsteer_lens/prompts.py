@@ -226,7 +226,16 @@ class ContrastSet(Sequence[Contrast]):
                 for name, column in chosen.items()
                 if column is not None and row.get(column) not in (None, "")
             }
+            for column in (preferred, undesired):
+                if not isinstance(row[column], str):
+                    raise DataError(
+                        f"row {number}, column {column!r}",
+                        expected="text",
+                        got=repr(row[column]),
+                        fix="Give every contrast both a preferred and an undesired answer.",
+                    )
             try:
+                check_prompt(row[prompt])
                 contrasts.append(Contrast(row[prompt], row[preferred], row[undesired], **optional))
             except InputError as error:
                 raise DataError(f"row {number}: {error}") from error
@@ -251,6 +260,8 @@ class ContrastSet(Sequence[Contrast]):
                     rows.append(json.loads(line))
                 except json.JSONDecodeError as error:
                     raise DataError(f"{path}, line {number}", expected="one JSON object", got=str(error)) from error
+                if not isinstance(rows[-1], dict):
+                    raise DataError(f"{path}, line {number}", expected="one JSON object", got=line[:60])
         return cls._from_file(path, rows, columns)
 
     @classmethod

@@ -46,9 +46,7 @@ def test_response_mean_shift_averages_over_the_answers(model: SteerableModel) ->
 
 def test_queries_do_not_depend_on_batching(model: SteerableModel) -> None:
     prompts = [str(prompt) for prompt in TRAIN.prompts[::150]]
-    one, many = (
-        collect_queries(model, prompts, layer=3, batch_size=size, progress=False).queries for size in (1, 8)
-    )
+    one, many = (collect_queries(model, prompts, layer=3, batch_size=size, progress=False).queries for size in (1, 8))
     torch.testing.assert_close(one, many, atol=1e-4, rtol=1e-4)
 
 
@@ -88,5 +86,5 @@ def test_bad_requests_raise(hooked: SteerableModel, monkeypatch: pytest.MonkeyPa
     broken = embed.data.clone()
     broken[prompt_ids(hooked, TRAIN[0].prompt)[3]] = float("inf")
     monkeypatch.setattr(embed, "data", broken)
-    with pytest.raises(NonFiniteError, match="half precision|Half precision"):
+    with pytest.raises(NonFiniteError, match=r"half precision|Half precision"):
         collect(hooked, TRAIN[:2], layer=1, shift="last_prompt", progress=False)

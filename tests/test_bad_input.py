@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-SCRIPT = '''
+SCRIPT = """
 import json, sys, torch
 from dataclasses import replace
 import fsteer_lens as fl
@@ -74,7 +74,7 @@ for name, case in cases.items():
     except Exception as error:
         found[name] = ["NOT OURS: " + type(error).__name__, str(error)]
 print(json.dumps(found))
-'''
+"""
 
 NAMES = [line.split('"')[1] for line in SCRIPT.splitlines() if line.startswith('    "')]
 

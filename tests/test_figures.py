@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 import pytest
 import torch
 
-from fsteer_lens import figures
+from fsteer_lens import MeanShift, figures, generate, tutor
 from fsteer_lens.errors import InputError, MissingDependencyError, ShapeError
 from fsteer_lens.figures.gating import roc
 from fsteer_lens.figures.style import expert_colours
@@ -33,6 +33,11 @@ def groups():
 @pytest.fixture(scope="module")
 def gate(groups):
     return fit_gate(groups[0], rank=3, epsilon=0.1)
+
+
+@pytest.fixture(scope="module")
+def tutor_model():
+    return tutor.load()
 
 
 class Elements(HTMLParser):
@@ -241,6 +246,22 @@ def test_marks_of_a_trace_stand_at_the_steered_positions(steered):
     assert "none" in titles[4]  # no forward pass went through the last token
 
 
+@pytest.mark.parametrize("scope", ["prompt", "generated", "all"])
+def test_marks_of_a_real_generation_stand_where_the_scope_says(tutor_model, scope):
+    prompts = ["<user>what is the capital of france?<tutor>", "<user>hi, how do you bake bread?<tutor>"]
+    steering = MeanShift(torch.full((128,), 0.1), layer=2, scope=scope)
+    trace = generate(tutor_model, prompts, steering, max_new_tokens=6, progress=False).trace
+    for row in range(2):
+        assert trace.prompts is not None and trace.steps is not None
+        n_prompt, n_new = len(trace.prompts[row]), len(trace.steps.texts[row])
+        titles = [one["title"] for one in Elements(str(figures.token_scores(trace, row=row))).titled()]
+        steered = [position for position, title in enumerate(titles) if "\nsteered" in title]
+        last = n_prompt + n_new - 1  # the last token predicts nothing
+        span = {"prompt": range(n_prompt), "generated": range(n_prompt - 1, last), "all": range(last)}[scope]
+        assert steered == list(span)
+        assert len(titles) == n_prompt + n_new
+
+
 def test_pads_are_struck_out_and_shift_the_prompts_end():
     view = figures.token_scores(["<pad>", "a", "b", "c"], torch.ones(4), first=1, prompt_length=2)
     page = Elements(str(view))
@@ -302,7 +323,7 @@ def test_files_hold_the_figure_and_ask_for_nothing(tmp_path, gate, groups):
     figures.save(figures.token_scores(["a"], torch.ones(1)), tmp_path / "b.html")
     assert '<script src="' not in (tmp_path / "a.html").read_text()
     read = json.loads((tmp_path / "a.json").read_text())
-    assert go.Figure(read).to_dict()["data"][0]["y"] == figure.data[0].y
+    assert go.Figure(read).layout.shapes[0].x0 == figure.layout.shapes[0].x0
     assert read == json.loads(figure.to_json())
     assert (tmp_path / "b.html").stat().st_size < 3000
     with pytest.raises(InputError, match=r"\.html"):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fsteer_lens import ExpertProbe, FineSteer, SubspaceAblation, SubspaceProbe, generate
+from fsteer_lens import ExpertProbe, FineSteer, SubspaceAblation, SubspaceProbe
 from fsteer_lens.errors import InputError, SiteError
 from fsteer_lens.models import Forward, SteerableModel
 from fsteer_lens.tokens import pad, prompt_ids
@@ -17,7 +17,10 @@ def test_probes_read_every_token_and_change_nothing(
     assert gate is not None
     batch = batch_of(model, prompts)
     plain, stream = logits_of(model, batch), residual(model, batch)
-    with SubspaceProbe(gate.subspace, layer=LAYER).on(model) as scores, ExpertProbe(experts, layer=LAYER).on(model) as mix:
+    with (
+        SubspaceProbe(gate.subspace, layer=LAYER).on(model) as scores,
+        ExpertProbe(experts, layer=LAYER).on(model) as mix,
+    ):
         assert torch.equal(logits_of(model, batch), plain)
     torch.testing.assert_close(scores.ser[LAYER], gate.subspace.energy_ratios(stream))
     torch.testing.assert_close(mix.weights[LAYER], experts.route(stream))

@@ -91,9 +91,9 @@ def test_what_transformer_lens_cannot_convert_says_so() -> None:
 
 def test_missing_class_and_folder_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(models, "available_kinds", lambda: ("bridge",))
-    with pytest.raises(MissingDependencyError, match="transformer-lens<4"):
+    with pytest.raises(MissingDependencyError, match=r"transformer-lens<4"):
         random_model("gpt2", "hooked")
-    with pytest.raises(InputError, match="config.json"):
+    with pytest.raises(InputError, match=r"config\.json"):
         models.load(tmp_path / "nothing")
 
 
@@ -119,7 +119,7 @@ def test_fingerprints_know_their_model(hooked: SteerableModel, bridge: Steerable
     one.require_match(near)
     half = replace(one, dtype="torch.bfloat16", probe={1: tuple(value * 1.02 for value in one.probe[1])})
     one.require_match(half)
-    with pytest.raises(MismatchError, match="0.02"):
+    with pytest.raises(MismatchError, match=r"0\.02"):
         one.require_match(replace(half, dtype="torch.float32"))
 
 

@@ -2,15 +2,13 @@
 
 import re
 import shutil
-from types import SimpleNamespace
 
-import plotly.graph_objects as go
 import pytest
 import torch
 
 from fsteer_lens import figures, fit_gate
 from fsteer_lens.errors import InputError
-from fsteer_lens.evaluation import DEFAULT, GATED_MEAN_SHIFT, NO_STEERING, PAPER, MethodRow, Proportion
+from fsteer_lens.evaluation import DEFAULT, GATED_MEAN_SHIFT, NO_STEERING, PAPER, Comparison, MethodRow, Proportion
 from fsteer_lens.generation import Generations
 from fsteer_lens.report import Report
 from fsteer_lens.report.chapters import findings, table_of
@@ -18,7 +16,7 @@ from fsteer_lens.report.chapters import findings, table_of
 CHROMIUM = next(
     (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
 )
-HOSTILE = "</script><img src=x onerror=document.title='hacked'> <b>&amp; \u2067שלום 🙂"
+HOSTILE = "</script><img src=x onerror=document.title='hacked'> <b>&amp; \u2067\u05e9\u05dc \u05d0 🙂"
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +24,7 @@ def gate_and_queries():
     torch.manual_seed(0)
     ir = torch.randn(200, 20) * torch.tensor([6.0, 4, 3] + [0.7] * 17)
     other = torch.randn(200, 20)
-    return fit_gate(ir[:100], rank=3), {HOSTILE: ir[100:], "general": other}
+    return fit_gate(ir[:100], rank=3, max_rank=12), {HOSTILE: ir[100:], "general": other}
 
 
 @pytest.fixture(scope="module")
@@ -85,35 +83,32 @@ def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):
         Report("a").write(tmp_path / "nowhere" / "a.html")
 
 
-def test_the_table_says_for_every_method_what_was_measured():
-    def row(name, hits, routing, **more):
-        shares = {"refused exactly": Proportion(hits, 10), **more}
-        return MethodRow(name, shares, routing, 1.25, torch.ones(10, dtype=torch.bool), Generations([]))
+class Measured(Comparison):
+    """A comparison of which only the rows are known."""
 
-    rows = {
-        name: row(
-            name,
-            hits,
-            {"cluster": 0.9, "NMI": 0.8} if hits > 5 else {},
-            **({"gate": Proportion(1, 4)} if hits > 8 else {}),
-        )
-        for name, hits in ((NO_STEERING, 0), (GATED_MEAN_SHIFT, 5), (PAPER, 8), (DEFAULT, 10))
-    }
-    comparison = SimpleNamespace(
-        behaviour="safe",
-        rows=tuple(rows.values()),
-        row=rows.__getitem__,
-        difference=lambda first, second: f"<{first} - {second}>",
-        auroc=0.9876,
-    )
-    columns, cells = table_of.__wrapped__(comparison) if hasattr(table_of, "__wrapped__") else table_of(comparison)
-    assert columns == ["method", "refused exactly", "gate", "expert = cluster", "NMI", "seconds"]
+    auroc = 0.9876
+
+    def __init__(self, rows):
+        for name, value in (("behaviour", "safe"), ("rows", tuple(rows)), ("seed", 0)):
+            object.__setattr__(self, name, value)
+
+
+def test_the_table_says_for_every_method_what_was_measured():
+    rows = []
+    for name, hits in ((NO_STEERING, 0), (GATED_MEAN_SHIFT, 5), (PAPER, 8), (DEFAULT, 10)):
+        shares = {"refused exactly": Proportion(hits, 10)} | ({"gate open": Proportion(1, 4)} if hits == 10 else {})
+        routed = {"cluster": 0.9, "NMI": 0.8} if hits > 5 else {}
+        rows.append(MethodRow(name, shares, routed, 1.26, torch.arange(10) < hits, Generations([])))
+    comparison = Measured(rows)
+    columns, cells = table_of(comparison)
+    assert columns == ["method", "refused exactly", "gate open", "expert = cluster", "NMI", "seconds"]
     low, high = Proportion(5, 10).interval
-    assert cells[1] == [GATED_MEAN_SHIFT, f"0.500\n{low:.2f}–{high:.2f}", "–", "–", "–", "1.2"]
-    assert cells[3][2].startswith("0.250\n") and cells[3][3:] == ["0.90", "0.80", "1.2"]
-    told = findings.__wrapped__(comparison) if hasattr(findings, "__wrapped__") else findings(comparison)
+    assert cells[1] == [GATED_MEAN_SHIFT, f"0.500\n{low:.2f}–{high:.2f}", "–", "–", "–", "1.3"]
+    assert cells[3][2].startswith("0.250\n") and cells[3][3:] == ["0.90", "0.80", "1.3"]
+    told = findings(comparison)
     assert "0 of 10" in told and "10 of 10" in told and "0.988" in told
-    assert f"<{DEFAULT} - {GATED_MEAN_SHIFT}>" in told and f"<{DEFAULT} - {PAPER}>" in told
+    for other, change in ((GATED_MEAN_SHIFT, "+0.500 ["), (PAPER, "+0.200 [")):
+        assert str(comparison.difference(DEFAULT, other)) in told and change in told
 
 
 # ------------------------------------------------------------------------------------------------------- in a browser
@@ -132,8 +127,8 @@ def chromium():
         browser.close()
 
 
-@pytest.fixture(params=["light", "dark"])
-def opened(chromium, report, tmp_path, request):
+@pytest.fixture(scope="module", params=["light", "dark"])
+def opened(chromium, report, tmp_path_factory, request):
     """The report in a browser without network, with what went wrong there."""
     troubles = []
     context = chromium.new_context(offline=True, color_scheme=request.param, viewport={"width": 1280, "height": 900})
@@ -141,7 +136,7 @@ def opened(chromium, report, tmp_path, request):
     page.on("console", lambda message: troubles.append(message.text))
     page.on("pageerror", lambda error: troubles.append(str(error)))
     page.on("request", lambda one: troubles.append(one.url) if not one.url.startswith(("file:", "data:")) else None)
-    page.goto(report.write(tmp_path / "report.html").as_uri())
+    page.goto(report.write(tmp_path_factory.mktemp("page") / "report.html").as_uri())
     page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 6")
     yield page, request.param, troubles
     context.close()
@@ -165,8 +160,8 @@ def test_the_page_renders_quietly_and_text_stays_text(opened):
 def test_the_slider_moves_prompts_marks_threshold_and_counts(opened, gate_and_queries):
     page, _, troubles = opened
     gate, queries = gate_and_queries
-    state = """() => { const g = document.querySelector('.js-plotly-plot');
-        return [g.data.slice(0, 3).map(t => t.x), g.data.slice(0, 2).map(t => t.marker.symbol), g.layout.yaxis.ticktext]; }"""
+    state = """() => { const {data, layout} = document.querySelector('.js-plotly-plot');
+        return [data.slice(0, 3).map(t => t.x), data.slice(0, 2).map(t => t.marker.symbol), layout.yaxis.ticktext]; }"""
     before = page.evaluate(state)
     rail = page.locator(".slider-rail-touch-rect").first.bounding_box()
     page.mouse.click(rail["x"] + rail["width"] - 2, rail["y"] + rail["height"] / 2)
@@ -192,7 +187,3 @@ def test_a_single_figure_opens_by_itself(chromium, tmp_path):
     page.wait_for_selector(".js-plotly-plot .heatmaplayer image")
     assert page.evaluate("document.querySelector('.js-plotly-plot').offsetWidth") > 600
     page.close()
-
-
-def test_a_plot_is_a_plotly_figure_everywhere():
-    assert isinstance(figures.expert_routing(torch.rand(2, 2)), go.Figure)

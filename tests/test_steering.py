@@ -321,14 +321,19 @@ def test_hooks_of_others_stay(model: SteerableModel, steering: FineSteer, prompt
         model.hook_dict[SITE].remove_hooks()
 
 
-def test_wrong_place_or_model_raises(hooked: SteerableModel, steering: FineSteer, trained: dict[int, Activations]) -> None:
+def test_wrong_place_or_model_raises(
+    hooked: SteerableModel, steering: FineSteer, trained: dict[int, Activations]
+) -> None:
     with pytest.raises(SiteError, match=r"0\.\.5"), replace(steering, layer=6).on(hooked):
         pass
     with pytest.raises(SiteError, match="hook_resid_post"), replace(steering, site="hook_resid_pots").on(hooked):
         pass
     assert steering.fingerprint is not None
     elsewhere = replace(steering.fingerprint, probe={LAYER: tuple(-x for x in steering.fingerprint.probe[LAYER])})
-    with pytest.raises(MismatchError, match="activations at layer 4"), replace(steering, fingerprint=elsewhere).on(hooked):
+    with (
+        pytest.raises(MismatchError, match="activations at layer 4"),
+        replace(steering, fingerprint=elsewhere).on(hooked),
+    ):
         pass
     narrow = MeanShift(torch.ones(64), layer=1)
     with pytest.raises(ShapeError, match="d_model=64"), narrow.on(hooked):

@@ -118,9 +118,7 @@ def test_what_is_no_file_of_ours_is_refused(steering: FineSteer, tmp_path: Path)
         load(foreign)
 
 
-def test_saving_never_leaves_half_a_file(
-    steering: FineSteer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_saving_never_leaves_half_a_file(steering: FineSteer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "steer.safetensors"
     save(steering, path)
     before = path.read_bytes()

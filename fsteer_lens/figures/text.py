@@ -103,9 +103,10 @@ def _of_trace(trace: Trace, layer: int | None, row: int) -> tuple[list[str], Flo
         raise InputError("layer", expected=f"one of the steered layers, {known}", got=layer)
     one = trace.row(row)
     assert one.prompts is not None
-    tokens = [*one.prompts[0], *(one.steps.texts[0] if one.steps is not None else ())]
+    generated = one.steps.texts[0] if one.steps is not None else ()
+    tokens = [*one.prompts[0], *generated]
     change = torch.full((len(tokens),), math.nan)
-    recorded = one.change[layer][0, : len(tokens)].float()
+    recorded = one.change[layer][0, : len(tokens) - bool(generated)].float()  # the last token predicts nothing
     change[: len(recorded)] = recorded
     return tokens, change, len(one.prompts[0])
 

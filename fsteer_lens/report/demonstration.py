@@ -80,17 +80,17 @@ def examples_of(comparison: Comparison) -> tuple[list[str], list[str]]:
 def print_comparison(
     console: "rich.console.Console", comparison: Comparison, titles: Sequence[str], examples: Generations
 ) -> None:
-    """Print the comparison in two tables, the main numbers in words, and the example prompts side by side."""
+    """Print two tables that fit into 80 columns, the main numbers in words, and the example prompts side by side."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     columns, rows = table_of(comparison)
     cut = next((i for i, name in enumerate(columns) if name.startswith("gate")), len(columns) - 3)
-    heading = f"{TITLES[comparison.behaviour]}: {{}} (share of test prompts, 95 % interval)"
+    heading = f"{TITLES[comparison.behaviour]}: {{}} (shares, 95 % interval)"
     for what, chosen in (("answers", range(1, cut)), ("gate and experts", range(cut, len(columns)))):
-        table = Table(title=heading.format(what), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
-        table.add_column("method", ratio=2, min_width=14, overflow="fold")
+        table = Table(title=heading.format(what), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        table.add_column("method", width=14)
         for index in chosen:
             table.add_column(columns[index], justify="right")
         for row in rows:
@@ -117,4 +117,5 @@ def _numbers(cell: str) -> "rich.text.Text":
     from rich.text import Text
 
     first, _, rest = cell.partition("\n")
-    return Text(first) if not rest else Text(f"{first}\n").append(rest, style="dim not bold")
+    interval = rest.replace("0.", ".")
+    return Text(first) if not rest else Text(f"{first}\n").append(interval, style="dim not bold")

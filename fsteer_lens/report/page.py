@@ -71,12 +71,13 @@ class Report:
     def add_figure(self, figure: "plotly.graph_objects.Figure | Html", caption: str = "") -> "Report":
         """Add a figure with its explanation above it."""
         if isinstance(figure, Html):
-            drawn = figure.body
+            drawn, kind = figure.body, "view"
         else:
             drawn = figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG)
+            kind = "plot"
             self._has_plot = True
         above = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
-        return self._add(f"<figure>{above}{drawn}</figure>")
+        return self._add(f'<figure class="{kind}">{above}{drawn}</figure>')
 
     def html(self) -> str:
         """The page; plotly is inside once, where a figure needs it."""
