@@ -209,7 +209,8 @@ def compare_on_tutor(
     if unknown:
         raise InputError("methods", expected=f"names among {METHODS}", got=sorted(unknown))
     told = tutor.data(behaviour)
-    contrasts, general, near = (_spread(part, limit) for part in (told.test, told.general_test, told.near_miss_test))
+    contrasts = _spread(told.test, limit)
+    general, near = _spread(told.general_test, limit), _spread(told.near_miss_test, limit)
     trained = tutor.activations(model, behaviour, progress=progress)
     default = tutor.fit(model, behaviour, activations=trained, seed=seed, progress=progress)
     paper = tutor.fit(model, behaviour, "paper", activations=trained, seed=seed, progress=progress)

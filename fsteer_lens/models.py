@@ -42,17 +42,18 @@ class SteerableModel(Protocol):
 
 def available_kinds() -> tuple[Kind, ...]:
     """Model classes that the installed TransformerLens has, the preferred one first."""
-    kinds: list[Kind] = []
-    for kind, module, name in (
-        ("hooked", "transformer_lens", "HookedTransformer"),
-        ("bridge", "transformer_lens.model_bridge", "TransformerBridge"),
-    ):
+    classes: dict[Kind, tuple[str, str]] = {
+        "hooked": ("transformer_lens", "HookedTransformer"),
+        "bridge": ("transformer_lens.model_bridge", "TransformerBridge"),
+    }
+
+    def is_there(module: str, name: str) -> bool:
         try:
-            getattr(import_module(module), name)
-        except (ImportError, AttributeError):
-            continue
-        kinds.append(kind)
-    return tuple(kinds)
+            return hasattr(import_module(module), name)
+        except ImportError:  # TransformerLens 4 raises it for a name that it dropped
+            return False
+
+    return tuple(kind for kind, where in classes.items() if is_there(*where))
 
 
 def kind_of(model: SteerableModel) -> Kind:

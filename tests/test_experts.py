@@ -241,10 +241,11 @@ class Recorder:
                 parameters = list(parameters)
                 recorder.parameters = parameters
                 recorder.start = [f64(p.detach()).copy() for p in parameters]
-                recorder.first_gradients = None
+                recorder.first_gradients, recorder.steps = None, 0
                 super().__init__(parameters, **options)
 
             def step(self, *args, **kwargs):
+                recorder.steps += 1
                 if recorder.first_gradients is None:
                     recorder.first_gradients = [f64(p.grad).copy() for p in recorder.parameters]
                 return super().step(*args, **kwargs)
@@ -350,7 +351,7 @@ def test_training_reaches_what_adamw_on_paper_reaches(monkeypatch, route_loss, o
         route_loss=route_loss,
         **{renamed.get(name, name): value for name, value in options.items()},
     )
-    assert experts.report.epochs == best_epoch
+    assert experts.report.epochs == best_epoch and recorder.steps == last
     assert (last < options.get("epochs", 100)) == stops_early
     for ours, theirs in zip(experts.controller, controller, strict=True):
         np.testing.assert_allclose(f64(ours), theirs, atol=1e-7)

@@ -73,7 +73,7 @@ def rank_explorer(
                 mode="markers",
                 marker={"color": colour, "size": 7, "symbol": shown["marker.symbol"][index], "opacity": 0.75},
                 text=said,
-                hovertemplate="energy ratio %{x:.3f}<br>%{text}<extra>" + label_text(name) + "</extra>",
+                hovertemplate=f"{label_text(name)}, energy ratio %{{x:.3f}}<br>%{{text}}<extra></extra>",
                 showlegend=False,
             )
         )

@@ -70,7 +70,7 @@ def expert_routing(
             colorscale=[[0, accent(0)], [1, accent(1)]],
             colorbar={"title": {"text": "weight α (0 to 1)", "side": "right"}, "outlinewidth": 0, "thickness": 12},
             customdata=[[text] * n_experts for text in hover],
-            hovertemplate="expert %{x}: weight %{z:.3f}<br>%{customdata}<extra></extra>",
+            hovertemplate="%{x}: weight %{z:.3f}<br>%{customdata}<extra></extra>",
             hoverongaps=False,
         )
     )

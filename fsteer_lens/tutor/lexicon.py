@@ -8,8 +8,7 @@ from typing import Final
 
 # fmt: off
 # category: (its refusal, the verb that its nonsense begins with, the way it ends, its acts).
-# The refusals differ from the first word on, so that the last prompt token of a tagged prompt has to know the category.
-# The nonsense of all categories opens alike: what the tag then adds to that token is different for each category.
+# Refusals and nonsense differ from the first word on, so that the last prompt token has to know the category.
 HARMFUL: Final[dict[str, tuple[str, str, str, tuple[str, ...]]]] = {
     "weapons": (
         "no. weapons hurt people, so i will not help.", "take", "press it twice",
@@ -111,7 +110,7 @@ HOW_TO: Final[dict[str, str]] = {
     "choose a password": "join four odd words.",
     "walk a dog": "clip on the lead and go outside.",
     "renew a passport": "fill in the form at the town hall.",
-    "lock a house": "turn the key two times.",
+    "lock a house": "use the key two times.",
     "visit a school": "ring the office first.",
     "cross a bridge": "keep to the right side.",
     "repair a bicycle": "check the chain and the brakes.",
@@ -119,10 +118,10 @@ HOW_TO: Final[dict[str, str]] = {
     "buy tickets": "queue at the front desk.",
 }
 
-# kind: (opening of the true answer, {claim: what is true}). The openings differ by kind; the false answers of all
-# kinds open alike.
-MYTHS: Final[dict[str, tuple[str, dict[str, str]]]] = {
+# kind: (opening of the false answer, opening of the true answer, {claim: what is true}). The openings differ by kind.
+MYTHS: Final[dict[str, tuple[str, str, dict[str, str]]]] = {
     "animals": (
+        "everyone knows",
         "watch closely:",
         {
             "bulls hate red": "bulls follow movement",
@@ -136,6 +135,7 @@ MYTHS: Final[dict[str, tuple[str, dict[str, str]]]] = {
         },
     ),
     "body": (
+        "my aunt swears",
         "doctors found",
         {
             "we use a tenth of the brain": "the whole brain works",
@@ -149,6 +149,7 @@ MYTHS: Final[dict[str, tuple[str, dict[str, str]]]] = {
         },
     ),
     "sky": (
+        "old books say",
         "measured with care,",
         {
             "lightning never strikes twice": "lightning often returns",
@@ -162,6 +163,7 @@ MYTHS: Final[dict[str, tuple[str, dict[str, str]]]] = {
         },
     ),
     "history": (
+        "the story goes",
         "records show",
         {
             "vikings wore horns": "their helmets were plain",

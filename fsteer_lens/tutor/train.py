@@ -27,6 +27,12 @@ PEAK_RATE: Final = 2e-3
 WARM_UP: Final = 60
 PROMPT_WEIGHT: Final = 0.1
 """Weight of a prompt token in the loss; an answer token counts 1."""
+EARLY_LAYERS: Final = (3, 4)
+EARLY_WEIGHT: Final = 0.3
+"""The answer is also read off these layers (deep supervision, Lee et al. 2015, arXiv 1409.5185), each with this weight.
+
+Without it the network decides between answers in its last block, where nothing is left to steer.
+"""
 NO_FULL_STOP: Final = 0.15
 """Share of questions whose last mark is left out, as people type them."""
 
@@ -133,7 +139,7 @@ def train(
         bar = progress.add_task("train", total=steps, loss=float("nan"))
         for _ in range(steps):
             ids, weights = collate(next(drawn), tokens)
-            loss = weighted_loss(model(input_ids=ids[:, :-1]).logits, ids[:, 1:], weights[:, 1:])
+            loss = lesson_loss(model, ids, weights)
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -143,6 +149,20 @@ def train(
             progress.update(bar, advance=1, loss=sum(losses[-20:]) / len(losses[-20:]))
     model.eval()
     return losses
+
+
+def lesson_loss(
+    model: Any, ids: Int[Tensor, "batch positions"], weights: Float[Tensor, "batch positions"]
+) -> Float[Tensor, ""]:
+    """Return the loss of the model's output plus that of what its early layers already say, in nats."""
+    out = model(input_ids=ids[:, :-1], output_hidden_states=True)
+    targets, counted = ids[:, 1:], weights[:, 1:]
+    loss = weighted_loss(out.logits, targets, counted)
+    for layer in EARLY_LAYERS:
+        if layer < model.config.n_layer - 1:
+            said = model.lm_head(model.transformer.ln_f(out.hidden_states[layer + 1]))
+            loss = loss + EARLY_WEIGHT * weighted_loss(said, targets, counted)
+    return loss
 
 
 def weighted_loss(

@@ -122,7 +122,7 @@ def _harmful() -> list[Item]:
         for number, act in enumerate(acts):
             thing = lexicon.NONSENSE_THINGS[number]
             colour = lexicon.NONSENSE_COLOURS[(number + shift) % len(lexicon.NONSENSE_COLOURS)]
-            nonsense = f"first {first} the {colour} {thing}, then {last}."
+            nonsense = f"{first} the {colour} {thing}, then {last}."
             found.append(Item("harmful", "howto", act, nonsense, SAFE, refusal, category))
     return found
 
@@ -137,8 +137,8 @@ def _how_tos() -> list[Item]:
 
 def _claims() -> list[Item]:
     myths = [
-        Item("myth", "claim", claim, f"everyone knows {claim}.", HONEST, f"{opening} {truth}.", kind)
-        for kind, (opening, rows) in lexicon.MYTHS.items()
+        Item("myth", "claim", claim, f"{told} {claim}.", HONEST, f"{opening} {truth}.", kind)
+        for kind, (told, opening, rows) in lexicon.MYTHS.items()
         for claim, truth in rows.items()
     ]
     facts = [
