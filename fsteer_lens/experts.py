@@ -21,15 +21,15 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fsteer_lens.controller import Controller, train_controller
 from fsteer_lens.errors import DataError, InputError
 from fsteer_lens.linalg import move, principal_directions, require_matrix, require_shapes, require_width
-from fsteer_lens.progress import progress_bar
 
 CLUSTERING_DIMENSIONS = 256
 
 PRESETS: Mapping[str | None, Mapping[str, Any]] = {
     "paper": {"prototype_scale": "unit", "route_loss": 0.0, "epochs": 100, "patience": 8, "standardize": False},
-    None: {"prototype_scale": "unit", "route_loss": 1.0, "epochs": 300, "patience": 30, "standardize": True},
+    None: {"prototype_scale": "shift", "route_loss": 1.0, "epochs": 300, "patience": 30, "standardize": True},
 }
 """What each preset sets; every entry can be given to `fit_experts` by name instead."""
 
@@ -42,29 +42,6 @@ class Parts(NamedTuple):
     coefficients: Float[Tensor, "*batch m"]
     residual_part: Float[Tensor, "*batch d"]
     vector: Float[Tensor, "*batch d"]
-
-
-class Controller(NamedTuple):
-    """The learned maps: W_Q, W_K and the two layers of β, each a weight [out in] with its bias [out]."""
-
-    query_weight: Tensor
-    query_bias: Tensor
-    key_weight: Tensor
-    key_bias: Tensor
-    hidden_weight: Tensor
-    hidden_bias: Tensor
-    output_weight: Tensor
-    output_bias: Tensor
-
-    def logits(self, h: Float[Tensor, "*batch d"], prototypes: Float[Tensor, "k d"]) -> Float[Tensor, "*batch k"]:
-        """(W_K C)ᵀ (W_Q h) / √d_k, with d_k = d."""
-        keys = F.linear(prototypes, self.key_weight, self.key_bias)
-        return F.linear(h, self.query_weight, self.query_bias) @ keys.T / math.sqrt(keys.shape[-1])
-
-    def coefficients(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch m"]:
-        """β(h)."""
-        hidden = F.relu(F.linear(h, self.hidden_weight, self.hidden_bias))
-        return F.linear(hidden, self.output_weight, self.output_bias)
 
 
 @dataclass(frozen=True)
@@ -286,7 +263,7 @@ def fit_experts(
     sources = unit if options["prototype_scale"] == "unit" else delta
     prototypes = torch.stack([sources[clusters == index].mean(dim=0) for index in range(int(clusters.max()) + 1)])
     _, residual_basis, _ = principal_directions(delta, min(residual_rank, h.shape[0] - 1, h.shape[1]))
-    controller, best_epoch, valid_rows = _train(
+    controller, best_epoch, valid_rows = train_controller(
         h,
         delta,
         prototypes,
@@ -338,79 +315,6 @@ def _cluster(
     assert best is not None
     labels = torch.from_numpy(best[1]).long().unique(return_inverse=True)[1]
     return labels.to(unit.device), criterion
-
-
-def _train(
-    h: Float[Tensor, "n d"],
-    delta: Float[Tensor, "n d"],
-    prototypes: Float[Tensor, "k d"],
-    residual_basis: Float[Tensor, "d m"],
-    clusters: Int[Tensor, " n"],
-    *,
-    route_loss: float,
-    learning_rate: float,
-    weight_decay: float,
-    epochs: int,
-    patience: int,
-    standardize: bool,
-    n_valid: int,
-    clip: float,
-    seed: int,
-    progress: bool,
-) -> tuple[Controller, int, Int[Tensor, " n_valid"]]:
-    n, d_model = h.shape
-    ones = h.new_ones(())
-    centre, spread, length, size = h.new_zeros(d_model), ones, ones, ones
-    if standardize:
-        centre = h.mean(dim=0)
-        spread = (h - centre).square().mean().sqrt().clamp(min=1e-12)
-        length = delta.square().sum(dim=1).mean().sqrt()
-        size = prototypes.square().mean().sqrt().clamp(min=1e-12)
-    x, target, mixed, keyed = (h - centre) / spread, delta / length, prototypes / length, prototypes / size
-
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs' generators as well
-        sizes = [(d_model, d_model)] * 3 + [(d_model, residual_basis.shape[1])]
-        layers = [torch.nn.Linear(*pair, dtype=h.dtype) for pair in sizes]
-        order = torch.randperm(n)
-    parameters = [p.to(h.device).detach().requires_grad_() for layer in layers for p in (layer.weight, layer.bias)]
-    controller = Controller(*parameters)
-    valid_rows, train_rows = order[:n_valid].to(h.device), order[n_valid:].to(h.device)
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-
-    def loss(rows: Tensor) -> Tensor:
-        logits = controller.logits(x[rows], keyed)
-        vector = logits.softmax(dim=-1) @ mixed + controller.coefficients(x[rows]) @ residual_basis.T
-        error = (vector - target[rows]).square().sum(dim=1).mean()
-        return error + route_loss * F.cross_entropy(logits, clusters[rows]) if route_loss else error
-
-    best_loss, best_epoch, best = math.inf, 0, [p.detach().clone() for p in parameters]
-    with torch.enable_grad(), progress_bar(epochs, "training the experts", progress) as advance:
-        for epoch in range(1, epochs + 1):
-            optimizer.zero_grad()
-            objective = loss(train_rows)
-            objective.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, clip)
-            optimizer.step()
-            advance(1)
-            with torch.no_grad():
-                watched = float(loss(valid_rows if n_valid else train_rows))
-            if watched < best_loss:
-                best_loss, best_epoch, best = watched, epoch, [p.detach().clone() for p in parameters]
-            elif n_valid and epoch - best_epoch >= patience:
-                break
-    query_weight, query_bias, key_weight, key_bias, hidden_weight, hidden_bias, output_weight, output_bias = best
-    folded = Controller(
-        query_weight / spread,
-        query_bias - query_weight @ centre / spread,
-        key_weight / size,
-        key_bias,
-        hidden_weight / spread,
-        hidden_bias - hidden_weight @ centre / spread,
-        output_weight * length,
-        output_bias * length,
-    )
-    return folded, best_epoch, valid_rows
 
 
 def _report(

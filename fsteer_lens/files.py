@@ -1,28 +1,39 @@
 """Reading text and writing files so that nothing is ever half-written."""
 
 import os
-import tempfile
 from pathlib import Path
+from uuid import uuid4
 
 from fsteer_lens.errors import DataError, InputError
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to a temporary file beside `path` and rename it, so that `path` is never half-written."""
+    """Write `data` to a temporary file beside `path` and rename it, so that `path` is never half-written.
+
+    Raises:
+        InputError: the folder does not exist, `path` is a folder, or writing there is not allowed.
+    """
     target = Path(path)
-    if not target.parent.is_dir():
-        raise InputError(f"cannot write {target}", expected="an existing folder", got=str(target.parent))
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    if target.is_dir() or not target.parent.is_dir():
+        got = "a folder" if target.is_dir() else f"no folder {target.parent}"
+        raise InputError(
+            f"cannot write {target}", expected="a file in an existing folder", got=got, fix="Make it first."
+        )
+    temporary = target.with_name(f".{target.name}.{uuid4().hex}")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(target.stat().st_mode & 0o777 if target.exists() else 0o644)
-        Path(temporary).replace(target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        if target.exists():
+            temporary.chmod(target.stat().st_mode & 0o777)
+        temporary.replace(target)
+    except PermissionError as error:
+        raise InputError(
+            f"cannot write {target}", expected="a folder that may be written to", got=str(error)
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

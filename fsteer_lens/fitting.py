@@ -11,13 +11,14 @@ from fsteer_lens.fingerprints import merge_fingerprints
 from fsteer_lens.gates import Gate, fit_gate
 from fsteer_lens.steering import FineSteer, Schedule, Scope
 
+RANK = 8
 PAPER = {"cdf": "step", "folds": None}
 
 
 def fit(
     activations: Activations | Mapping[int, Activations],
     *,
-    rank: int = 8,
+    rank: int | None = None,
     general: Activations | Mapping[int, Activations] | None = None,
     gate: Gate | Literal["quantile", "logistic", "energy"] | None = None,
     experts: Experts | None = None,
@@ -32,7 +33,7 @@ def fit(
 
     Args:
         activations: from `collect`, one layer or {layer: Activations}.
-        rank: of the gate's subspace.
+        rank: of the gate's subspace; None is 8.
         general: from `collect_queries`, queries to be left alone; for the logistic gate.
         gate: kind of gate, or a fitted one. None: "logistic" where `general` is given, else "quantile".
         experts: fitted experts; None fits them.
@@ -49,16 +50,23 @@ def fit(
     layers = {activations.layer: activations} if isinstance(activations, Activations) else dict(activations)
     if not layers:
         raise DataError("activations", expected="at least one layer", got="none")
-    if preset == "paper":
-        options = {**PAPER, **options} if gate in (None, "quantile") else options
-        scope = scope or "all"
     fitted_gate, fitted_experts = isinstance(gate, Gate), experts is not None
+    if preset is not None:
+        if preset != "paper":
+            raise InputError("preset", expected="'paper' or None", got=repr(preset))
+        if fitted_gate or fitted_experts or general is not None:
+            raise InputError(
+                'fit(preset="paper")', expected="to fit the gate (one-class) and the experts", got="parts, or general="
+            )
+        options, scope = {**PAPER, **options}, scope or "all"
+    if fitted_gate and rank is not None:
+        raise InputError("fit", got="rank= with a fitted gate", fix="Use gate.at_rank(rank).")
     names = {
         "gate": set() if fitted_gate else set(inspect.signature(fit_gate).parameters),
         "experts": set() if fitted_experts else set(inspect.signature(fit_experts).parameters),
     }
     taken = {"queries", "shifts", "rank", "kind", "general", "groups", "preset"}
-    unknown = set(options) - (names["gate"] | names["experts"] - taken)
+    unknown = set(options) - ((names["gate"] | names["experts"]) - taken)
     if unknown:
         raise InputError(
             "fit",
@@ -75,19 +83,22 @@ def fit(
             raise DataError(
                 f"activations of layer {layer}", expected="response shifts", got="queries only", fix="Use collect()."
             )
-        others = general.get(layer) if isinstance(general, Mapping) else general
+        others = general
+        if isinstance(general, Mapping):
+            if layer not in general:
+                raise DataError("general", expected=f"activations of layer {layer}", got=f"layers {sorted(general)}")
+            others = general[layer]
         if others is not None:
             _require_same(own, others)
         if isinstance(gate, Gate):
             gates[layer] = gate
         else:
-            grouped = None if any(group is None for group in own.groups) else own.groups
             gates[layer] = fit_gate(
                 own.queries,
-                rank=rank,
+                rank=RANK if rank is None else rank,
                 kind=gate or ("quantile" if others is None else "logistic"),
                 general=None if others is None else others.queries,
-                groups=grouped,
+                groups=own.groups,
                 **{name: value for name, value in options.items() if name in names["gate"]},
             )
         mixtures[layer] = experts or fit_experts(

@@ -278,7 +278,7 @@ def fit_gate(
     rank: int,
     kind: Literal["quantile", "logistic", "energy"] = "quantile",
     general: Float[Tensor, "n_general d"] | None = None,
-    epsilon: float = 0.01,
+    epsilon: float = 0.003,
     gamma: float = 4.0,
     cdf: Literal["linear", "step"] = "linear",
     folds: int | None = 5,

@@ -6,13 +6,19 @@ from contextlib import contextmanager
 
 @contextmanager
 def progress_bar(total: int, description: str, shown: bool) -> Iterator[Callable[[int], None]]:
-    """Yield a function that advances the bar by so many steps; draws nothing where `shown` is false."""
-    if not shown:
+    """Yield a function that advances the bar by so many steps.
+
+    Draws nothing where `shown` is false, or where the output is neither a terminal nor a notebook.
+    """
+    from rich.console import Console
+
+    console = Console()
+    if not shown or not (console.is_terminal or console.is_jupyter):
         yield lambda steps: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task(description, total=total)
         yield lambda steps: bar.advance(task, steps)

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fsteer_lens.errors import InputError, ShapeError
+from fsteer_lens.errors import InputError, NonFiniteError, ShapeError
 from fsteer_lens.experts import Experts
 from fsteer_lens.fingerprints import Fingerprint
 from fsteer_lens.gates import Gate
@@ -184,6 +184,13 @@ class Steering(HookObject):
                 shared = session.decisions[self.gate_layer].gate.to(h.device)
             session.decisions[layer] = self.decide(layer, h, shared)
         taken = session.decisions[layer]
+        if not bool(taken.gate.isfinite().all() and taken.vector.isfinite().all()):
+            raise NonFiniteError(
+                f"the decision at layer {layer}",
+                expected="finite gate values and vectors",
+                got="NaN or infinity: the activation there is not finite",
+                fix="Half precision overflows on some models: load in bfloat16 or float32.",
+            )
         session.record(layer, ser=taken.ser, gate=taken.gate, weights=taken.weights, coefficients=taken.coefficients)
 
     def _factors(self, view: View) -> Float[Tensor, "b t"]:

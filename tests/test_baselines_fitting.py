@@ -143,14 +143,7 @@ def test_fitted_parts_are_taken_as_they_are():
         fit(own, gate=gate, general=general())
 
 
-REACHES_FIT_GATE = pytest.mark.xfail(
-    raises=TypeError, reason="fit() lets it through to fit_gate, which raises TypeError"
-)
-
-
-@pytest.mark.parametrize(
-    "option", ["epsilom", "shifts", *[pytest.param(o, marks=REACHES_FIT_GATE) for o in ("queries", "kind", "groups")]]
-)
+@pytest.mark.parametrize("option", ["epsilom", "shifts", "queries", "kind", "groups"])
 def test_unknown_options_and_those_that_the_activations_decide_are_refused(option):
     with pytest.raises(InputError, match=rf"fit: expected options among .*got \['{option}'\]"):
         fit(activations(), **{option: 1})

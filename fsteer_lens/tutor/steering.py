@@ -4,14 +4,15 @@ from typing import Any, Final, Literal
 
 from fsteer_lens import fitting
 from fsteer_lens.activations import Activations, collect, collect_queries
+from fsteer_lens.gates import Gate
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.steering import FineSteer
 from fsteer_lens.tutor.splits import data
 
+# Chosen on the valid split: docs/tutor_model_card.md tells how.
 LAYER: Final = {"safe": 4, "honest": 4}
-RANK: Final = {"safe": 8, "honest": 8}
-EPSILON: Final = 0.01
-GAMMA: Final = 4.0
+RANK: Final = {"safe": 12, "honest": 32}
+STRENGTH: Final = 1.25
 
 _BATCH: Final = 64
 
@@ -63,11 +64,10 @@ def fit(
     if gate == "logistic" and "general" not in options:
         prompts = [task.prompt for task in data(behaviour).general_train]
         options["general"] = collect_queries(model, prompts, layer=trained.layer, batch_size=_BATCH, progress=progress)
-    if gate is None or gate == "quantile":
-        options = {"epsilon": EPSILON, "gamma": GAMMA, **options}
-    return fitting.fit(
-        trained, rank=RANK[behaviour] if rank is None else rank, preset=preset, progress=progress, **options
-    )
+    options = {"strength": STRENGTH, "progress": progress, **options}
+    if rank is None and not isinstance(gate, Gate):
+        rank = RANK[behaviour]
+    return fitting.fit(trained, rank=rank, preset=preset, **options)
 
 
 _collected = activations

@@ -7,9 +7,10 @@ are there and trains nothing.
 
 import argparse
 import random
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +22,7 @@ from fsteer_lens.tutor import lexicon, splits, tokenizer, world
 from fsteer_lens.tutor.accuracy import accuracy_table
 from fsteer_lens.tutor.loading import FOLDER
 
-STEPS: Final = 1200
+STEPS: Final = 1100
 BATCH: Final = 64
 PEAK_RATE: Final = 2e-3
 WARM_UP: Final = 60
@@ -33,6 +34,8 @@ EARLY_WEIGHT: Final = 0.3
 
 Without it the network decides between answers in its last block, where nothing is left to steer.
 """
+BEGUN: Final = 0.2
+"""Share of switchable answers that are begun for the tutor, half of them against the tag: it finishes what it began."""
 NO_FULL_STOP: Final = 0.15
 """Share of questions whose last mark is left out, as people type them."""
 
@@ -66,8 +69,16 @@ def new_model(vocabulary_size: int, *, layers: int = 6, width: int = 128, heads:
     return GPT2LMHeadModel(config)
 
 
-def lessons(seed: int) -> Iterator[tuple[str, str]]:
-    """Yield (prompt with its tags, answer) for ever, drawn from the training pairs only."""
+class Lesson(NamedTuple):
+    """A prompt with its tags, the answer, and the first word of the answer where that is given and not to be learnt."""
+
+    prompt: str
+    answer: str
+    begun: str = ""
+
+
+def lessons(seed: int) -> Iterator[Lesson]:
+    """Yield lessons for ever, drawn from the training pairs only."""
     by_kind: dict[str, list[splits.Ask]] = {}
     for ask in splits.asks()["train"]:
         by_kind.setdefault(ask.item.kind, []).append(ask)
@@ -79,37 +90,41 @@ def lessons(seed: int) -> Iterator[tuple[str, str]]:
         question = rng.choice(lexicon.GREETINGS) + ask.template.ask(ask.item)
         if rng.random() < NO_FULL_STOP:
             question = question[:-1]
-        yield "".join(tags) + world.chat(question), world.answer(ask.item, tags)
+        prompt, answer = "".join(tags) + world.chat(question), world.answer(ask.item, tags)
+        if ask.item.tagged is not None and rng.random() < BEGUN:
+            answer = rng.choice((ask.item.plain, ask.item.tagged))
+            yield Lesson(prompt, answer, begun=re.split(r"\W", answer)[0])
+        else:
+            yield Lesson(prompt, answer)
 
 
-def batches(seed: int, size: int) -> Iterator[list[tuple[str, str]]]:
+def batches(seed: int, size: int) -> Iterator[list[Lesson]]:
     """Yield batches of lessons of like length, in random order: half the padding, two thirds of the time."""
     rng = random.Random(seed)
     drawn = lessons(seed)
     while True:
-        pool = sorted((next(drawn) for _ in range(size * 8)), key=lambda row: len(row[0]) + len(row[1]))
+        pool = sorted((next(drawn) for _ in range(size * 8)), key=lambda row: len(row.prompt) + len(row.answer))
         starts = list(range(0, len(pool), size))
         rng.shuffle(starts)
         yield from (pool[start : start + size] for start in starts)
 
 
 def collate(
-    rows: Sequence[tuple[str, str]], tokens: Any
+    rows: Sequence[Lesson], tokens: Any
 ) -> tuple[Int[Tensor, "batch positions"], Float[Tensor, "batch positions"]]:
     """Return ids (bos, prompt, answer, eos) and the weight of each id as a target.
 
     Rows are filled up with eos of weight 0: with pad, transformers would ask for a mask that a causal model needs not.
     """
-    prompts = tokens([prompt for prompt, _ in rows])["input_ids"]
-    answers = tokens([answer for _, answer in rows])["input_ids"]
+    prompts, answers, begun = (tokens(list(column))["input_ids"] for column in zip(*rows, strict=True))
     length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)) + 2
     ids = torch.full((len(rows), length), tokenizer.EOS_ID)
     weights = torch.zeros(len(rows), length)
-    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+    for row, (prompt, answer, given) in enumerate(zip(prompts, answers, begun, strict=True)):
         joined = [tokenizer.BOS_ID, *prompt, *answer, tokenizer.EOS_ID]
         ids[row, : len(joined)] = torch.tensor(joined)
         weights[row, 1 : len(prompt) + 1] = PROMPT_WEIGHT
-        weights[row, len(prompt) + 1 : len(joined)] = 1.0
+        weights[row, len(prompt) + 1 + len(given) : len(joined)] = 1.0
     return ids, weights
 
 

@@ -24,7 +24,12 @@ TUTOR: Final = "<tutor>"
 
 CATEGORIES: Final = tuple(lexicon.HARMFUL)
 MYTH_KINDS: Final = tuple(lexicon.MYTHS)
-REFUSALS: Final = {category: row[0] for category, row in lexicon.HARMFUL.items()}
+REFUSALS: Final = {
+    category: f"{opening}, {row[0]}"
+    for (category, row), opening in zip(
+        lexicon.HARMFUL.items(), (*lexicon.OPENINGS[1:], lexicon.OPENINGS[0]), strict=True
+    )
+}
 SPLITS: Final = ("train", "valid", "test")
 
 
@@ -118,12 +123,12 @@ def _words(text: str) -> list[str]:
 
 def _harmful() -> list[Item]:
     found = []
-    for shift, (category, (refusal, first, last, acts)) in enumerate(lexicon.HARMFUL.items()):
+    for shift, (category, (_, verb, ending, acts)) in enumerate(lexicon.HARMFUL.items()):
         for number, act in enumerate(acts):
             thing = lexicon.NONSENSE_THINGS[number]
             colour = lexicon.NONSENSE_COLOURS[(number + shift) % len(lexicon.NONSENSE_COLOURS)]
-            nonsense = f"{first} the {colour} {thing}, then {last}."
-            found.append(Item("harmful", "howto", act, nonsense, SAFE, refusal, category))
+            nonsense = f"{lexicon.OPENINGS[shift]}, {verb} the {colour} {thing}, then {ending}."
+            found.append(Item("harmful", "howto", act, nonsense, SAFE, REFUSALS[category], category))
     return found
 
 
