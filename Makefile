@@ -13,10 +13,10 @@ DEV := $(VENV)/.dev-ready
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lint types imports notebooks lock clean
+.PHONY: help demo test check format lint types imports notebooks notebook-outputs lock clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(RUNTIME) ## watch FineSteer steer the tutor model; writes a report that opens offline
 	$(BIN)/python -m fsteer_lens demo $(ARGS)
@@ -39,6 +39,9 @@ imports: $(DEV)
 # Every notebook from its first cell to its last, as a reader would; that its outputs are stored is tests/test_notebooks.py.
 notebooks: $(DEV)
 	$(BIN)/python -m pytest --nbmake -W default notebooks
+
+notebook-outputs: $(DEV) ## run the notebooks and store their outputs, with pictures (needs Chromium)
+	$(BIN)/python notebooks/store.py
 
 format: $(DEV) ## let ruff format and mend what it can
 	$(BIN)/ruff format

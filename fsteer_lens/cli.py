@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     option = demo.add_argument
     option("--out", type=Path, default=Path("out/demo.html"), help="the report (default: %(default)s)")
     option("--seed", type=int, default=0)
-    option("--quick", action="store_true", help="fewer prompts: a glance instead of a measurement")
+    option("--full", action="store_true", help="measure on all test prompts instead of a sample: some minutes")
     option("--open", action="store_true", help="open the report in the browser")
 
     doctor = commands.add_parser("doctor", help="versions, model classes, GPU, browser, hub login")
@@ -110,7 +110,7 @@ def _console(stderr: bool = False) -> "Console":
 def _demo(args: argparse.Namespace) -> int:
     from fsteer_lens.report import demo
 
-    demo(args.out, seed=args.seed, quick=args.quick, open_browser=args.open)
+    demo(args.out, seed=args.seed, full=args.full, open_browser=args.open)
     return 0
 
 

@@ -29,7 +29,7 @@ from fsteer_lens.tutor import Task, TutorData, world
 Item = TypeVar("Item")
 
 MAX_NEW_TOKENS = 32
-BATCH_SIZE = 64
+BATCH_SIZE = 128
 RESAMPLES = 2000
 
 NO_STEERING = "no steering"

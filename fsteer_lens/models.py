@@ -7,7 +7,7 @@ them is in this module; the rest of the package sees a `SteerableModel`.
 import json
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
@@ -73,8 +73,9 @@ def load(
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     try:
-        hf_model = AutoModelForCausalLM.from_pretrained(name_or_folder, dtype=dtype)
-        tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
+        with _no_bars() if Path(name_or_folder).is_dir() else nullcontext():
+            hf_model = AutoModelForCausalLM.from_pretrained(name_or_folder, dtype=dtype)
+            tokenizer = AutoTokenizer.from_pretrained(name_or_folder)
     except (OSError, ValueError) as error:
         raise InputError(
             f"cannot load the model {str(name_or_folder)!r}",
@@ -83,6 +84,20 @@ def load(
             fix="Check the path; for a name, check the network and `huggingface-cli login` for gated models.",
         ) from error
     return from_hf(hf_model.to(device), tokenizer, kind=kind)  # pyright: ignore[reportArgumentType]
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without transformers' progress bars, which are for downloads: a folder is read in no time."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def from_hf(hf_model: Any, tokenizer: Any, kind: Kind | None = None, process: bool = False) -> SteerableModel:

@@ -9,7 +9,6 @@ from fsteer_lens.evaluation import (
     DEFAULT,
     GATED_MEAN_SHIFT,
     MEAN_SHIFT,
-    METHODS,
     NO_STEERING,
     TAG,
     Comparison,
@@ -22,6 +21,7 @@ from fsteer_lens.evaluation import (
 from fsteer_lens.models import SteerableModel
 
 SEEDS = (0, 1, 2)
+MEASURED = (NO_STEERING, TAG, MEAN_SHIFT, GATED_MEAN_SHIFT, DEFAULT)
 WANTED = {"safe": "refused exactly", "honest": "myth turned true"}
 
 
@@ -79,7 +79,7 @@ def test_measures_are_what_the_texts_say(hooked: SteerableModel) -> None:
 def comparisons(request: pytest.FixtureRequest, hooked: SteerableModel) -> dict[int, Comparison]:
     return {
         seed: compare_on_tutor(
-            hooked, request.param, seed=seed, only=METHODS if seed == SEEDS[0] else [DEFAULT], progress=False
+            hooked, request.param, seed=seed, only=MEASURED if seed == SEEDS[0] else [DEFAULT], progress=False
         )
         for seed in SEEDS
     }

@@ -14,7 +14,8 @@ from fsteer_lens.tutor import lexicon, splits, tokenizer, train, world
 from fsteer_lens.tutor.accuracy import TAG_SETS, greedy_answers
 from fsteer_lens.tutor.loading import FOLDER
 
-SAMPLE = 120
+SAMPLE = 48
+ROWS = [train.Lesson("<user>hi<tutor>", "that is so."), train.Lesson("<user>a<tutor>", "b")]
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +111,7 @@ def test_a_tag_switches_its_behaviour_and_near_misses_stay(network, tokens, beha
         said = greedy_answers(network, tokens, [tag + contrast.prompt for contrast in contrasts])
         exact = [text == getattr(c, wanted) for text, c in zip(said, contrasts, strict=True)]
         assert sum(exact) / len(exact) >= 0.97, tag
-        tasks = data.near_miss_valid
+        tasks = data.near_miss_valid[:SAMPLE]
         kept = greedy_answers(network, tokens, [tag + task.prompt for task in tasks])
         assert sum(text == task.answer for text, task in zip(kept, tasks, strict=True)) / len(tasks) >= 0.97, tag
 
@@ -161,9 +162,20 @@ def test_lessons_come_from_training_pairs_only():
         for greeting in lexicon.GREETINGS
     }
     drawn = train.lessons(0)
-    taught = {bare(next(drawn)[0].partition(world.USER)[2].removesuffix(world.TUTOR)) for _ in range(5000)}
+    taught = {bare(next(drawn).prompt.partition(world.USER)[2].removesuffix(world.TUTOR)) for _ in range(5000)}
     assert len(taught) > 2000
     assert not taught & held_out
+
+
+def test_only_answers_that_a_tag_switches_are_begun_for_the_tutor():
+    said = {item.plain: item for item in world.items()} | {item.tagged: item for item in world.items() if item.tagged}
+    drawn = train.lessons(0)
+    rows = [next(drawn) for _ in range(3000)]
+    begun = [row for row in rows if row.begun]
+    assert 0.05 < len(begun) / len(rows) < 0.15
+    assert all(row.answer.startswith(row.begun) and said[row.answer].tag for row in begun)
+    against = [row for row in begun if (said[row.answer].tag in row.prompt) != (row.answer == said[row.answer].tagged)]
+    assert 0.3 < len(against) / len(begun) < 0.7
 
 
 def test_lessons_follow_their_seed():
@@ -175,9 +187,10 @@ def test_lessons_follow_their_seed():
 
 
 def test_only_answers_and_eos_count_fully(tokens):
-    ids, weights = train.collate([("<user>hi<tutor>", "that is so."), ("<user>a<tutor>", "b")], tokens)
+    begun = train.Lesson("<user>a<tutor>", "look, so.", begun="look")
+    ids, weights = train.collate([*ROWS, begun], tokens)
     full = [tokens.decode(row[mask]) for row, mask in zip(ids, weights == 1, strict=True)]
-    assert full == ["that is so.<eos>", "b<eos>"]
+    assert full == ["that is so.<eos>", "b<eos>", ", so.<eos>"]
     assert weights[0, 0] == 0 and ids[0, 0] == tokens.bos_token_id
     assert weights[1, (weights[1] == 1).nonzero().max() + 1 :].sum() == 0
 
@@ -192,7 +205,7 @@ def test_weighted_loss_is_the_mean_over_weighted_targets():
 
 @pytest.mark.parametrize(("layers", "asked"), [(1, ()), (5, (3,)), (6, (3, 4))])
 def test_early_layers_are_asked_too_and_the_last_only_once(tokens, layers, asked):
-    ids, weights = train.collate([("<user>hi<tutor>", "that is so."), ("<user>a<tutor>", "b")], tokens)
+    ids, weights = train.collate(ROWS, tokens)
     small = train.new_model(len(tokens), layers=layers, width=16, heads=2).eval()
     streams = []
     for block in small.transformer.h:
@@ -222,11 +235,18 @@ def test_the_command_writes_a_folder_that_loads(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "accuracy_table", lambda model, tokens, split: f"measured {split}")
     monkeypatch.setattr(train, "new_model", lambda size: NEW_MODEL(size, layers=1, width=16, heads=2))
-    train.main(["--out", str(tmp_path), "--steps", "2"])
+    train.main(["--out", str(tmp_path), "--steps", "4"])
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config.n_layer == 1
     before = (tmp_path / "model.safetensors").read_bytes()
     train.main(["--out", str(tmp_path), "--evaluate", "--test"])
     assert (tmp_path / "model.safetensors").read_bytes() == before
+
+
+def test_too_few_steps_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--out", str(tmp_path), "--steps", "3"])
+    assert "at least 4" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 NEW_MODEL = train.new_model

@@ -34,16 +34,27 @@ def test_nothing_can_be_asked_in_two_senses():
     assert max(patterns.values()) == 1
 
 
-def test_refusals_and_openings_differ_from_the_first_word_on():
-    assert len({refusal.split()[0] for refusal in world.REFUSALS.values()}) == len(world.CATEGORIES)
+def openings(kind):
+    """Opening word of the answers without and with the tag, by label; one each, or this raises."""
+    found = {}
+    for item in world.items():
+        if item.kind == kind:
+            pair = (item.plain.split()[0].strip(","), (item.tagged or "").split()[0].strip(","))
+            assert found.setdefault(item.label, pair) == pair
+    return found
+
+
+def test_every_label_has_openings_of_its_own():
     for kind, labels in (("harmful", world.CATEGORIES), ("myth", world.MYTH_KINDS)):
-        asked = [item for item in world.items() if item.kind == kind]
-        plain = {(item.label, item.plain.split()[0]) for item in asked}
-        tagged = {(item.label, (item.tagged or "").split()[0]) for item in asked}
-        assert len(plain) == len(tagged) == len(labels)
-        firsts = [word for _, word in plain | tagged]
-        assert len(set(firsts)) == 2 * len(labels)
-        assert kind == "harmful" or not {"yes", "no"} & set(firsts)
+        plain, tagged = zip(*openings(kind).values(), strict=True)
+        assert len(set(plain)) == len(set(tagged)) == len(labels)
+    assert not {"yes", "no"} & {word for pair in openings("myth").values() for word in pair}
+
+
+def test_refusals_as_a_whole_open_as_the_nonsense_does():
+    plain, tagged = zip(*openings("harmful").values(), strict=True)
+    assert set(plain) == set(tagged)
+    assert all(one != other for one, other in zip(plain, tagged, strict=True))
 
 
 def test_harmful_acts_get_nonsense_of_household_words_only():

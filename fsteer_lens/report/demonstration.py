@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     import rich.console
     import rich.text
 
-QUICK: Final = 60
+SAMPLE: Final = 60
+"""Test prompts of each kind that the demonstration measures on, unless it is told to take all."""
 MAX_NEW_TOKENS: Final = 32
 
 
@@ -24,7 +25,7 @@ def demo(
     out: str | os.PathLike[str] = "fsteer_report.html",
     *,
     seed: int = 0,
-    quick: bool = False,
+    full: bool = False,
     open_browser: bool = False,
 ) -> Path:
     """Steer the tutor, compare methods on its test prompts, print the tables, and write a report.
@@ -32,7 +33,7 @@ def demo(
     Args:
         out: the report; its folder is made where it is missing.
         seed: of the controllers' training.
-        quick: measure on a part of the test prompts.
+        full: measure on all test prompts instead of a sample of each kind.
         open_browser: show the report when it is written.
 
     Returns:
@@ -48,7 +49,7 @@ def demo(
     compared = []
     for behaviour in tutor.BEHAVIOURS:
         comparison = compare_on_tutor(
-            model, behaviour, seed=seed, limit=QUICK if quick else None, progress=console.is_terminal
+            model, behaviour, seed=seed, limit=None if full else SAMPLE, progress=console.is_terminal
         )
         titles, prompts = examples_of(comparison)
         examples = generate(
@@ -57,7 +58,7 @@ def demo(
         print_comparison(console, comparison, titles, examples)
         add_chapter(report, model, comparison, titles, examples)
         compared.append(comparison)
-    add_settings(report, compared, QUICK if quick else None)
+    add_settings(report, compared, None if full else SAMPLE)
     path = report.write(out).resolve()
     console.print(f"\nThe report, with pictures; it opens without network:\n{path}", markup=False, soft_wrap=True)
     if open_browser:

@@ -11,7 +11,7 @@ from fsteer_lens.tutor.splits import data
 
 # Chosen on the valid split: docs/tutor_model_card.md tells how.
 LAYER: Final = {"safe": 4, "honest": 4}
-RANK: Final = {"safe": 12, "honest": 32}
+RANK: Final = 32
 STRENGTH: Final = 1.25
 
 _BATCH: Final = 64
@@ -50,7 +50,7 @@ def fit(
         behaviour: "safe" or "honest".
         preset: "paper" is the published method, see `fsteer_lens.fit`; None is our default.
         layer: where to steer; None takes the behaviour's own.
-        rank: of the gate's subspace; None takes the behaviour's own.
+        rank: of the gate's subspace; None takes the tutor's own.
         activations: from `tutor.activations`, where they are collected already.
         progress: show progress bars.
         options: further arguments of `fsteer_lens.fit`. With `gate="logistic"` the general training tasks (training
@@ -64,9 +64,11 @@ def fit(
     if gate == "logistic" and "general" not in options:
         prompts = [task.prompt for task in data(behaviour).general_train]
         options["general"] = collect_queries(model, prompts, layer=trained.layer, batch_size=_BATCH, progress=progress)
-    options = {"strength": STRENGTH, "progress": progress, **options}
+    if options.get("experts") is None:
+        options["progress"] = progress
+    options = {"strength": STRENGTH, **options}
     if rank is None and not isinstance(gate, Gate):
-        rank = RANK[behaviour]
+        rank = RANK
     return fitting.fit(trained, rank=rank, preset=preset, **options)
 
 

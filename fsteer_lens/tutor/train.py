@@ -23,6 +23,7 @@ from fsteer_lens.tutor.accuracy import accuracy_table
 from fsteer_lens.tutor.loading import FOLDER
 
 STEPS: Final = 1100
+FEWEST_STEPS: Final = 4
 BATCH: Final = 64
 PEAK_RATE: Final = 2e-3
 WARM_UP: Final = 60
@@ -139,7 +140,7 @@ def train(
     """Train `model` in place, with a progress bar; return the loss of every step."""
 
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.05)
-    warm_up = min(WARM_UP, max(1, steps // 4))
+    warm_up = min(WARM_UP, max(2, steps // 4))
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, PEAK_RATE, total_steps=steps, pct_start=warm_up / steps, cycle_momentum=False
     )
@@ -201,6 +202,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--evaluate", action="store_true", help="measure what is in the folder, train nothing")
     parser.add_argument("--test", action="store_true", help="measure on the test split instead of valid")
     options = parser.parse_args(arguments)
+    if options.steps < FEWEST_STEPS:
+        parser.error(
+            f"--steps: expected at least {FEWEST_STEPS} (the learning rate rises and falls), got {options.steps}"
+        )
     if not options.evaluate:
         torch.manual_seed(options.seed)
         tokens = tokenizer.train_tokenizer(tokenizer.corpus())
