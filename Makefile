@@ -13,7 +13,7 @@ DEV := $(VENV)/.dev-ready
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lint types imports notebooks notebook-outputs lock clean
+.PHONY: help demo test check format lint types imports notebooks notebook-outputs pictures lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -42,6 +42,9 @@ notebooks: $(DEV)
 
 notebook-outputs: $(DEV) ## run the notebooks and store their outputs, with pictures (needs Chromium)
 	$(BIN)/python notebooks/store.py
+
+pictures: $(DEV) ## draw the pictures of README (needs Chromium)
+	$(BIN)/python docs/pictures.py
 
 format: $(DEV) ## let ruff format and mend what it can
 	$(BIN)/ruff format
