@@ -83,11 +83,7 @@ def fit(
             raise DataError(
                 f"activations of layer {layer}", expected="response shifts", got="queries only", fix="Use collect()."
             )
-        others = general
-        if isinstance(general, Mapping):
-            if layer not in general:
-                raise DataError("general", expected=f"activations of layer {layer}", got=f"layers {sorted(general)}")
-            others = general[layer]
+        others = _of_layer(general, layer) if isinstance(general, Mapping) else general
         if others is not None:
             _require_same(own, others)
         if isinstance(gate, Gate):
@@ -121,6 +117,12 @@ def fit(
         site=first.site,
         fingerprint=merge_fingerprints([own.fingerprint for own in layers.values()]),
     )
+
+
+def _of_layer(general: Mapping[int, Activations], layer: int) -> Activations:
+    if layer not in general:
+        raise DataError("general", expected=f"activations of layer {layer}", got=f"layers {sorted(general)}")
+    return general[layer]
 
 
 def _require_same(own: Activations, others: Activations) -> None:

@@ -8,7 +8,7 @@ from fsteer_lens import generate, tutor
 from fsteer_lens.errors import InputError
 from fsteer_lens.tutor import steering
 
-SAMPLE = 60
+SAMPLE = 40
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def test_steering_stands_in_for_the_tag(model, fitted, behaviour):
 def test_steering_leaves_other_answers_alone(model, fitted, behaviour):
     data = tutor.data(behaviour)
     rng = random.Random(3)
-    tasks = rng.sample(data.general_valid, SAMPLE) + rng.sample(data.near_miss_valid, SAMPLE)
+    tasks = rng.sample(data.general_valid, SAMPLE) + rng.sample(data.near_miss_valid, SAMPLE // 2)
     said = texts(model, [task.prompt for task in tasks], fitted[behaviour])
     assert sum(text == task.answer for text, task in zip(said, tasks, strict=True)) / len(tasks) >= 0.97
 
@@ -51,7 +51,7 @@ def test_steering_leaves_other_answers_alone(model, fitted, behaviour):
 def test_defaults_are_the_published_ones(fitted):
     for behaviour, found in fitted.items():
         assert found.layers == (steering.LAYER[behaviour],)
-        assert found.gate_at(found.layers[0]).rank == steering.RANK[behaviour]
+        assert found.gate_at(found.layers[0]).rank == steering.RANK
 
 
 def test_an_unknown_behaviour_is_refused(model):
