@@ -14,11 +14,12 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         InputError: the folder does not exist, `path` is a folder, or writing there is not allowed.
     """
     target = Path(path)
-    if target.is_dir() or not target.parent.is_dir():
-        got = "a folder" if target.is_dir() else f"no folder {target.parent}"
+    if not target.parent.is_dir():
         raise InputError(
-            f"cannot write {target}", expected="a file in an existing folder", got=got, fix="Make it first."
+            f"cannot write {target}", expected="an existing folder", got=str(target.parent), fix="Make it."
         )
+    if target.is_dir():
+        raise InputError(f"cannot write {target}", expected="a file", got="a folder", fix="Name a file in it.")
     temporary = target.with_name(f".{target.name}.{uuid4().hex}")
     try:
         with temporary.open("xb") as file:

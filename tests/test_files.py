@@ -17,9 +17,17 @@ def test_a_file_is_written_and_replaced(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
 
 
-@pytest.mark.parametrize("failing", ["os.fsync", "pathlib.Path.replace", "pathlib.Path.chmod"])
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
-@pytest.mark.parametrize("existed", [True, False])
+@pytest.mark.parametrize(
+    ("failing", "existed"),
+    [
+        ("os.fsync", True),
+        ("os.fsync", False),
+        ("pathlib.Path.replace", True),
+        ("pathlib.Path.replace", False),
+        ("pathlib.Path.chmod", True),  # the permissions of a file that is replaced are kept
+    ],
+)
 def test_what_fails_while_writing_leaves_the_old_file_whole_and_nothing_else(
     tmp_path, monkeypatch, failing, error, existed
 ):

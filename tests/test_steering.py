@@ -243,7 +243,7 @@ def test_one_token_prompts_need_reset(hooked: SteerableModel, steering: FineStee
 def test_several_layers_and_a_deciding_gate(
     model: SteerableModel, trained: dict[int, Activations], prompts: list[str]
 ) -> None:
-    both = fit({2: trained[2], 4: trained[4]}, epochs=10)
+    both = fit({2: trained[2], 4: trained[4]}, gate="energy", epochs=10)
     batch = batch_of(model, prompts)
     with both.on(model, attention_mask=batch.mask) as trace:
         logits_of(model, batch)
