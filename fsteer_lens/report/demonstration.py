@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import rich.console
     import rich.text
 
-SAMPLE: Final = 60
+SAMPLE: Final = 40
 """Test prompts of each kind that the demonstration measures on, unless it is told to take all."""
 MAX_NEW_TOKENS: Final = 32
 
