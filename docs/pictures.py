@@ -1,16 +1,15 @@
 """Draw the pictures of README with the tutor, in headless Chromium: `make pictures`."""
 
 import os
-import shutil
 from pathlib import Path
 
 from playwright.sync_api import sync_playwright
 from plotly.offline import get_plotlyjs
 
 from fsteer_lens import collect, figures, generate, tutor
+from fsteer_lens.cli import find_browser
 
 HERE = Path(__file__).parent
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def first_look() -> str:
@@ -33,7 +32,7 @@ def first_look() -> str:
 
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    executable = find_browser()
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page(viewport={"width": 1100, "height": 800}, device_scale_factor=1.5)

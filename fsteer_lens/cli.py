@@ -36,6 +36,11 @@ CLASSES = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 
 
+def find_browser() -> str | None:
+    """Path of the first Chromium-like browser found."""
+    return next(filter(None, map(shutil.which, BROWSERS)), None)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code: 0 done, 1 doctor misses something, 2 unusable input."""
     args = _parser().parse_args(argv)
@@ -241,7 +246,7 @@ def _findings() -> Iterator[tuple[bool | None, str, str]]:
             yield ((None, name, "not here; notebooks need it") if name in OPTIONAL else (False, name, "missing"))
     yield _model_classes()
     yield _gpu()
-    browser = next((found for name in BROWSERS if (found := shutil.which(name))), None)
+    browser = find_browser()
     yield (
         bool(browser) or None,
         "browser",

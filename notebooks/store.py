@@ -7,7 +7,6 @@ drawn in headless Chromium without network.
 import base64
 import json
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from nbclient import NotebookClient
 from playwright.sync_api import Browser, sync_playwright
 from plotly.offline import get_plotlyjs
 
+from fsteer_lens.cli import find_browser
+
 HERE = Path(__file__).parent
 PLOTLY = "application/vnd.plotly.v1+json"
 WIDTH = 1000
-BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
 def picture(browser: Browser, figure: dict[str, Any]) -> str:
@@ -54,7 +54,7 @@ def store(path: Path, browser: Browser) -> None:
 
 if __name__ == "__main__":
     os.environ["HF_HUB_OFFLINE"] = "1"
-    executable = next(filter(None, map(shutil.which, BROWSERS)), None)
+    executable = find_browser()
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
         for notebook_path in sorted(HERE.glob("*.ipynb")):

@@ -43,7 +43,9 @@ def test_a_checked_matrix_that_was_made_in_inference_mode_can_be_trained_on():
     with torch.inference_mode():
         rows = torch.randn(4, 3)
     checked = require_matrix(rows, "queries")
-    (checked @ torch.ones(3, requires_grad=True)).sum().backward()
+    weight = torch.ones(3, requires_grad=True)
+    (checked @ weight).sum().backward()
+    assert weight.grad is not None and torch.equal(weight.grad, checked.sum(dim=0))
 
 
 @pytest.mark.parametrize(
