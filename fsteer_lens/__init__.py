@@ -6,11 +6,13 @@ from fsteer_lens.experts import Experts, FitReport, Parts, fit_experts
 from fsteer_lens.fitting import fit
 from fsteer_lens.gates import EnergyGate, Gate, LogisticGate, QuantileGate, fit_gate
 from fsteer_lens.generation import Generation, Generations, StepRecord, generate, stream
-from fsteer_lens.hooks import ExpertProbe, SubspaceAblation, SubspaceProbe
+from fsteer_lens.hooks import Chain, ExpertProbe, SubspaceAblation, SubspaceProbe, chain
 from fsteer_lens.prompts import Contrast, ContrastSet
-from fsteer_lens.steering import FineSteer, Schedule
+from fsteer_lens.selection import Calibration, calibrate
+from fsteer_lens.steering import FineSteer
 from fsteer_lens.storage import load, save
 from fsteer_lens.subspace import Subspace, fit_subspace
+from fsteer_lens.timing import Schedule, Window
 from fsteer_lens.trace import Trace
 
 from fsteer_lens import errors, figures, models, tutor  # isort: skip  (they import from the modules above)
@@ -19,6 +21,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activations",
+    "Calibration",
+    "Chain",
     "Contrast",
     "ContrastSet",
     "EnergyGate",
@@ -39,7 +43,10 @@ __all__ = [
     "SubspaceAblation",
     "SubspaceProbe",
     "Trace",
+    "Window",
     "__version__",
+    "calibrate",
+    "chain",
     "collect",
     "collect_queries",
     "errors",

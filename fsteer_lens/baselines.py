@@ -9,7 +9,7 @@ from torch import Tensor
 from fsteer_lens.activations import Activations
 from fsteer_lens.errors import DataError, InputError
 from fsteer_lens.gates import Gate
-from fsteer_lens.linalg import require_width
+from fsteer_lens.linalg import require_shapes, require_width
 from fsteer_lens.steering import Decision, Steering
 
 
@@ -31,9 +31,10 @@ class MeanShift(Steering):
     def __post_init__(self) -> None:
         if self.layer is None:
             raise InputError("MeanShift", expected="layer=", got=None)
-        if self.vector.ndim != 1 or not self.vector.isfinite().all():
-            raise InputError("MeanShift vector", expected="a finite vector [d]", got=list(self.vector.shape))
+        require_shapes("MeanShift", vector=(self.vector, "d"))
         if self.gate is not None:
+            if not isinstance(self.gate, Gate):
+                raise InputError("MeanShift gate", expected="a gate or None", got=type(self.gate).__name__)
             require_width(self.gate.subspace.mean, "gate", self.d_model)
         super().__post_init__()
 
@@ -52,10 +53,10 @@ class MeanShift(Steering):
         """The gate; None is always open."""
         return self.gate
 
-    def vectors(self, layer: int, h: Float[Tensor, "b d"]) -> Decision:
-        """The mean shift for every row."""
+    def vectors(self, layer: int, h: Float[Tensor, "*batch d"]) -> Decision:
+        """The mean shift for every activation."""
         require_width(h, "activation", self.d_model)
-        return Decision(h.new_ones(len(h)), self.vector.to(h).expand(len(h), -1))
+        return Decision(h.new_ones(h.shape[:-1]), self.vector.to(h).expand(h.shape))
 
 
 def fit_mean_shift(activations: Activations, *, gate: Gate | None = None, **options: Any) -> MeanShift:

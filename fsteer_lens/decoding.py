@@ -2,17 +2,19 @@
 
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.hooks import Session
-from fsteer_lens.models import Forward, SteerableModel, hooks_added
+from fsteer_lens.hooks import HookObject, Point, Session, is_ours
+from fsteer_lens.models import Forward, SteerableModel, hooks_suspended, lock_of, run_up_to
+from fsteer_lens.positions import at
+from fsteer_lens.steering import Steering
 from fsteer_lens.tokens import Batch, stop_ids, token_texts
 
 TOP = 5
@@ -114,12 +116,11 @@ def decode(
 ) -> Iterator[Step]:
     """Decode left-padded prompts token by token until every row has ended; hooks are on only inside a step."""
     forward = Forward(model, cache=cache)
-    hooks = [] if session is None else session.hooks(model)
     tokens, mask = batch.tokens, batch.mask
     alive = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
     generated: list[list[int]] = [[] for _ in range(len(tokens))]
     for _ in range(max_new_tokens):
-        with torch.no_grad(), hooks_added(model, hooks) if hooks else nullcontext():
+        with torch.no_grad(), lock_of(model) if session is None else session.step(model):
             logits = forward(tokens, mask)[:, -1].float()
         chosen = sampling.choose(logits, generators)
         yield Step(chosen, logits.log_softmax(dim=-1), alive)
@@ -131,11 +132,73 @@ def decode(
         tokens, mask = chosen.unsqueeze(1), mask.new_ones(len(chosen), 1)
 
 
+def divergence(logprobs: Float[Tensor, "*batch vocab"], base: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
+    """KL(p ‖ q) of two next-token distributions given by their log-probabilities, in nats."""
+    return (logprobs.exp() * (logprobs - base)).sum(dim=-1).clamp(min=0)
+
+
+def unsteered(model: SteerableModel) -> AbstractContextManager[None]:
+    """The model without any steering of this package; hooks of others stay on."""
+    return hooks_suspended(model, is_ours)
+
+
+Read = Literal["clean", "live"]
+
+
+def open_session(
+    model: SteerableModel,
+    batch: Batch,
+    hook_object: HookObject,
+    prompt_lengths: Int[Tensor, " b"],
+    read: Read | None = None,
+) -> Session:
+    """A session for padded rows that begin with their prompts.
+
+    Args:
+        model: what to run.
+        batch: prompts, with or without more tokens after them.
+        hook_object: what to put on the model.
+        prompt_lengths: real prompt tokens of each row, [b].
+        read: "clean" takes every query activation from one pass of the unsteered model; "live" from the running
+            stream, in which later layers see what earlier ones have added. Gates and experts are fitted on an unsteered
+            stream. The two differ only where there are several points. None: "clean", or "live" where something
+            decides again at every step, which no pass over the prompt can answer.
+
+    Raises:
+        InputError: read="clean" for several points with refresh="step".
+        MismatchError, SiteError: the hook object does not fit the model.
+    """
+    if read not in ("clean", "live", None):
+        raise InputError("read", expected="'clean' or 'live'", got=repr(read))
+    session = hook_object.session_on(model, prompt_lengths, batch.mask)
+    points = hook_object.points
+    stepwise = any(isinstance(link, Steering) and link.refresh == "step" for link in hook_object.links)
+    if len(points) == 1 or read == "live" or (read is None and stepwise):
+        return session
+    if stepwise:
+        raise InputError('read="clean" with refresh="step" at several layers', fix='Use read="live".')
+    last = batch.mask.long().argmax(dim=1) + prompt_lengths.to(batch.mask.device) - 1
+    read_at: dict[Point, Tensor] = {}
+
+    def keep(point: Point) -> Any:
+        def hook_function(activation: Tensor, hook: Any) -> None:
+            read_at[point] = at(activation, last.to(activation.device)).float()
+
+        return hook_function
+
+    with unsteered(model):
+        hooks = [(point.name, keep(point)) for point in points]
+        run_up_to(model, batch.tokens, batch.mask, max(point.layer for point in points), hooks)
+    for state in session.states:
+        state.queries = {point.layer: read_at[point] for point in state.link.points}
+    return session
+
+
 class Unsteered:
     """The unsteered model on the steered tokens, in chunks of steps: KL, log-probabilities and top tokens."""
 
     def __init__(self, model: SteerableModel, batch: Batch, cache: bool) -> None:
-        self._forward = Forward(model, cache=cache)
+        self._model, self._forward = model, Forward(model, cache=cache)
         self._pending = [batch.tokens]
         self._masks = [batch.mask]
         self._steps: list[Step] = []
@@ -157,10 +220,11 @@ class Unsteered:
         fed = [step.chosen.unsqueeze(1) for step in self._steps]
         tokens = torch.cat([*self._pending, *fed[:-1]], dim=1)
         masks = torch.cat([*self._masks, *[torch.ones_like(t, dtype=torch.bool) for t in fed[:-1]]], dim=1)
-        logits = self._forward(tokens, masks)[:, -len(self._steps) :]
+        with unsteered(self._model):
+            logits = self._forward(tokens, masks)[:, -len(self._steps) :]
         for index, step in enumerate(self._steps):
             base = logits[:, index].float().log_softmax(dim=-1)
-            self.kl.append((step.logprobs.exp() * (step.logprobs - base)).sum(dim=-1).clamp(min=0))
+            self.kl.append(divergence(step.logprobs, base))
             self.logprobs.append(base.gather(1, step.chosen.unsqueeze(1)).squeeze(1))
             self.top.append(base.topk(min(TOP, base.shape[-1]), dim=-1))
         self._pending, self._masks = [fed[-1]], [torch.ones_like(fed[-1], dtype=torch.bool)]

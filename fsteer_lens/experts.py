@@ -13,7 +13,7 @@ adds `route_loss` times the cross-entropy of α against the clusters; `preset="p
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from fsteer_lens.controller import Controller, train_controller
 from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.linalg import move, principal_directions, require_matrix, require_shapes, require_width
+from fsteer_lens.linalg import move, principal_directions, require_matrix, require_shapes, require_width, variant
 
 CLUSTERING_DIMENSIONS = 256
 
@@ -44,7 +44,7 @@ class Parts(NamedTuple):
     vector: Float[Tensor, "*batch d"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FitReport:
     """What the fit of the experts came to, on its own training set.
 
@@ -57,7 +57,7 @@ class FitReport:
         valid_loss: the same over the validation part, None where there is none.
         epochs: epochs until the best validation loss.
         criterion: Calinski-Harabasz index of every K that was tried.
-        clusters: the cluster of every query.
+        clusters: the cluster of every query, [n].
     """
 
     agreement: float
@@ -68,7 +68,7 @@ class FitReport:
     valid_loss: float | None
     epochs: int
     criterion: Mapping[int, float]
-    clusters: tuple[int, ...]
+    clusters: Int[Tensor, " n"] = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -106,10 +106,7 @@ class Experts:
             output_weight=(learned.output_weight, "m hidden"),
             output_bias=(learned.output_bias, "m"),
         )
-        if len(self.enabled) != self.n_experts or not any(self.enabled):
-            raise InputError(
-                "experts enabled", expected=f"{self.n_experts} switches, at least one of them on", got=self.enabled
-            )
+        self._require_switches(self.enabled)
 
     def __repr__(self) -> str:
         off = [index for index, on in enumerate(self.enabled) if not on]
@@ -159,20 +156,30 @@ class Experts:
     def without_expert(self, index: int) -> "Experts":
         """The same experts with one switched off: its logit is masked and the other weights renormalised."""
         self._check(index)
-        return replace(self, enabled=tuple(on and other != index for other, on in enumerate(self.enabled)))
+        return self._switched(tuple(on and other != index for other, on in enumerate(self.enabled)))
 
     def only_expert(self, index: int) -> "Experts":
         """The same experts with one of them at weight 1."""
         self._check(index)
-        return replace(self, enabled=tuple(other == index for other in range(self.n_experts)))
+        return self._switched(tuple(other == index for other in range(self.n_experts)))
 
     def without_residual(self) -> "Experts":
         """The same experts without U β(h)."""
-        return replace(self, use_residual=False)
+        return variant(self, use_residual=False)
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> "Experts":
         """The same experts on another device or in another dtype."""
         return move(self, device, dtype)
+
+    def _switched(self, enabled: tuple[bool, ...]) -> "Experts":
+        self._require_switches(enabled)
+        return variant(self, enabled=enabled)
+
+    def _require_switches(self, enabled: tuple[bool, ...]) -> None:
+        if len(enabled) != self.n_experts or not any(enabled) or not all(isinstance(on, bool) for on in enabled):
+            raise InputError(
+                "experts enabled", expected=f"{self.n_experts} switches, at least one of them on", got=enabled
+            )
 
     def _check(self, index: int) -> None:
         if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.n_experts:
@@ -341,5 +348,5 @@ def _report(
         valid_loss=float(error[valid].mean()) if len(valid_rows) else None,
         epochs=epochs,
         criterion=dict(criterion),
-        clusters=tuple(clusters.tolist()),
+        clusters=clusters.cpu(),
     )

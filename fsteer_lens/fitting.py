@@ -9,7 +9,8 @@ from fsteer_lens.errors import DataError, InputError, MismatchError
 from fsteer_lens.experts import Experts, fit_experts
 from fsteer_lens.fingerprints import merge_fingerprints
 from fsteer_lens.gates import Gate, fit_gate
-from fsteer_lens.steering import FineSteer, Schedule, Scope
+from fsteer_lens.steering import FineSteer, Refresh
+from fsteer_lens.timing import Schedule, Scope
 
 RANK = 8
 PAPER = {"cdf": "step", "folds": None}
@@ -25,6 +26,7 @@ def fit(
     strength: float = 1.0,
     scope: Scope | None = None,
     schedule: Schedule | None = None,
+    refresh: Refresh = "prompt",
     gate_layer: int | None = None,
     preset: Literal["paper"] | None = None,
     **options: Any,
@@ -37,7 +39,7 @@ def fit(
         general: from `collect_queries`, queries to be left alone; for the logistic gate.
         gate: kind of gate, or a fitted one. None: "logistic" where `general` is given, else "quantile".
         experts: fitted experts; None fits them.
-        strength, scope, schedule, gate_layer: as in `FineSteer`.
+        strength, scope, schedule, refresh, gate_layer: as in `FineSteer`.
         preset: "paper" is the published method: experts of Eq. 11-14, a step CDF calibrated on the very queries that
             the basis was fitted to, every position steered.
         options: further arguments of `fit_gate` and `fit_experts`, by name; `seed` goes to both.
@@ -112,6 +114,7 @@ def fit(
         strength=strength,
         scope=scope,
         schedule=schedule,
+        refresh=refresh,
         gate_layer=gate_layer,
         shift=first.shift,
         site=first.site,

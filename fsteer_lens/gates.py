@@ -14,20 +14,36 @@ larger, `~a` one minus it.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal, final
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple, final
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.linalg import move, require_matrix, require_rank, require_shapes, require_width
+from fsteer_lens.linalg import move, require_matrix, require_rank, require_shapes, require_width, variant
 from fsteer_lens.subspace import Subspace, fit_subspace
 
 OPEN = 0.5
 """A gate counts as open from this value on."""
+
+
+class Drift(NamedTuple):
+    """How activations compare with those that a gate was calibrated on.
+
+    Attributes:
+        distance: ‖h − μ‖.
+        distance_outside: whether that lies outside the range of the calibration queries; None where the range is not
+            known.
+        energy_outside: the same for the energy ratio at the gate's rank. For a one-class gate that is true of most
+            queries that need no intervention.
+    """
+
+    distance: Float[Tensor, "*batch"]
+    distance_outside: Bool[Tensor, "*batch"] | None = None
+    energy_outside: Bool[Tensor, "*batch"] | None = None
 
 
 class Gate(ABC):
@@ -49,6 +65,17 @@ class Gate(ABC):
     def leaves(self) -> "tuple[SubspaceGate, ...]":
         """The fitted gates that this one is made of, left to right."""
 
+    def drift(self, h: Float[Tensor, "*batch d"]) -> Drift:
+        """Compare activations with the calibration queries, of the first leaf where the gate is composed."""
+        leaf = self.leaves[0]
+        distance = leaf.subspace.distance(h)
+        if leaf.calibrated is None:
+            return Drift(distance)
+        low, high = leaf.calibrated.distance
+        least, most = leaf.calibrated.ratios[:, leaf.rank - 1]
+        ratio = leaf.subspace.energy_ratio(h, leaf.rank)
+        return Drift(distance, (distance < low) | (distance > high), (ratio < least) | (ratio > most))
+
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> "Gate":
         """The same gate on another device or in another dtype."""
         return move(self, device, dtype)
@@ -63,6 +90,22 @@ class Gate(ABC):
         return NotGate(self)
 
 
+@dataclass(frozen=True, eq=False)
+class CalibrationRange:
+    """Lowest and highest value over the queries that a gate was calibrated on, which its basis did not see.
+
+    Attributes:
+        distance: of ‖h − μ‖, [2].
+        ratios: of the energy ratio at every rank, [2 r].
+    """
+
+    distance: Float[Tensor, "2"]
+    ratios: Float[Tensor, "2 r"]
+
+    def __repr__(self) -> str:
+        return f"CalibrationRange(distance={self.distance.tolist()}, ranks={self.ratios.shape[1]})"
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class SubspaceGate(Gate):
     """A gate on the energy ratio of one subspace.
@@ -70,13 +113,23 @@ class SubspaceGate(Gate):
     Attributes:
         subspace: every rank that was fitted.
         rank: the rank whose energy ratio decides.
+        calibrated: what the calibration queries spanned, general ones included where they were given; None for a gate
+            that was put together by hand.
     """
 
     subspace: Subspace
     rank: int
+    calibrated: CalibrationRange | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         require_rank(self.rank, self.subspace.rank, "the ranks that were fitted")
+        if self.calibrated is not None:
+            require_shapes(
+                "gate's calibration",
+                basis=(self.subspace.basis, "d r"),
+                ratios=(self.calibrated.ratios, "ends r"),
+                distance=(self.calibrated.distance, "ends"),
+            )
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rank={self.rank} of {self.subspace.rank}, d_model={self.subspace.d_model})"
@@ -88,7 +141,8 @@ class SubspaceGate(Gate):
 
     def at_rank(self, rank: int) -> "SubspaceGate":
         """The same gate at another of the fitted ranks; shares the tensors."""
-        return replace(self, rank=rank)
+        require_rank(rank, self.subspace.rank, "the ranks that were fitted")
+        return variant(self, rank=rank)
 
     def gate(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """Gate value of each activation, in [0, 1]."""
@@ -230,7 +284,7 @@ class _PairGate(_ComposedGate):
 
     def at_rank(self, rank: int) -> "Gate":
         """Both at another rank."""
-        return replace(self, left=self.left.at_rank(rank), right=self.right.at_rank(rank))
+        return variant(self, left=self.left.at_rank(rank), right=self.right.at_rank(rank))
 
 
 @final
@@ -324,20 +378,29 @@ def fit_gate(
     why = f"min(n - 1, d) of the smallest training fold, {smallest} of {n} queries"
     require_rank(rank, limit, why)
     subspace = fit_subspace(rows, rank=min(limit, max(rank, max_rank)))
-    if kind == "energy":
-        return EnergyGate(subspace, rank)
     if calibration is not None:
-        ratios = subspace.energy_ratios(require_matrix(calibration, "calibration", d_model=d_model))
+        seen = require_matrix(calibration, "calibration", d_model=d_model)
+        ratios, distance = subspace.energy_ratios(seen), subspace.distance(seen)
     elif folds is None:
-        ratios = subspace.energy_ratios(rows)
+        ratios, distance = subspace.energy_ratios(rows), subspace.distance(rows)
     else:
-        ratios = rows.new_empty(n, subspace.rank)
+        ratios, distance = rows.new_empty(n, subspace.rank), rows.new_empty(n)
         for train, held_out in cuts:
-            ratios[held_out] = fit_subspace(rows[train], rank=subspace.rank).energy_ratios(rows[held_out])
+            other = fit_subspace(rows[train], rank=subspace.rank)
+            ratios[held_out], distance[held_out] = other.energy_ratios(rows[held_out]), other.distance(rows[held_out])
     if general is None:
-        return QuantileGate(subspace, rank, ratios.sort(dim=0).values, epsilon, gamma, cdf)
-    others = subspace.energy_ratios(require_matrix(general, "general", d_model=d_model))
-    return LogisticGate(subspace, rank, *_fit_logistic(ratios, others))
+        calibrated = _range(ratios, distance)
+        if kind == "energy":
+            return EnergyGate(subspace, rank, calibrated=calibrated)
+        return QuantileGate(subspace, rank, ratios.sort(dim=0).values, epsilon, gamma, cdf, calibrated=calibrated)
+    alone = require_matrix(general, "general", d_model=d_model)
+    others = subspace.energy_ratios(alone)
+    calibrated = _range(torch.cat([ratios, others]), torch.cat([distance, subspace.distance(alone)]))
+    return LogisticGate(subspace, rank, *_fit_logistic(ratios, others), calibrated=calibrated)
+
+
+def _range(ratios: Float[Tensor, "n r"], distance: Float[Tensor, " n"]) -> CalibrationRange:
+    return CalibrationRange(torch.stack(distance.aminmax()), torch.stack(ratios.aminmax(dim=0)))
 
 
 def _folds(n: int, folds: int, groups: Sequence[str | None] | None, seed: int) -> Iterator[tuple[Tensor, Tensor]]:

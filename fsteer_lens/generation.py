@@ -13,14 +13,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from fsteer_lens.decoding import TOP, Sampling, Step, Stop, Unsteered, decode
+from fsteer_lens.decoding import TOP, Read, Sampling, Step, Stop, Unsteered, decode, open_session, unsteered
 from fsteer_lens.errors import InputError
-from fsteer_lens.hooks import Session
-from fsteer_lens.models import SteerableModel, run_up_to, site_name
-from fsteer_lens.positions import at
+from fsteer_lens.hooks import HookObject, Session
+from fsteer_lens.models import SteerableModel
 from fsteer_lens.progress import progress_bar
 from fsteer_lens.prompts import Prompt
-from fsteer_lens.steering import Steering
 from fsteer_lens.tokens import (
     Batch,
     Detokenizer,
@@ -102,8 +100,9 @@ class StepRecord:
         token: its id.
         logprob: its log-probability under the steered model's raw logits, in nats.
         top: the most probable tokens with their log-probabilities.
-        gate: gate value at every steered layer.
+        gate: gate value at every steered layer: the prompt's, or with refresh="step" this step's.
         change: ‖edit‖ / ‖residual stream‖ at the position that predicted this token, at every steered layer.
+        parts: (gate, change) of each link, of a chain.
     """
 
     step: int
@@ -112,12 +111,13 @@ class StepRecord:
     top: tuple[tuple[str, float], ...]
     gate: Mapping[int, float]
     change: Mapping[int, float]
+    parts: tuple[tuple[Mapping[int, float], Mapping[int, float]], ...] = ()
 
 
 def generate(
     model: SteerableModel,
     prompts: Prompt | Sequence[Prompt],
-    steering: Steering | None = None,
+    steering: HookObject | None = None,
     *,
     max_new_tokens: int = 64,
     stop: Sequence[int | str] | None = None,
@@ -129,6 +129,7 @@ def generate(
     seed: int | None = None,
     batch_size: int = 8,
     compare: bool = False,
+    read: Read | None = None,
     use_past_kv_cache: bool = True,
     progress: bool = True,
 ) -> Generations:
@@ -137,7 +138,7 @@ def generate(
     Args:
         model: a HookedTransformer or TransformerBridge.
         prompts: one prompt or several; see `tokens.prompt_ids` for how they become tokens.
-        steering: what to put on the model; None generates without.
+        steering: what to put on the model: a steering, a probe, an ablation or a chain; None generates without.
         max_new_tokens: tokens to generate at most.
         stop: token ids and texts that end an answer; None takes the model's end-of-sequence ids and the chat
             template's end of turn.
@@ -147,7 +148,10 @@ def generate(
         batch_size: rows per forward pass; a compared prompt counts twice.
         compare: also run without steering: `baseline` of each generation, and per token KL(steered ‖ unsteered) and
             the unsteered log-probabilities in `trace.steps`, from one pass of the steered text through the
-            unsteered model.
+            unsteered model. Unsteered is without any hook of this package; hooks of others stay on.
+        read: where the query activations come from where there are several layers: "clean", one unsteered pass over the
+            prompt, or "live", the running stream, in which later layers see what earlier ones have added. None is
+            "clean", but "live" with refresh="step".
         use_past_kv_cache: False runs the whole text again for every token; the same tokens, slower.
         progress: show a progress bar.
 
@@ -179,7 +183,7 @@ def generate(
             ids = [rows[index] for index in chosen]
             batch = pad(model, ids, "left")
             made = _generate_batch(
-                model, ids, batch, steering, sampling, chosen, ending, max_new_tokens, use_past_kv_cache, compare
+                model, ids, batch, steering, sampling, chosen, ending, max_new_tokens, use_past_kv_cache, compare, read
             )
             for index, (text, tokens, trace, baseline) in zip(chosen, made, strict=True):
                 results[index] = Generation(many[index], text, tokens, trace, baseline)
@@ -190,7 +194,7 @@ def generate(
 def stream(
     model: SteerableModel,
     prompt: Prompt,
-    steering: Steering | None = None,
+    steering: HookObject | None = None,
     *,
     max_new_tokens: int = 64,
     stop: Sequence[int | str] | None = None,
@@ -200,6 +204,7 @@ def stream(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
+    read: Read | None = None,
     use_past_kv_cache: bool = True,
 ) -> Iterator[tuple[str, StepRecord]]:
     """Generate one text token by token, yielding (text that the token adds, step record); the tokens of `generate`.
@@ -210,7 +215,7 @@ def stream(
     ids = prompt_ids(model, prompt, chat=chat)
     require_fits(model, len(ids) + max_new_tokens, f"the prompt with {max_new_tokens} new tokens")
     batch = pad(model, [ids], "left")
-    session = _session(model, batch, steering)
+    session = None if steering is None else open_session(model, batch, steering, batch.mask.sum(dim=1), read)
     ending = Stop(model, stop)
     steps = decode(model, batch, session, sampling, sampling.generators([0]), ending, max_new_tokens, use_past_kv_cache)
     tokenizer = require_tokenizer(model)
@@ -222,16 +227,23 @@ def stream(
         yield (
             detokenize(token),
             StepRecord(
-                step=number,
-                token=token,
-                logprob=float(step.logprobs[0, token]),
-                top=tuple(
+                number,
+                token,
+                float(step.logprobs[0, token]),
+                tuple(
                     (tokenizer.decode([i]), p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)
                 ),
-                gate={layer: float(value[0]) for layer, value in trace.gate.items()},
-                change={layer: float(value[0, -1]) for layer, value in trace.change.items()},
+                *_latest(trace),
+                parts=tuple(_latest(part) for part in trace.parts),
             ),
         )
+
+
+def _latest(trace: Trace) -> tuple[dict[int, float], dict[int, float]]:
+    """Gate and change at the latest position of a trace with one row, per layer."""
+    gate = {layer: float(value[0]) for layer, value in trace.gate.items()}
+    gate |= {layer: float(value[0, -1]) for layer, value in trace.step_gate.items()}
+    return gate, {layer: float(value[0, -1]) for layer, value in trace.change.items()}
 
 
 def _is_one(prompts: Any) -> bool:
@@ -239,56 +251,35 @@ def _is_one(prompts: Any) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | Mapping))
 
 
-def _session(model: SteerableModel, batch: Batch, steering: Steering | None) -> Session | None:
-    """A session for left-padded prompts; with several layers every ĥ comes from one unsteered prefill."""
-    if steering is None:
-        return None
-    queries: dict[int, Tensor] | None = None
-    session = steering.session_on(model, batch.mask.sum(dim=1), batch.mask)
-    if len(steering.hooked_layers) > 1:
-        queries = {}
-        last = torch.full((len(batch.tokens),), batch.tokens.shape[1] - 1, device=batch.tokens.device)
-
-        def keep(layer: int) -> Any:
-            def hook_function(activation: Tensor, hook: Any) -> None:
-                queries[layer] = at(activation, last.to(activation.device)).float()
-
-            return hook_function
-
-        names = [(site_name(model, layer, steering.site), keep(layer)) for layer in steering.hooked_layers]
-        run_up_to(model, batch.tokens, batch.mask, max(steering.hooked_layers), names)
-        session.queries = queries
-    return session
-
-
 def _generate_batch(
     model: SteerableModel,
     ids: Sequence[Sequence[int]],
     batch: Batch,
-    steering: Steering | None,
+    steering: HookObject | None,
     sampling: Sampling,
     numbers: Sequence[int],
     stop: Stop,
     max_new_tokens: int,
     cache: bool,
     compare: bool,
+    read: Read | None,
 ) -> list[tuple[str, tuple[int, ...], Trace, Baseline | None]]:
     def run(session: Session | None) -> Iterator[Step]:
         generators = sampling.generators(numbers) if sampling.do_sample else []
         return decode(model, batch, session, sampling, generators, stop, max_new_tokens, cache)
 
-    session = _session(model, batch, steering)
-    unsteered = Unsteered(model, batch, cache) if compare else None
+    session = None if steering is None else open_session(model, batch, steering, batch.mask.sum(dim=1), read)
+    beside = Unsteered(model, batch, cache) if compare else None
     chosen, alive, logprobs, top = [], [], [], []
     for step in run(session):
         chosen.append(step.chosen)
         alive.append(step.alive)
         logprobs.append(step.logprobs.gather(1, step.chosen.unsqueeze(1)).squeeze(1))
         top.append(step.logprobs.topk(min(TOP, step.logprobs.shape[-1]), dim=-1))
-        if unsteered is not None:
-            unsteered.add(step)
-    if unsteered is not None:
-        unsteered.flush()
+        if beside is not None:
+            beside.add(step)
+    if beside is not None:
+        beside.flush()
     lived = torch.stack(alive, dim=1).cpu()
 
     def shown(values: Sequence[Tensor], fill: int | float) -> Tensor:
@@ -306,21 +297,20 @@ def _generate_batch(
         top_logprobs=shown([values.values for values in top], nan),
     )
     baselines: list[Baseline | None] = [None] * len(ids)
-    if unsteered is not None:
+    if beside is not None:
         steps = replace(
             steps,
-            kl=shown(unsteered.kl, nan),
-            baseline_logprobs=shown(unsteered.logprobs, nan),
-            baseline_top_ids=shown([values.indices for values in unsteered.top], -1),
-            baseline_top_logprobs=shown([values.values for values in unsteered.top], nan),
+            kl=shown(beside.kl, nan),
+            baseline_logprobs=shown(beside.logprobs, nan),
+            baseline_top_ids=shown([values.indices for values in beside.top], -1),
+            baseline_top_logprobs=shown([values.values for values in beside.top], nan),
         )
-        plain = [(step.chosen, step.alive) for step in run(None)]
+        with unsteered(model):
+            plain = [(step.chosen, step.alive) for step in run(None)]
         for index in range(len(ids)):
             row = [int(one[index]) for one, lives in plain if lives[index]]
             baselines[index] = Baseline(_answer(model, ids[index], row, stop), tuple(row))
-    trace = Trace() if session is None else session.trace
-    for name in ("ser", "gate", "weights", "coefficients", "change"):
-        setattr(trace, name, {layer: value.cpu() for layer, value in getattr(trace, name).items()})
+    trace = (Trace() if session is None else session.trace).cpu()
     trace.prompt_lengths = batch.mask.sum(dim=1).cpu()
     trace.first = batch.tokens.shape[1] - trace.prompt_lengths
     trace.prompts = tuple(token_texts(model, row) for row in ids)

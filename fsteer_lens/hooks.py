@@ -2,23 +2,32 @@
 
 A hook object is a frozen value. Each `.on(model)`, `.attach(model)` or `.fwd_hooks()` makes a session, which keeps the
 positions seen so far, the decisions taken, and the trace.
+
+1. A hook of TransformerLens hands the session the activation at one point of the residual stream.
+2. The session places it: new prompt or continuation, which columns, where each row's last prompt token is.
+3. Every hook object at that point reads the same activation and names its edit, in float32.
+4. The session records the size of the edits, adds them up, and casts back.
+
+Hooks of several objects that are put on a model one after another run in the order in which they were put there, and a
+later one reads what an earlier one has edited. Objects in one `chain` all read the activation that enters the chain.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, final
+from threading import Thread, current_thread
+from typing import Any, NamedTuple, final
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from fsteer_lens.errors import HookError, ShapeError
+from fsteer_lens.errors import HookError, InputError, ShapeError
 from fsteer_lens.experts import Experts
 from fsteer_lens.fingerprints import Fingerprint, fingerprint
 from fsteer_lens.linalg import require_rank
-from fsteer_lens.models import DEFAULT_SITE, SteerableModel, add_hooks, site_name
+from fsteer_lens.models import DEFAULT_SITE, AddedHooks, SteerableModel, hooks_added, site_name
 from fsteer_lens.positions import Positions, View
 from fsteer_lens.subspace import Subspace
 from fsteer_lens.trace import Trace
@@ -26,54 +35,30 @@ from fsteer_lens.trace import Trace
 # ----------------------------------------------------------------------------------------------------------- sessions
 
 
-class Session:
-    """One use of a hook object on one model: positions, decisions (what the hook object remembers per layer) and trace.
+class Point(NamedTuple):
+    """A place in the residual stream."""
 
-    Not thread-safe: a model with hooks runs in one thread at a time.
-    """
+    layer: int
+    site: str
 
-    def __init__(
-        self,
-        hook_object: "HookObject",
-        prompt_lengths: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        queries: Mapping[int, Tensor] | None = None,
-    ) -> None:
-        self.hook_object = hook_object
-        self.queries = queries
+    @property
+    def name(self) -> str:
+        """Its name in TransformerLens."""
+        return f"blocks.{self.layer}.{self.site}"
+
+
+class State:
+    """What one link remembers of the prompts at hand."""
+
+    def __init__(self, link: "Link") -> None:
+        self.link = link
         self.trace = Trace()
         self.decisions: dict[int, Any] = {}
-        self.fired = False
-        self._positions = {layer: Positions(prompt_lengths, attention_mask) for layer in hook_object.hooked_layers}
-
-    def reset(self) -> None:
-        """Take the next forward as a new prompt."""
-        for positions in self._positions.values():
-            positions.reset()
-
-    def hooks(self, model: SteerableModel | None = None) -> list[tuple[str, "SiteHook"]]:
-        """(name, function) pairs; with a model, names are checked against it."""
-        site = self.hook_object.site
-        return [
-            (f"blocks.{layer}.{site}" if model is None else site_name(model, layer, site), SiteHook(self, layer))
-            for layer in self.hook_object.hooked_layers
-        ]
-
-    def respond(self, layer: int, activation: Tensor) -> Tensor | None:
-        """React to the activation at one layer; None leaves it as it is."""
-        self.fired = True
-        if activation.shape[-1] != self.hook_object.d_model:
-            raise ShapeError(
-                f"activation at layer {layer}",
-                expected=f"width d_model={self.hook_object.d_model}",
-                got=list(activation.shape),
-                fix="Was this fitted on another model?",
-            )
-        view = self._positions[layer].observe(activation)
-        if view.fresh:
-            self.trace.prompt_lengths = (view.query - view.first + 1).cpu()
-            self.trace.first = view.first.cpu()
-        return self.hook_object.respond(self, layer, activation, view)
+        """What was decided on the prompts, per layer."""
+        self.steps: dict[int, Any] = {}
+        """What was decided at the latest positions, per layer, where a link decides at every step."""
+        self.queries: dict[int, Tensor] | None = None
+        """Query activations, {layer: [b d]}, where they are not to be read from the running stream."""
 
     def record(self, layer: int, **values: Tensor | None) -> None:
         """Put values into the trace, replacing what is there; None is left out."""
@@ -84,25 +69,120 @@ class Session:
     def extend(self, layer: int, view: View, **values: Tensor) -> None:
         """Append the values of new positions, [b t ...], to the trace."""
         for name, value in values.items():
-            log, value = getattr(self.trace, name), _kept(value)
-            if view.fresh or layer not in log:
-                log[layer] = value
-            else:
-                log[layer] = torch.cat([log[layer], value[:, value.shape[1] - view.n_new :]], dim=1)
+            _extend(getattr(self.trace, name), layer, view, value)
 
 
-class SiteHook:
+class Session:
+    """One use of a hook object on one model.
+
+    A session belongs to the thread that first runs the model through it: two threads that take turns would each go on
+    with the other's prompt, so a forward from a second thread raises until the first has ended or `reset` is called.
+    """
+
+    def __init__(
+        self, hook_object: "HookObject", prompt_lengths: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> None:
+        self.hook_object = hook_object
+        self.states = [State(link) for link in hook_object.links]
+        parts = tuple(state.trace for state in self.states)
+        self.trace = parts[0] if len(parts) == 1 else Trace(parts=parts)
+        self.unfired = set(hook_object.points)
+        self._acting = {point: [one for one in self.states if point in one.link.points] for point in self.unfired}
+        self._positions = {point: Positions(prompt_lengths, attention_mask) for point in hook_object.points}
+        self._thread: Thread | None = None
+
+    def reset(self) -> None:
+        """Take the next forward, from whichever thread, as a new prompt."""
+        self._thread = None
+        for positions in self._positions.values():
+            positions.reset()
+
+    def hooks(self) -> "list[tuple[str, PointHook]]":
+        """(name, function) pairs for the model."""
+        return [(point.name, PointHook(self, point)) for point in self.hook_object.points]
+
+    @contextmanager
+    def step(self, model: SteerableModel) -> Iterator[None]:
+        """Have the hooks on the model for one forward pass of this thread's, whichever thread ran the last one."""
+        with hooks_added(model, self.hooks()):
+            self._thread = current_thread()
+            yield
+
+    def respond(self, point: Point, activation: Tensor) -> Tensor | None:
+        """React to the activation at one point; None leaves it as it is."""
+        self._require_own_thread()
+        if activation.shape[-1] != self.hook_object.d_model:
+            raise ShapeError(
+                f"activation at layer {point.layer}",
+                expected=f"width d_model={self.hook_object.d_model}",
+                got=list(activation.shape),
+                fix="Was this fitted on another model?",
+            )
+        self.unfired.discard(point)
+        view = self._positions[point].observe(activation)
+        acting = self._acting[point]
+        if view.fresh:
+            for trace in {id(one): one for one in (self.trace, *(state.trace for state in acting))}.values():
+                trace.prompt_lengths = (view.query - view.first + 1).cpu()
+                trace.first = view.first.cpu()
+        edits = [state.link.edit(state, point.layer, activation, view) for state in acting]
+        acted = [edit for edit in edits if edit is not None]
+        total = sum(acted[1:], acted[0]) if acted else None
+        editing = [pair for pair in zip(acting, edits, strict=True) if point.layer in pair[0].link.edited_layers]
+        if editing:
+            size = activation.float().norm(dim=-1).clamp(min=1e-12)
+            for state, edit in editing:
+                state.extend(point.layer, view, change=_change(edit, size, view))
+            if len(self.states) > 1:
+                _extend(self.trace.change, point.layer, view, _change(total, size, view))
+        if total is None:
+            return None
+        precise = torch.promote_types(activation.dtype, torch.float32)
+        return (activation.to(precise) + total.to(precise)).to(activation.dtype)
+
+    def _require_own_thread(self) -> None:
+        here = current_thread()
+        if self._thread not in (None, here) and self._thread.is_alive():  # pyright: ignore[reportOptionalMemberAccess]
+            raise HookError(
+                f"{self.hook_object!r} is in use by thread {self._thread.name!r}",  # pyright: ignore[reportOptionalMemberAccess]
+                got=f"a forward pass from thread {here.name!r}",
+                fix="One thread at a time may run a model that has hooks: take a lock, or load a model for each thread;"
+                " to hand an attached hook over, call handle.reset().",
+            )
+        self._thread = here
+
+
+class PointHook:
     """The function that TransformerLens calls; its short repr is what TransformerLens prints and times."""
 
-    def __init__(self, session: Session, layer: int) -> None:
-        self.session, self.layer = session, layer
+    def __init__(self, session: Session, point: Point) -> None:
+        self.session, self.point = session, point
 
     def __repr__(self) -> str:
-        return f"{type(self.session.hook_object).__name__}@{self.layer}"
+        return f"{type(self.session.hook_object).__name__}@{self.point.layer}"
 
     def __call__(self, activation: Tensor, hook: Any = None) -> Tensor | None:
         """Return the edited activation, or None to leave it."""
-        return self.session.respond(self.layer, activation)
+        return self.session.respond(self.point, activation)
+
+
+def is_ours(function: Any) -> bool:
+    """Whether a hook function belongs to a hook object of this package."""
+    return isinstance(function, PointHook)
+
+
+def _change(edit: Tensor | None, size: Tensor, view: View) -> Tensor:
+    """‖edit‖ / ‖residual stream‖ at every position, NaN at pads, [b t]."""
+    change = torch.zeros_like(size) if edit is None else edit.norm(dim=-1) / size
+    return change.masked_fill(~view.real, float("nan"))
+
+
+def _extend(log: dict[int, Tensor], layer: int, view: View, value: Tensor) -> None:
+    value = _kept(value)
+    if view.fresh or layer not in log:
+        log[layer] = value
+    else:
+        log[layer] = torch.cat([log[layer], value[:, value.shape[1] - view.n_new :]], dim=1)
 
 
 def _kept(value: Tensor) -> Tensor:
@@ -112,7 +192,7 @@ def _kept(value: Tensor) -> Tensor:
 
 
 @final
-class Hooks(list[tuple[str, SiteHook]]):
+class Hooks(list[tuple[str, PointHook]]):
     """(name, function) pairs for `run_with_hooks(fwd_hooks=...)`, with the trace that they fill."""
 
     def __init__(self, session: Session) -> None:
@@ -126,7 +206,7 @@ class Handle:
 
     def __init__(self, model: SteerableModel, session: Session) -> None:
         self._session = session
-        self._remove = add_hooks(model, session.hooks(model))
+        self._hooks = AddedHooks(model, session.hooks())
 
     @property
     def trace(self) -> Trace:
@@ -134,12 +214,26 @@ class Handle:
         return self._session.trace
 
     def reset(self) -> None:
-        """Take the next forward as a new prompt."""
+        """Take the next forward, from whichever thread, as a new prompt."""
         self._session.reset()
 
     def detach(self) -> None:
-        """Remove the hooks; calling it twice does nothing more."""
-        self._remove()
+        """Remove the hooks; calling it twice does nothing more.
+
+        Raises:
+            HookError: somebody else has removed them already, say by `model.reset_hooks()`; the model is clean.
+        """
+        if not self._hooks.remove():
+            raise _removed_by_others(self._session.hook_object)
+
+
+def _removed_by_others(hook_object: "HookObject") -> HookError:
+    return HookError(
+        f"{hook_object!r} was taken off the model by somebody else",
+        expected="its hooks still in place",
+        got="none: what ran since then ran without them",
+        fix="Keep model.reset_hooks() out of the time in which the hooks are on, or put them on again after it.",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------- hook objects
@@ -151,22 +245,20 @@ _matched: "WeakKeyDictionary[Any, set[Fingerprint]]" = WeakKeyDictionary()
 class HookObject(ABC):
     """Something that can be put on a model: `.on`, `.attach`, `.fwd_hooks`."""
 
-    site: str = DEFAULT_SITE
-    fingerprint: Fingerprint | None = None
-
     @property
     @abstractmethod
-    def hooked_layers(self) -> tuple[int, ...]:
-        """Layers whose hook points are used."""
+    def links(self) -> "tuple[Link, ...]":
+        """What it is made of: itself, or the links of a chain."""
 
     @property
     @abstractmethod
     def d_model(self) -> int:
         """Width of the activations."""
 
-    @abstractmethod
-    def respond(self, session: Session, layer: int, activation: Tensor, view: View) -> Tensor | None:
-        """React to one activation; None leaves it as it is."""
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Places in the residual stream where a hook is put, lower layers first."""
+        return tuple(sorted({Point(layer, link.site) for link in self.links for layer in link.hooked_layers}))
 
     def fwd_hooks(self, prompt_lengths: Any = None, attention_mask: Any = None) -> Hooks:
         """Hooks for `model.run_with_hooks(tokens, fwd_hooks=...)`; the list's `.trace` is filled as they run.
@@ -187,19 +279,22 @@ class HookObject(ABC):
         Raises:
             MismatchError: fitted on another model.
             SiteError: the model has no such layer.
-            HookError: at the end, if the model never ran through the hooks.
+            HookError: at the end, if the model never ran through one of the hooks, or somebody else took them away.
         """
         session = self.session_on(model, prompt_lengths, attention_mask)
-        remove = add_hooks(model, session.hooks(model))
+        added = AddedHooks(model, session.hooks())
+        in_place = True
         try:
             yield session.trace
         finally:
-            remove()
-        if not session.fired:
+            in_place = added.remove()
+        if not in_place:
+            raise _removed_by_others(self)
+        if session.unfired:
             raise HookError(
                 f"{self!r} never fired",
                 expected="a forward pass through its layers inside the with block",
-                got="none",
+                got=f"none through {', '.join(point.name for point in sorted(session.unfired))}",
                 fix="Run the model inside the block, and look at stop_at_layer.",
             )
 
@@ -207,19 +302,10 @@ class HookObject(ABC):
         """Put the hooks on a model until `handle.detach()`; arguments and errors as in `on`."""
         return Handle(model, self.session_on(model, prompt_lengths, attention_mask))
 
-    def session_on(
-        self,
-        model: SteerableModel,
-        prompt_lengths: Any = None,
-        attention_mask: Any = None,
-        queries: Mapping[int, Tensor] | None = None,
-    ) -> Session:
-        """A session for a model that was checked against the fingerprint (once per model).
-
-        `queries` gives the query activations, {layer: [b d]}, where they are not to be read from the running stream.
-        """
-        for layer in self.hooked_layers:
-            site_name(model, layer, self.site)
+    def session_on(self, model: SteerableModel, prompt_lengths: Any = None, attention_mask: Any = None) -> Session:
+        """A session for a model that was checked against the fingerprints (once per model)."""
+        for point in self.points:
+            site_name(model, point.layer, point.site)
         if model.cfg.d_model != self.d_model:
             raise ShapeError(
                 repr(self),
@@ -228,15 +314,93 @@ class HookObject(ABC):
                 fix="Was this fitted on another model?",
             )
         known = _matched.setdefault(model, set())
-        if self.fingerprint is not None and self.fingerprint not in known:
-            self.fingerprint.require_match(fingerprint(model, sorted(self.fingerprint.probe), self.site))
-            known.add(self.fingerprint)
-        return Session(self, prompt_lengths, attention_mask, queries)
+        for link in self.links:
+            if link.fingerprint is not None and link.fingerprint not in known:
+                link.fingerprint.require_match(fingerprint(model, sorted(link.fingerprint.probe), link.site))
+                known.add(link.fingerprint)
+        return Session(self, prompt_lengths, attention_mask)
+
+
+class Link(HookObject):
+    """A hook object that acts by itself: it reads the stream at layers of one site, and edits it at some of them."""
+
+    site: str = DEFAULT_SITE
+    fingerprint: Fingerprint | None = None
+
+    @property
+    def links(self) -> "tuple[Link, ...]":
+        """Itself."""
+        return (self,)
+
+    @property
+    @abstractmethod
+    def hooked_layers(self) -> tuple[int, ...]:
+        """Layers whose hook points are used."""
+
+    @property
+    @abstractmethod
+    def edited_layers(self) -> tuple[int, ...]:
+        """Those of them where the stream may be edited; the others are only read."""
+
+    @abstractmethod
+    def edit(self, state: State, layer: int, activation: Tensor, view: View) -> Tensor | None:
+        """What to add to one activation, [b t d] in float32; None is nothing."""
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class Chain(HookObject):
+    """Hook objects that act together; made by `chain`.
+
+    Attributes:
+        hooks: the links; at each point all of them read the activation that enters the chain, and their edits add up.
+            The trace of the chain has their common `change`, and in `parts` the trace of each.
+    """
+
+    hooks: tuple[Link, ...]
+
+    def __post_init__(self) -> None:
+        wrong = [type(link).__name__ for link in self.hooks if not isinstance(link, Link)]
+        if wrong or len(self.hooks) < 2:
+            raise InputError("chain", expected="at least two hook objects", got=wrong or len(self.hooks))
+        widths = {link.d_model for link in self.hooks}
+        if len(widths) > 1:
+            raise ShapeError("chain", expected="hook objects of one d_model", got=sorted(widths))
+
+    def __repr__(self) -> str:
+        return f"chain({', '.join(map(repr, self.hooks))})"
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """The links, in the order of the trace's `parts`."""
+        return self.hooks
+
+    @property
+    def d_model(self) -> int:
+        """Width of the activations."""
+        return self.hooks[0].d_model
+
+
+def chain(*hooks: HookObject) -> Chain:
+    """Compose hook objects: at each point all of them read the activation that enters it, and their edits add up.
+
+    So the order of the links does not matter, unlike that of nested `.on` blocks, where a later one reads what an
+    earlier one has edited. In every link every row decides for itself. A chain in a chain counts as its links.
+
+    Raises:
+        InputError: fewer than two, or something that is no hook object.
+        ShapeError: hook objects of several widths.
+    """
+    links: list[Any] = [link for hook in hooks for link in getattr(hook, "links", [hook])]
+    return Chain(tuple(links))
+
+
+# ---------------------------------------------------------------------------------------------- probes and the ablation
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
-class _SubspaceHook(HookObject):
-    """A hook object that reads every token at one layer."""
+class _SubspaceHook(Link):
+    """A hook object that reads every token at one layer, and edits none."""
 
     layer: int
     site: str = DEFAULT_SITE
@@ -246,6 +410,11 @@ class _SubspaceHook(HookObject):
     def hooked_layers(self) -> tuple[int, ...]:
         """The one layer."""
         return (self.layer,)
+
+    @property
+    def edited_layers(self) -> tuple[int, ...]:
+        """None."""
+        return ()
 
 
 @final
@@ -260,9 +429,9 @@ class SubspaceProbe(_SubspaceHook):
         """Width of the activations."""
         return self.subspace.d_model
 
-    def respond(self, session: Session, layer: int, activation: Tensor, view: View) -> None:
+    def edit(self, state: State, layer: int, activation: Tensor, view: View) -> None:
         """Record."""
-        session.extend(layer, view, ser=self.subspace.energy_ratios(activation.float()))
+        state.extend(layer, view, ser=self.subspace.energy_ratios(activation.float()))
 
 
 @final
@@ -277,9 +446,9 @@ class ExpertProbe(_SubspaceHook):
         """Width of the activations."""
         return self.experts.d_model
 
-    def respond(self, session: Session, layer: int, activation: Tensor, view: View) -> None:
+    def edit(self, state: State, layer: int, activation: Tensor, view: View) -> None:
         """Record."""
-        session.extend(layer, view, weights=self.experts.route(activation.float()))
+        state.extend(layer, view, weights=self.experts.route(activation.float()))
 
 
 @final
@@ -300,11 +469,12 @@ class SubspaceAblation(_SubspaceHook):
         """Width of the activations."""
         return self.subspace.d_model
 
-    def respond(self, session: Session, layer: int, activation: Tensor, view: View) -> Tensor:
-        """Remove the component in the subspace."""
+    @property
+    def edited_layers(self) -> tuple[int, ...]:
+        """The one layer."""
+        return (self.layer,)
+
+    def edit(self, state: State, layer: int, activation: Tensor, view: View) -> Tensor:
+        """The component in the subspace, negative."""
         space = self.subspace.at_rank(self.rank)
-        h = activation.float()
-        edit = space.coordinates(h) @ space.basis.T
-        change = edit.norm(dim=-1) / h.norm(dim=-1).clamp(min=1e-12)
-        session.extend(layer, view, change=change.masked_fill(~view.real, float("nan")))
-        return (h - edit).to(activation.dtype)
+        return -(space.coordinates(activation.float()) @ space.basis.T)

@@ -6,12 +6,14 @@ them is in this module; the rest of the package sees a `SteerableModel`.
 
 import json
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
+from threading import Lock, RLock
 from typing import Any, Literal, Protocol, runtime_checkable
+from weakref import WeakKeyDictionary
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -214,51 +216,76 @@ def site_name(model: SteerableModel, layer: int, site: str = DEFAULT_SITE) -> st
     return name
 
 
+class AddedHooks:
+    """Hooks that were added to a model; `remove` takes away exactly these, in whatever order others come and go."""
+
+    def __init__(self, model: SteerableModel, hooks: Sequence[tuple[str, Any]]) -> None:
+        self._added: list[tuple[Any, Any]] = []
+        try:
+            for name, function in hooks:
+                point = model.hook_dict[name]
+                self._added.append((point, function))  # first, so that an interrupt leaves nothing behind
+                point.add_hook(function)
+        except BaseException:
+            self.remove()
+            raise
+
+    def remove(self) -> bool:
+        """Take the hooks away; returns whether all of them were still there. Calling it twice does nothing more."""
+        found = [self._pop(*added) for added in self._added]
+        self._added = []
+        return all(found)
+
+    @staticmethod
+    def _pop(point: Any, function: Any) -> bool:
+        own = [handle for handle in point.fwd_hooks if handle.user_hook is function]
+        for handle in own:
+            handle.hook.remove()
+        point.fwd_hooks = [handle for handle in point.fwd_hooks if handle.user_hook is not function]
+        return bool(own)
+
+
 @contextmanager
 def hooks_added(model: SteerableModel, hooks: Sequence[tuple[str, Any]]) -> Iterator[None]:
-    """Add hooks to a model and take away exactly these at the end, whatever happens in between."""
-    remove = add_hooks(model, hooks)
-    try:
-        yield
-    finally:
-        remove()
+    """Add hooks to a model and take away exactly these at the end, whatever happens in between.
 
-
-def add_hooks(model: SteerableModel, hooks: Sequence[tuple[str, Any]]) -> Any:
-    """Add hooks to a model; returns a function that takes away exactly these and may be called twice."""
-    added: list[tuple[Any, Any]] = []
-
-    def remove() -> None:
-        while added:
-            point, handle = added.pop()
-            handle.hook.remove()
-            point.fwd_hooks = [other for other in point.fwd_hooks if other is not handle]
-
-    try:
-        for name, function in hooks:
-            point = model.hook_dict[name]
-            point.add_hook(function)
-            added.append((point, point.fwd_hooks[-1]))
-    except BaseException:
-        remove()
-        raise
-    return remove
+    One thread at a time: another one that comes here with the same model waits until the first has taken its hooks
+    away.
+    """
+    with lock_of(model):
+        added = AddedHooks(model, hooks)
+        try:
+            yield
+        finally:
+            added.remove()
 
 
 @contextmanager
-def hooks_suspended(model: SteerableModel) -> Iterator[None]:
-    """Run the model as if nobody had hooked it; every hook is back in its place and order at the end."""
-    hooked = [point for point in model.hook_dict.values() if point.fwd_hooks]
-    stashed = [(point, dict(point._forward_hooks)) for point in hooked]
-    try:
-        for point in hooked:
-            for handle in point.fwd_hooks:
-                point._forward_hooks.pop(handle.hook.id, None)
-        yield
-    finally:
-        for point, hooks in stashed:
-            point._forward_hooks.clear()
-            point._forward_hooks.update(hooks)
+def hooks_suspended(model: SteerableModel, which: Callable[[Any], bool] = lambda function: True) -> Iterator[None]:
+    """Run the model without the hooks that `which` holds for; every hook is back in its place and order at the end."""
+    with lock_of(model):
+        hooked = [point for point in model.hook_dict.values() if any(which(one.user_hook) for one in point.fwd_hooks)]
+        stashed = [(point, dict(point._forward_hooks)) for point in hooked]
+        try:
+            for point in hooked:
+                for handle in point.fwd_hooks:
+                    if which(handle.user_hook):
+                        point._forward_hooks.pop(handle.hook.id, None)
+            yield
+        finally:
+            for point, hooks in stashed:
+                point._forward_hooks.clear()
+                point._forward_hooks.update(hooks)
+
+
+_locks: "WeakKeyDictionary[Any, AbstractContextManager[Any]]" = WeakKeyDictionary()
+_lock_of_locks = Lock()
+
+
+def lock_of(model: SteerableModel) -> AbstractContextManager[Any]:
+    """The lock under which this package puts hooks on a model for a moment; one thread may take it several times."""
+    with _lock_of_locks:
+        return _locks.setdefault(model, RLock())
 
 
 # ------------------------------------------------------------------------------------------------------- forward passes

@@ -5,76 +5,74 @@ gate g(ĥ), vector v(ĥ). Until the row's generation ends, λ · g · v is added
 
     H ← H + λ · g(ĥ) · v(ĥ)                          (FineSteer, arXiv 2604.15488)
 
-Adding happens in float32 and is cast back; where every row is closed nothing is returned, so the stream stays
-bit-identical.
+Where every row is closed nothing is added, so the stream stays bit-identical.
 """
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, final
+from math import isfinite
+from typing import Any, Literal, NamedTuple, TypeVar, final
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError, NonFiniteError, ShapeError
 from fsteer_lens.experts import Experts
 from fsteer_lens.fingerprints import Fingerprint
 from fsteer_lens.gates import Gate
-from fsteer_lens.hooks import HookObject, Session
+from fsteer_lens.hooks import Link, State
 from fsteer_lens.linalg import move
 from fsteer_lens.models import DEFAULT_SITE
 from fsteer_lens.positions import View, at
+from fsteer_lens.timing import Schedule, Scope, in_scope, require_scope
 
-Scope = Literal["all", "prompt", "generated"]
-SCOPES = ("all", "prompt", "generated")
+Own = TypeVar("Own", bound="Steering")
+
+Refresh = Literal["prompt", "step"]
 SCOPE_OF_SHIFT: Mapping[str | None, Scope] = {"last_prompt": "prompt", "response_mean": "all", None: "all"}
 
 
-@final
-@dataclass(frozen=True)
-class Schedule:
-    """How the strength changes over generated tokens.
+class Decision(NamedTuple):
+    """What a steering decided for activations at one layer.
 
     Attributes:
-        factors: factor of the strength at step 0, 1, ...; the last one holds for all later steps. Step k is the
-            position that predicts generated token k; earlier positions use step 0.
+        gate: g, in [0, 1].
+        vector: v.
+        ser: energy ratio at every fitted rank; None without a gate, as are the next three.
+        distance: ‖h − μ‖.
+        distance_outside: whether that lies outside what the gate's calibration queries spanned.
+        energy_outside: the same of the energy ratio at the gate's rank.
+        weights: α, weight of each expert.
+        coefficients: β, coefficient of each residual direction.
     """
 
-    factors: tuple[float, ...] = (1.0,)
-
-    def __post_init__(self) -> None:
-        if not self.factors or any(factor != factor for factor in self.factors):
-            raise InputError("schedule", expected="at least one number", got=self.factors)
-
-    def at(self, steps: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
-        """Factor at each step."""
-        table = torch.tensor(self.factors, device=steps.device)
-        return table[steps.clamp(0, len(self.factors) - 1)]
-
-
-class Decision(NamedTuple):
-    """What a steering decided for each row of a batch at one layer; kept until the rows' generation ends."""
-
-    gate: Float[Tensor, " b"]
-    vector: Float[Tensor, "b d"]
-    ser: Float[Tensor, "b r"] | None = None
-    weights: Float[Tensor, "b k"] | None = None
-    coefficients: Float[Tensor, "b m"] | None = None
+    gate: Float[Tensor, "*batch"]
+    vector: Float[Tensor, "*batch d"]
+    ser: Float[Tensor, "*batch r"] | None = None
+    distance: Float[Tensor, "*batch"] | None = None
+    distance_outside: Bool[Tensor, "*batch"] | None = None
+    energy_outside: Bool[Tensor, "*batch"] | None = None
+    weights: Float[Tensor, "*batch k"] | None = None
+    coefficients: Float[Tensor, "*batch m"] | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Steering(HookObject):
+class Steering(Link):
     """What every method that adds a gated vector to the residual stream has in common.
 
     Attributes:
         layer: where it acts; None for a method given per layer.
         strength: λ.
         scope: "all" every real position, "prompt" the prompt's, "generated" those that predict a generated token
-            (from the prompt's last on). None: "prompt" for last-prompt shifts, else "all", the paper's.
+            (from the prompt's last on), or a `Window` of generated tokens. None: "prompt" for last-prompt shifts, else
+            "all", the paper's.
         schedule: factors of the strength over generated tokens.
+        refresh: "prompt" decides once, at the prompt's last token (the paper); "step" decides again at every later
+            position, from the activation there.
         gate_layer: the layer whose gate decides for all; at most the first steered layer.
+        monitor: decide and record, and edit nothing.
         shift: how the shifts were taken that this was fitted on.
         site: hook point within a layer.
         fingerprint: of the model it was fitted on; checked when it is put on a model.
@@ -84,18 +82,31 @@ class Steering(HookObject):
     strength: float = 1.0
     scope: Scope | None = None
     schedule: Schedule | None = None
+    refresh: Refresh = "prompt"
     gate_layer: int | None = None
+    monitor: bool = False
     shift: str | None = None
     site: str = DEFAULT_SITE
     fingerprint: Fingerprint | None = None
 
     def __post_init__(self) -> None:
         if self.scope is None:
-            object.__setattr__(self, "scope", SCOPE_OF_SHIFT[self.shift])
-        if self.scope not in SCOPES:
-            raise InputError("scope", expected=f"one of {SCOPES}", got=repr(self.scope))
-        if not torch.tensor(float(self.strength)).isfinite():
-            raise InputError("strength", expected="a finite number", got=self.strength)
+            object.__setattr__(self, "scope", SCOPE_OF_SHIFT.get(self.shift))
+        require_scope(self.scope)
+        _require_strength(self.strength)
+        for name, kind in (("schedule", Schedule), ("fingerprint", Fingerprint), ("layer", int), ("gate_layer", int)):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+                raise InputError(name, expected=f"{kind.__name__} or None", got=repr(value))
+        if not isinstance(self.monitor, bool):
+            raise InputError("monitor", expected="True or False", got=repr(self.monitor))
+        if self.refresh not in ("prompt", "step"):
+            raise InputError("refresh", expected="'prompt' or 'step'", got=repr(self.refresh))
+        if self.refresh == "step" and self.scope == "prompt":
+            raise InputError(
+                'refresh="step" has no effect with scope="prompt"',
+                fix='Use scope="all", "generated" or a Window.',
+            )
         if self.gate_layer is not None:
             if self.gate_layer > min(self.layers):
                 raise InputError(
@@ -114,8 +125,8 @@ class Steering(HookObject):
         """The gate of one layer; None is always open."""
 
     @abstractmethod
-    def vectors(self, layer: int, h: Float[Tensor, "b d"]) -> Decision:
-        """The vector for each query activation with what it is made of; its gate is all ones."""
+    def vectors(self, layer: int, h: Float[Tensor, "*batch d"]) -> Decision:
+        """The vector for each activation with what it is made of; its gate is all ones."""
 
     @property
     def hooked_layers(self) -> tuple[int, ...]:
@@ -123,82 +134,125 @@ class Steering(HookObject):
         extra = () if self.gate_layer is None else (self.gate_layer,)
         return tuple(sorted({*self.layers, *extra}))
 
+    @property
+    def edited_layers(self) -> tuple[int, ...]:
+        """Steered layers."""
+        return self.layers
+
     def __repr__(self) -> str:
         gates = {type(gate).__name__ if (gate := self.gate_at(layer)) else "no gate" for layer in self.layers}
         where = self.layers[0] if len(self.layers) == 1 else list(self.layers)
+        more = (", refresh=step" if self.refresh == "step" else "") + (", monitor" if self.monitor else "")
         return (
             f"{type(self).__name__}(layer={where}, {' / '.join(sorted(gates))}, strength={self.strength:g},"
-            f" scope={self.scope})"
+            f" scope={self.scope}{more})"
         )
 
-    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> "Steering":
+    def to(self: Own, device: Any = None, dtype: torch.dtype | None = None) -> Own:
         """The same steering on another device or in another dtype."""
         return move(self, device, dtype)
 
-    def with_strength(self, strength: float) -> "Steering":
+    def with_strength(self: Own, strength: float) -> Own:
         """The same steering at another strength; shares all tensors."""
         return replace(self, strength=strength)
 
-    def with_scope(self, scope: Scope | None) -> "Steering":
+    def with_scope(self: Own, scope: Scope | None) -> Own:
         """The same steering at other positions; shares all tensors."""
         return replace(self, scope=scope)
 
-    def decide(self, layer: int, h: Float[Tensor, "b d"], gate: Float[Tensor, " b"] | None = None) -> Decision:
-        """Decide for query activations at one layer; `gate` overrides the layer's own gate."""
-        decision = self.vectors(layer, h)
+    def with_monitor(self: Own, monitor: bool = True) -> Own:
+        """The same steering that decides and records and edits nothing, or one that acts again; shares all tensors."""
+        return replace(self, monitor=monitor)
+
+    def decide(self, layer: int, h: Float[Tensor, "*batch d"], gate: Float[Tensor, "*batch"] | None = None) -> Decision:
+        """Decide for activations at one layer; `gate` overrides the layer's own gate.
+
+        Raises:
+            NonFiniteError: an activation is NaN or infinite.
+        """
+        steered = layer in self.layers
+        decision = self.vectors(layer, h) if steered else Decision(h.new_ones(h.shape[:-1]), torch.zeros_like(h))
         own = self.gate_at(layer)
         if own is not None:
-            decision = decision._replace(ser=own.subspace.energy_ratios(h))
+            decision = decision._replace(ser=own.subspace.energy_ratios(h), **own.drift(h)._asdict())
         if gate is None and own is not None:
             gate = own.gate(h)
-        return decision if gate is None else decision._replace(gate=gate)
-
-    def respond(self, session: Session, layer: int, activation: Tensor, view: View) -> Tensor | None:
-        """Decide on a new prompt, then add the vector where the scope says."""
-        if view.fresh:
-            self._take_decision(session, layer, activation, view)
-        if layer not in self.layers:
-            return None
-        decision = session.decisions[layer]
-        factor = self._factors(view)
-        scaled = (self.strength * decision.gate.unsqueeze(-1) * decision.vector).to(activation.device)
-        size = factor * scaled.norm(dim=-1, keepdim=True)
-        change = size / activation.float().norm(dim=-1).clamp(min=1e-12)
-        session.extend(layer, view, change=change.masked_fill(~view.real, float("nan")))
-        if not bool(size.any()):
-            return None
-        precise = torch.promote_types(activation.dtype, torch.float32)
-        edited = activation.to(precise) + factor.unsqueeze(-1).to(precise) * scaled.unsqueeze(1).to(precise)
-        return edited.to(activation.dtype)
-
-    def _take_decision(self, session: Session, layer: int, activation: Tensor, view: View) -> None:
-        live = session.queries is None
-        h = at(activation, view.query).float() if live else session.queries[layer].to(activation.device)  # pyright: ignore[reportOptionalSubscript]
-        if layer not in self.layers:
-            gate = self.gate_at(layer)
-            assert gate is not None
-            session.decisions[layer] = Decision(gate.gate(h), h.new_zeros(h.shape), gate.subspace.energy_ratios(h))
-        else:
-            shared = None
-            if self.gate_layer is not None and self.gate_layer != layer:
-                shared = session.decisions[self.gate_layer].gate.to(h.device)
-            session.decisions[layer] = self.decide(layer, h, shared)
-        taken = session.decisions[layer]
-        if not bool(taken.gate.isfinite().all() and taken.vector.isfinite().all()):
+        if gate is not None:
+            decision = decision._replace(gate=gate)
+        if not bool(decision.gate.isfinite().all() and decision.vector.isfinite().all()):
             raise NonFiniteError(
                 f"the decision at layer {layer}",
                 expected="finite gate values and vectors",
                 got="NaN or infinity: the activation there is not finite",
                 fix="Half precision overflows on some models: load in bfloat16 or float32.",
             )
-        session.record(layer, ser=taken.ser, gate=taken.gate, weights=taken.weights, coefficients=taken.coefficients)
+        return decision
+
+    def edit(self, state: State, layer: int, activation: Tensor, view: View) -> Tensor | None:
+        """Decide on a new prompt (with refresh="step" at every later position too), and scale by scope and schedule."""
+        if view.fresh:
+            if state.queries is None:
+                h = at(activation, view.query).float()
+            else:
+                h = state.queries[layer].to(activation.device)
+            decision = self.decide(layer, h, self._shared_gate(layer, state.decisions, h))
+            state.decisions[layer] = decision
+            kept = decision._asdict()
+            del kept["vector"]
+            state.record(layer, **kept)
+        decision = state.decisions[layer]
+        gate, vector = decision.gate.unsqueeze(1), decision.vector.unsqueeze(1)  # [b 1], [b 1 d]
+        if self.refresh == "step":
+            gate, vector = self._refreshed(state, layer, activation, view)
+        if layer not in self.layers or self.monitor:
+            return None
+        factor = self.strength * self._factors(view) * gate.to(activation.device)
+        if not bool(factor.any()):
+            return None
+        return factor.unsqueeze(-1) * vector.to(activation.device)
+
+    def _shared_gate(self, layer: int, decisions: Mapping[int, Decision], h: Tensor) -> Tensor | None:
+        """The deciding layer's gate values; None where this layer decides itself."""
+        if self.gate_layer is None or self.gate_layer == layer:
+            return None
+        return decisions[self.gate_layer].gate.to(h.device)
+
+    def _refreshed(
+        self, state: State, layer: int, activation: Tensor, view: View
+    ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "b t d"]]:
+        """Gate and vector at every position: up to the prompt's last token the prompt's, then each position's own."""
+        first = state.decisions[layer]
+        start = int((view.columns < view.query.min()).sum())
+        h = activation[:, start:].float().masked_fill(~view.real[:, start:, None], 0.0)
+        own = self.decide(layer, h, self._shared_gate(layer, state.steps, h))
+        state.steps[layer] = own
+        steps = view.columns - view.query.unsqueeze(-1)
+
+        def spread(prompts: Tensor, later: Tensor) -> Tensor:
+            whole = prompts.unsqueeze(1).repeat_interleave(steps.shape[1], dim=1)
+            place = (steps[:, start:] > 0).reshape(*later.shape[:2], *[1] * (later.ndim - 2))
+            whole[:, start:] = torch.where(place, later, whole[:, start:])
+            return whole
+
+        gate, vector = spread(first.gate, own.gate), spread(first.vector, own.vector)
+        known = view.real & (steps >= 0)
+        state.extend(layer, view, step_gate=gate.masked_fill(~known, float("nan")))
+        if first.weights is not None and own.weights is not None:
+            weights = spread(first.weights, own.weights)
+            state.extend(layer, view, step_weights=weights.masked_fill(~known.unsqueeze(-1), float("nan")))
+        return gate, vector
 
     def _factors(self, view: View) -> Float[Tensor, "b t"]:
         """Schedule times scope at every position of a forward, 0 at pads."""
         steps = view.columns - view.query.unsqueeze(-1)
-        inside = {"all": steps == steps, "prompt": steps <= 0, "generated": steps >= 0}[str(self.scope)]
-        factor = (inside & view.real).float()
+        assert self.scope is not None
+        factor = (in_scope(self.scope, steps) & view.real).float()
         return factor if self.schedule is None else factor * self.schedule.at(steps)
+
+
+def _require_strength(strength: float) -> None:
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not isfinite(strength):
+        raise InputError("strength", expected="a finite number", got=repr(strength))
 
 
 @final
@@ -221,8 +275,10 @@ class FineSteer(Steering):
                 expected="experts with layer=, or {layer: experts} without it",
                 got=f"{type(self.experts).__name__} with layer={self.layer}",
             )
-        if isinstance(self.experts, Mapping) and not self.experts:
-            raise InputError("FineSteer", expected="at least one layer", got="none")
+        wrong = [type(one).__name__ for one in _values(self.experts) if not isinstance(one, Experts)]
+        wrong += [type(one).__name__ for one in _values(self.gate) if not isinstance(one, Gate)]
+        if wrong or not _values(self.experts):
+            raise InputError("FineSteer", expected="Experts at one layer at least, and gates", got=wrong or "none")
         widths = {self.experts_at(layer).d_model for layer in self.layers}
         widths |= {gate.subspace.d_model for gate in _values(self.gate)}
         if len(widths) > 1:
@@ -252,10 +308,11 @@ class FineSteer(Steering):
         """The gate of one layer; None is always open."""
         return self.gate.get(layer) if isinstance(self.gate, Mapping) else self.gate
 
-    def vectors(self, layer: int, h: Float[Tensor, "b d"]) -> Decision:
-        """The experts' vector for each query activation."""
+    def vectors(self, layer: int, h: Float[Tensor, "*batch d"]) -> Decision:
+        """The experts' vector for each activation."""
         parts = self.experts_at(layer).parts(h)
-        return Decision(h.new_ones(len(h)), parts.vector, None, parts.weights, parts.coefficients)
+        ones = h.new_ones(h.shape[:-1])
+        return Decision(ones, parts.vector, weights=parts.weights, coefficients=parts.coefficients)
 
     def at_rank(self, rank: int) -> "FineSteer":
         """The same steering with its gates at another rank; shares all tensors."""

@@ -2,6 +2,9 @@
 
 The metadata holds the format's version, a JSON tree in which every tensor is a reference, and the SHA-256 of tensor
 bytes and tree. Values are rebuilt through a fixed list of classes, whose constructors check what they are given.
+
+A file is believed as little as possible: its header may not be larger than `MAX_HEADER`, so that what is built from it
+stays small whatever it says, and tensors take no more memory than the file itself.
 """
 
 import hashlib
@@ -20,18 +23,25 @@ from fsteer_lens.errors import FileFormatError, FsteerError, InputError
 from fsteer_lens.experts import Controller, Experts, FitReport
 from fsteer_lens.files import write_atomically
 from fsteer_lens.fingerprints import Fingerprint, fingerprint
-from fsteer_lens.gates import EnergyGate, LogisticGate, MaxGate, MinGate, NotGate, QuantileGate
+from fsteer_lens.gates import CalibrationRange, EnergyGate, LogisticGate, MaxGate, MinGate, NotGate, QuantileGate
+from fsteer_lens.hooks import Chain, ExpertProbe, HookObject, Link, SubspaceAblation, SubspaceProbe
 from fsteer_lens.models import SteerableModel
-from fsteer_lens.steering import FineSteer, Schedule, Steering
+from fsteer_lens.steering import FineSteer
 from fsteer_lens.subspace import Subspace
+from fsteer_lens.timing import Schedule, Window
 
 FORMAT = "fsteer_lens"
 VERSION = 1
+MAX_HEADER = 2**20
+"""Bytes that the header of a file may have: enough for some thousand tensors."""
 CLASSES: Mapping[str, Any] = {
     cls.__name__: cls
     for cls in (
+        CalibrationRange,
+        Chain,
         Controller,
         EnergyGate,
+        ExpertProbe,
         Experts,
         FineSteer,
         Fingerprint,
@@ -44,47 +54,60 @@ CLASSES: Mapping[str, Any] = {
         QuantileGate,
         Schedule,
         Subspace,
+        SubspaceAblation,
+        SubspaceProbe,
+        Window,
     )
 }
 
 
-def save(steering: Steering, path: str | os.PathLike[str], model: SteerableModel | None = None) -> None:
+def save(steering: HookObject, path: str | os.PathLike[str], model: SteerableModel | None = None) -> None:
     """Write a steering to one file, atomically: an interrupted save leaves the old file whole.
 
     Args:
-        steering: a FineSteer or a baseline.
+        steering: a FineSteer, a baseline, a probe, an ablation, or a chain of them.
         path: the file, by custom ending in .safetensors; its folder must exist.
         model: the model it belongs to; needed where the steering carries no fingerprint, checked where it does.
 
     Raises:
-        InputError: no steering, no fingerprint and no model, or no such folder.
+        InputError: no hook object, no fingerprint and no model, no such folder, or more layers than a header holds.
         MismatchError: fitted on another model than the given one.
     """
     from safetensors.torch import save as to_bytes
 
-    if type(steering).__name__ not in CLASSES or not isinstance(steering, Steering):
-        raise InputError("save", expected="a FineSteer or a baseline", got=type(steering).__name__)
-    if model is not None:
-        current = fingerprint(model, steering.hooked_layers, steering.site)
-        if steering.fingerprint is None:
-            steering = replace(steering, fingerprint=current)
-        else:
-            steering.fingerprint.require_match(current)
-    elif steering.fingerprint is None:
-        raise InputError(
-            f"{steering!r} does not know its model",
-            expected="model=",
-            got=None,
-            fix="save(steering, path, model=model).",
-        )
+    if CLASSES.get(type(steering).__name__) is not type(steering) or not isinstance(steering, HookObject):
+        raise InputError("save", expected="a steering, probe, ablation or chain", got=type(steering).__name__)
+    links = tuple(_with_fingerprint(link, model) for link in steering.links)
+    steering = replace(steering, hooks=links) if isinstance(steering, Chain) else links[0]
     tensors: dict[str, Tensor] = {}
     tree = _encode(steering, "steering", tensors)
     header = {"version": VERSION, "tree": tree, "sha256": _digest(tensors, tree)}
-    write_atomically(path, to_bytes(tensors, metadata={FORMAT: _canonical(header)}))
+    content = to_bytes(tensors, metadata={FORMAT: _canonical(header)})
+    if _header_size(content) > MAX_HEADER:
+        raise InputError("save", expected=f"a header of at most {MAX_HEADER} bytes", got=_header_size(content))
+    write_atomically(path, content)
 
 
-def load(path: str | os.PathLike[str], model: SteerableModel | None = None) -> Steering:
-    """Read a steering.
+def _with_fingerprint(link: Link, model: SteerableModel | None) -> Link:
+    """The link with the fingerprint of its model, checked against `model` where there is one."""
+    if model is None:
+        if link.fingerprint is None:
+            raise InputError(
+                f"{link!r} does not know its model",
+                expected="model=",
+                got=None,
+                fix="save(steering, path, model=model).",
+            )
+        return link
+    current = fingerprint(model, link.hooked_layers, link.site)
+    if link.fingerprint is None:
+        return replace(link, fingerprint=current)  # pyright: ignore[reportArgumentType]
+    link.fingerprint.require_match(current)
+    return link
+
+
+def load(path: str | os.PathLike[str], model: SteerableModel | None = None) -> Any:
+    """Read what `save` wrote: a FineSteer, a baseline, a probe, an ablation or a chain.
 
     Args:
         path: a file that `save` wrote.
@@ -97,11 +120,11 @@ def load(path: str | os.PathLike[str], model: SteerableModel | None = None) -> S
     tree, tensors = _read(Path(path))
     try:
         steering = _decode(tree, tensors)
-    except (FsteerError, AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+    except (FsteerError, AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise FileFormatError(
             f"{path} does not hold a valid steering", got=f"{type(error).__name__}: {error}"
         ) from error
-    if not isinstance(steering, Steering) or steering.fingerprint is None:
+    if not isinstance(steering, HookObject) or any(link.fingerprint is None for link in steering.links):
         raise FileFormatError(f"{path}", expected="a steering with a fingerprint", got=type(steering).__name__)
     if model is not None:
         steering.session_on(model)
@@ -109,42 +132,68 @@ def load(path: str | os.PathLike[str], model: SteerableModel | None = None) -> S
 
 
 def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import SafetensorError
+    from safetensors.torch import load as from_bytes
 
     if not path.is_file():
         raise FileFormatError(f"{path}", expected="a file written by fsteer_lens.save", got="no such file")
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(FORMAT)
-            if text is None:
-                raise FileFormatError(
-                    f"{path} is a safetensors file of another program",
-                    expected=f"{FORMAT!r} in its metadata",
-                    got=sorted(file.metadata() or {}),
-                    fix="Give a file written by fsteer_lens.save.",
-                )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        content = path.read_bytes()
+        size = _header_size(content)
+        if size > min(MAX_HEADER, len(content) - 8):
+            raise FileFormatError(
+                f"{path} is truncated, damaged or no safetensors file",
+                expected=f"a header of at most {min(MAX_HEADER, len(content))} bytes",
+                got=size,
+            )
+        metadata = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
+        text = metadata.get(FORMAT)
+        if text is None:
+            raise FileFormatError(
+                f"{path} is a safetensors file of another program",
+                expected=f"{FORMAT!r} in its metadata",
+                got=sorted(metadata),
+                fix="Give a file written by fsteer_lens.save.",
+            )
+        header = json.loads(text, parse_constant=_no_constant)
+        version, tree, checksum = header["version"], header["tree"], header["sha256"]
+        if version != VERSION:
+            raise FileFormatError(
+                f"{path} is of another version",
+                expected=VERSION,
+                got=version,
+                fix="Upgrade fsteer_lens, or save the steering again.",
+            )
+        tensors = from_bytes(content)
+        del content
+        matches = checksum == _digest(tensors, tree)
+    except (
+        SafetensorError,
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RuntimeError,
+        OverflowError,
+    ) as error:
         raise FileFormatError(
             f"{path} is truncated, damaged or no safetensors file",
             expected="a file written by fsteer_lens.save",
-            got=str(error),
+            got=f"{type(error).__name__}: {error}",
         ) from error
-    try:
-        header = json.loads(text)
-        version, tree, checksum = header["version"], header["tree"], header["sha256"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise FileFormatError(f"{path} is damaged", expected="JSON metadata", got=str(error)) from error
-    if version != VERSION:
-        raise FileFormatError(
-            f"{path} is of another version",
-            expected=VERSION,
-            got=version,
-            fix="Upgrade fsteer_lens, or save the steering again.",
-        )
-    if checksum != _digest(tensors, tree):
+    if not matches:
         raise FileFormatError(f"{path} is damaged", expected=f"SHA-256 {checksum}", got="another")
     return tree, tensors
+
+
+def _header_size(content: bytes) -> int:
+    """Length that a safetensors file gives of its header; of what is too short to give one, more than any file has."""
+    return int.from_bytes(content[:8], "little") if len(content) >= 8 else 2**64
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is no number")
 
 
 def _canonical(tree: Any) -> str:
@@ -156,7 +205,7 @@ def _digest(tensors: Mapping[str, Tensor], tree: Any) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"{name}{tensor.dtype}{list(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

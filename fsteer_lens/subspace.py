@@ -12,7 +12,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.linalg import move, principal_directions, require_matrix, require_rank, require_shapes, require_width
+from fsteer_lens.linalg import (
+    move,
+    principal_directions,
+    require_matrix,
+    require_rank,
+    require_shapes,
+    require_width,
+    variant,
+)
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -50,6 +58,11 @@ class Subspace:
         require_width(h, "activation", self.d_model)
         return (h.to(self.mean) - self.mean) @ self.basis
 
+    def distance(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        """‖h − μ‖, in the subspace's dtype."""
+        require_width(h, "activation", self.d_model)
+        return (h.to(self.mean) - self.mean).norm(dim=-1)
+
     def energy_ratios(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch r"]:
         """Energy ratio s(h; r) at every rank 1..r, in [0, 1] and non-decreasing; 0/0 counts as 1.
 
@@ -67,7 +80,7 @@ class Subspace:
     def at_rank(self, rank: int) -> "Subspace":
         """The same subspace cut to its first `rank` directions; shares the tensors."""
         self._checked(rank)
-        return Subspace(self.mean, self.basis[:, :rank], self.explained[:rank])
+        return variant(self, basis=self.basis[:, :rank], explained=self.explained[:rank])
 
     def project(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """μ + V_r V_rᵀ(h − μ): the nearest point of the affine subspace."""

@@ -59,31 +59,45 @@ class Trace:
         gate: gate value, [b]; 1 where there is no gate.
         weights: weight of each expert, [b k].
         coefficients: residual coefficients β, [b m].
+        distance: ‖ĥ − μ‖, how far the query activation is from the mean of the gate's subspace, [b].
+        distance_outside: whether that lies outside what the gate's calibration queries spanned, [b] of bool.
+        energy_outside: the same for the energy ratio at the gate's rank; true of most queries that need no intervention
+            where the gate is one-class, [b] of bool.
         change: ‖edit‖ / ‖residual stream‖ at every position, 0 where nothing was added, NaN at pads, [b s].
+        step_gate: gate value at every position, NaN before the prompt's last token, [b s]; with refresh="step" only.
+        step_weights: weights of the experts likewise, [b s k].
         prompt_lengths: real prompt tokens of each row, [b].
         first: index of each row's first real token, [b]; positions of `change` before it are pads.
         prompts: token texts of each prompt; from `generate`.
         steps: what was generated; from `generate`.
+        parts: the trace of each link; of a chain, whose own trace has the common `change` and no decisions.
     """
 
     ser: PerLayer = field(default_factory=dict)
     gate: PerLayer = field(default_factory=dict)
     weights: PerLayer = field(default_factory=dict)
     coefficients: PerLayer = field(default_factory=dict)
+    distance: PerLayer = field(default_factory=dict)
+    distance_outside: PerLayer = field(default_factory=dict)
+    energy_outside: PerLayer = field(default_factory=dict)
     change: PerLayer = field(default_factory=dict)
+    step_gate: PerLayer = field(default_factory=dict)
+    step_weights: PerLayer = field(default_factory=dict)
     prompt_lengths: Int[Tensor, " b"] | None = None
     first: Int[Tensor, " b"] | None = None
     prompts: tuple[tuple[str, ...], ...] | None = None
     steps: Steps | None = None
+    parts: "tuple[Trace, ...]" = ()
 
     def __repr__(self) -> str:
-        known = [item.name for item in fields(self) if getattr(self, item.name) not in (None, {})]
+        known = [item.name for item in fields(self) if getattr(self, item.name) not in (None, {}, ())]
         return f"Trace(rows={self.n_rows}, layers={list(self.layers)}, fields={known})"
 
     @property
     def layers(self) -> tuple[int, ...]:
-        """Layers that were recorded."""
-        return tuple(sorted({*self.gate, *self.ser, *self.weights, *self.change}))
+        """Layers that were recorded, by any part."""
+        own = {layer for name in PER_LAYER for layer in getattr(self, name)}
+        return tuple(sorted(own.union(*(part.layers for part in self.parts))))
 
     @property
     def n_rows(self) -> int:
@@ -94,51 +108,69 @@ class Trace:
         """The trace of one row, still with a leading axis of 1 and with its pads cut off."""
         cut = slice(index, index + 1)
         start = 0 if self.first is None else int(self.first[index])
-
-        def pick(values: PerLayer, positions: bool = False) -> PerLayer:
-            return {layer: value[cut, start:] if positions else value[cut] for layer, value in values.items()}
-
+        end: int | None = None
         steps = self.steps
         if steps is not None:
             n = len(steps.texts[index])
             chosen = {item.name: getattr(steps, item.name) for item in fields(steps)}
             chosen = {k: v[cut, :n] if isinstance(v, Tensor) else v for k, v in chosen.items()}
             steps = Steps(**{**chosen, "texts": steps.texts[cut]})
-        change = pick(self.change, positions=True)
-        if steps is not None and self.prompt_lengths is not None:
-            end = int(self.prompt_lengths[index]) + len(steps.texts[0]) - 1  # the last token is never fed back
-            change = {layer: value[:, :end] for layer, value in change.items()}
+            if self.prompt_lengths is not None:
+                end = start + int(self.prompt_lengths[index]) + n - 1  # the last token is never fed back
+        return self._cut(cut, slice(start, end), steps)
+
+    def _cut(self, rows: slice, columns: slice, steps: Steps | None) -> "Trace":
+        def pick(name: str) -> PerLayer:
+            values: PerLayer = getattr(self, name)
+            return {
+                layer: value[rows, columns] if _by_position(name, value) else value[rows]
+                for layer, value in values.items()
+            }
+
         return Trace(
-            ser=pick(self.ser),
-            gate=pick(self.gate),
-            weights=pick(self.weights),
-            coefficients=pick(self.coefficients),
-            change=change,
-            prompt_lengths=None if self.prompt_lengths is None else self.prompt_lengths[cut],
-            first=None if self.first is None else torch.zeros(1, dtype=torch.long),
-            prompts=None if self.prompts is None else self.prompts[cut],
+            **{name: pick(name) for name in PER_LAYER},
+            prompt_lengths=None if self.prompt_lengths is None else self.prompt_lengths[rows],
+            first=None if self.first is None else torch.zeros_like(self.first[rows]),
+            prompts=None if self.prompts is None else self.prompts[rows],
             steps=steps,
+            parts=tuple(part._cut(rows, columns, None) for part in self.parts),
         )
 
+    def cpu(self) -> "Trace":
+        """The same trace with every tensor on the CPU."""
+        held = {name: {layer: value.cpu() for layer, value in getattr(self, name).items()} for name in PER_LAYER}
+        return replace(self, **held, parts=tuple(part.cpu() for part in self.parts))
+
     def to_records(self) -> list[dict[str, Any]]:
-        """One JSON-ready mapping per row: prompt, per-layer decisions and per-step tokens; NaN becomes None."""
+        """One JSON-ready mapping per row: prompt, per-layer decisions and per-step tokens; NaN becomes None.
+
+        The record of a chain has a record of each link in "parts".
+        """
         records = []
         for index in range(self.n_rows):
             row = self.row(index)
-            layers = {}
-            for layer in row.layers:
-                known = {name: getattr(row, name) for name in ("ser", "gate", "weights", "coefficients", "change")}
-                layers[layer] = {name: _plain(values[layer][0]) for name, values in known.items() if layer in values}
-            record: dict[str, Any] = {"row": index, "layers": layers}
+            record: dict[str, Any] = {"row": index, "layers": row._layer_records()}
             if row.prompts is not None:
                 record["prompt"] = list(row.prompts[0])
             if row.steps is not None:
                 record["steps"] = _step_records(row.steps)
+            if row.parts:
+                record["parts"] = [{"row": index, "layers": part._layer_records()} for part in row.parts]
             records.append(record)
         return records
 
+    def _layer_records(self) -> dict[int, dict[str, Any]]:
+        """What is known of the first row, per layer."""
+        known = {name: getattr(self, name) for name in PER_LAYER}
+        return {
+            layer: {name: _plain(values[layer][0]) for name, values in known.items() if layer in values}
+            for layer in sorted({layer for values in known.values() for layer in values})
+        }
+
     def to_frame(self) -> Any:
         """A pandas DataFrame with one line per row and layer: gate, energy ratio at full rank, weights, mean change.
+
+        Of a chain, one line per row, link and layer, with the link's number in the column "part".
 
         Raises:
             MissingDependencyError: pandas is not installed.
@@ -149,22 +181,41 @@ class Trace:
             raise MissingDependencyError("to_frame needs pandas", fix="pip install pandas.") from error
         lines = []
         for record in self.to_records():
-            for layer, values in record["layers"].items():
-                line: dict[str, Any] = {"row": record["row"], "layer": layer, "gate": values.get("gate")}
-                line["ser"] = values["ser"][-1] if "ser" in values else None
-                line.update({f"expert_{i}": weight for i, weight in enumerate(values.get("weights", []))})
-                changes = [value for value in values.get("change", []) if value]
-                line["change"] = sum(changes) / len(changes) if changes else 0.0
-                if "steps" in record:
-                    line["text"] = "".join(step["text"] for step in record["steps"])
-                lines.append(line)
+            text = {"text": "".join(step["text"] for step in record["steps"])} if "steps" in record else {}
+            for number, part in enumerate(record.get("parts", [record])):
+                where = {"part": number} if "parts" in record else {}
+                lines += [{**line, **where, **text} for line in _frame_lines(part)]
         return pandas.DataFrame(lines)
+
+
+PER_LAYER = tuple(item.name for item in fields(Trace) if item.default_factory is dict)
+"""Names of the fields that go from layer to tensor."""
+
+
+def _by_position(name: str, value: Tensor) -> bool:
+    """Whether the second axis of a field's tensor is positions: always, or where a probe read every token."""
+    return name in ("change", "step_gate", "step_weights") or (name in ("ser", "weights") and value.ndim == 3)
+
+
+def _frame_lines(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A line per layer of one record."""
+    lines = []
+    for layer, values in record["layers"].items():
+        line: dict[str, Any] = {"row": record["row"], "layer": layer, "gate": values.get("gate")}
+        line["ser"] = values["ser"][-1] if "ser" in values else None
+        line.update({f"expert_{i}": weight for i, weight in enumerate(values.get("weights", []))})
+        for name in ("distance", "distance_outside", "energy_outside"):
+            line[name] = values.get(name)
+        changes = [value for value in values.get("change", []) if value]
+        line["change"] = sum(changes) / len(changes) if changes else 0.0
+        lines.append(line)
+    return lines
 
 
 def _plain(value: Tensor) -> Any:
     """A tensor as nested lists with None for NaN."""
     if value.ndim == 0:
-        number = float(value)
+        number = value.item()
         return None if number != number else number
     return [_plain(item) for item in value]
 
@@ -193,6 +244,8 @@ def join(traces: Sequence[Trace]) -> Trace:
         if isinstance(values[0], Mapping):
             shared = set.intersection(*(set(value) for value in values))
             return {layer: joined([value[layer] for value in values]) for layer in sorted(shared)}
+        if isinstance(values[0], tuple) and isinstance(next(iter(values[0]), None), Trace):
+            return tuple(join(parts) for parts in zip(*values, strict=True))
         if isinstance(values[0], tuple):
             return tuple(item for value in values for item in value)
         if isinstance(values[0], Steps):

@@ -7,7 +7,7 @@ from fsteer_lens import Contrast, ContrastSet, collect, collect_queries, tutor
 from fsteer_lens.errors import DataError, InputError, NonFiniteError, SiteError
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.tokens import answer_ids, pad, prompt_ids
-from tests.test_steering import residual
+from tests.running import residual
 
 TRAIN = tutor.data("safe").train
 

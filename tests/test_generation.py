@@ -12,7 +12,7 @@ from fsteer_lens import Activations, FineSteer, Schedule, collect, decoding, fit
 from fsteer_lens.errors import ContextLengthError, InputError, TokenizerError
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.tokens import pad, prompt_ids, stop_ids
-from tests.test_steering import LAYER, logits_of, n_hooks
+from tests.running import LAYER, logits_of, n_hooks
 
 NEW = 14
 

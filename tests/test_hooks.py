@@ -7,7 +7,7 @@ from fsteer_lens import ExpertProbe, FineSteer, SubspaceAblation, SubspaceProbe
 from fsteer_lens.errors import InputError, SiteError
 from fsteer_lens.models import Forward, SteerableModel
 from fsteer_lens.tokens import pad, prompt_ids
-from tests.test_steering import LAYER, batch_of, logits_of, residual
+from tests.running import LAYER, batch_of, logits_of, residual
 
 
 def test_probes_read_every_token_and_change_nothing(

@@ -8,36 +8,11 @@ from torch import Tensor
 
 from fsteer_lens import Activations, Experts, FineSteer, MeanShift, Schedule, fit, fit_gate, fit_mean_shift, models
 from fsteer_lens.errors import HookError, InputError, MismatchError, ShapeError, SiteError
+from fsteer_lens.hooks import Point
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.positions import Positions
-from fsteer_lens.tokens import Batch, pad, prompt_ids
-
-LAYER = 4
-SITE = f"blocks.{LAYER}.hook_resid_post"
-
-
-def batch_of(model: SteerableModel, prompts: list[str], side: str = "left") -> Batch:
-    return pad(model, [prompt_ids(model, prompt) for prompt in prompts], side)  # type: ignore[arg-type]
-
-
-def logits_of(model: SteerableModel, batch: Batch) -> Tensor:
-    with torch.no_grad():
-        return model(batch.tokens, attention_mask=batch.mask.long(), return_type="logits")
-
-
-def residual(model: SteerableModel, batch: Batch, name: str = SITE) -> Tensor:
-    """The residual stream, read with a hook of TransformerLens alone."""
-    seen = {}
-    with torch.no_grad():
-        model.run_with_hooks(  # type: ignore[attr-defined]
-            batch.tokens, attention_mask=batch.mask.long(), fwd_hooks=[(name, lambda x, hook: seen.update(x=x) or None)]
-        )
-    return seen["x"]
-
-
-def n_hooks(model: SteerableModel) -> int:
-    points = {id(point): point for point in model.hook_dict.values()}.values()
-    return sum(len(point.fwd_hooks) + len(point._forward_hooks) for point in points)
+from fsteer_lens.tokens import pad, prompt_ids
+from tests.running import LAYER, SITE, batch_of, logits_of, n_hooks, residual
 
 
 def oracle_edit(steering: FineSteer, h: Tensor) -> Tensor:
@@ -275,7 +250,7 @@ def test_gate_of_an_earlier_layer_only_reads(
 def test_half_precision_stream_keeps_its_dtype(hooked: SteerableModel, steering: FineSteer) -> None:
     session = steering.with_gate(None).session_on(hooked)
     stream = torch.randn(2, 5, 128, dtype=torch.bfloat16)
-    edited = session.respond(LAYER, stream)
+    edited = session.respond(Point(LAYER, "hook_resid_post"), stream)
     assert edited is not None and edited.dtype == torch.bfloat16
     exact = oracle_edit(steering.with_gate(None), stream[:, -1].float())
     torch.testing.assert_close(edited.double(), stream.double() + exact[:, None], atol=0.05, rtol=0.01)

@@ -1,0 +1,166 @@
+"""Choosing how to steer: the strength that a budget of divergence allows."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fsteer_lens.decoding import unsteered
+from fsteer_lens.errors import InputError
+from fsteer_lens.generation import generate
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.progress import progress_bar
+from fsteer_lens.prompts import Prompt
+from fsteer_lens.scoring import Answered, answer_divergences
+from fsteer_lens.steering import Steering
+from fsteer_lens.tokens import answer_ids, prompt_ids, require_fits
+
+STRENGTHS_A_ROUND = 8
+ROUNDS = 3
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Calibration:
+    """A steering at the strength that a budget of KL divergence allows.
+
+    Attributes:
+        steering: the steering at that strength.
+        strength: the strength.
+        kl: what it costs: that quantile of KL(steered ‖ unsteered) over all answer tokens, in nats; at most the budget.
+        budget: what it was allowed to cost.
+        curve: the cost at every strength that was tried, {strength: nats}.
+        n_tokens: number of answer tokens that it was measured on.
+        bounded: whether the budget bounds the strength; False where even the largest strength that was tried stays
+            within it, as it does where a gate keeps shut on all these prompts.
+    """
+
+    steering: Steering
+    strength: float
+    kl: float
+    budget: float
+    curve: Mapping[float, float]
+    n_tokens: int
+    bounded: bool
+
+    def __repr__(self) -> str:
+        bound = "" if self.bounded else ", not bounded by the budget"
+        return f"Calibration(strength={self.strength:.3g}, kl={self.kl:.3g} of {self.budget:g}{bound})"
+
+
+def calibrate(
+    steering: Steering,
+    model: SteerableModel,
+    prompts: Sequence[Prompt],
+    *,
+    kl: float,
+    answers: Sequence[str] | None = None,
+    quantile: float = 0.95,
+    max_strength: float = 8.0,
+    max_new_tokens: int = 32,
+    chat: bool = False,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Calibration:
+    """Find the strength at which a steering costs what a budget allows on prompts that it should leave alone.
+
+    The cost is a quantile, over all tokens of fixed reference answers, of KL(steered ‖ unsteered) of the next-token
+    distributions. Strengths are tried in rounds, each between the largest that stayed within the budget and the
+    smallest that did not; so every smaller strength that was tried is within the budget too. Two methods that are
+    calibrated on the same prompts to the same budget can be compared at equal cost.
+
+    Args:
+        steering: a FineSteer or a baseline; its present strength does not matter.
+        model: the model it was fitted on.
+        prompts: general prompts.
+        kl: the budget, in nats.
+        answers: a reference answer for each prompt; None takes the unsteered model's own greedy ones.
+        quantile: which quantile of the divergences counts.
+        max_strength: the largest strength to try.
+        max_new_tokens: length of the reference answers that are generated.
+        chat: send string prompts through the chat template.
+        batch_size: rows per forward pass.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: no prompts, options out of range, or a steering that only monitors.
+        ContextLengthError: a prompt with its answer does not fit into the context.
+        MismatchError: the steering was fitted on another model.
+    """
+    ranges = {
+        "kl > 0": kl > 0,
+        "0 < quantile <= 1": 0 < quantile <= 1,
+        "max_strength > 0": 0 < max_strength < math.inf,
+        "batch_size >= 1": batch_size >= 1,
+    }
+    broken = [name for name, holds in ranges.items() if not holds]
+    if broken:
+        raise InputError("calibrate", expected=", ".join(broken), got="a value outside")
+    if not isinstance(steering, Steering) or steering.monitor:
+        raise InputError("calibrate", expected="a steering that acts", got=repr(steering))
+    rows = _reference(model, prompts, answers, max_new_tokens, chat, batch_size, progress)
+
+    def costs(strengths: Sequence[float]) -> list[float]:
+        variants = [steering.with_strength(strength) for strength in strengths]
+        batches = []
+        for found in answer_divergences(model, rows, variants, batch_size=batch_size):
+            batches.append(found)
+            advance(1)
+        tokens = torch.stack([torch.cat(parts) for parts in zip(*batches, strict=True)])
+        return tokens.nan_to_num(nan=math.inf).quantile(quantile, dim=1, interpolation="higher").tolist()
+
+    within, beyond = 0.0, math.inf
+    curve = {0.0: 0.0}
+    with progress_bar(ROUNDS * math.ceil(len(rows) / batch_size), "calibrating", progress) as advance:
+        for _ in range(ROUNDS):
+            steps = range(1, STRENGTHS_A_ROUND + 1)
+            if beyond == math.inf:
+                tried = [max_strength * 2.0 ** (step - STRENGTHS_A_ROUND) for step in steps]
+            else:
+                tried = [within + (beyond - within) * step / (STRENGTHS_A_ROUND + 1) for step in steps]
+            curve |= zip(tried, costs(tried), strict=True)
+            beyond = min((strength for strength, cost in curve.items() if cost > kl), default=math.inf)
+            within = max(strength for strength in curve if strength < beyond)
+            if beyond == math.inf:
+                break
+    return Calibration(
+        steering.with_strength(within),
+        within,
+        curve[within],
+        kl,
+        dict(sorted(curve.items())),
+        sum(len(row.answer) for row in rows),
+        beyond < math.inf,
+    )
+
+
+def _reference(
+    model: SteerableModel,
+    prompts: Sequence[Prompt],
+    answers: Sequence[str] | None,
+    max_new_tokens: int,
+    chat: bool,
+    batch_size: int,
+    progress: bool,
+) -> list[Answered]:
+    if not len(prompts) or isinstance(prompts, str):
+        raise InputError("prompts", expected="a sequence of at least one prompt", got=repr(prompts)[:60])
+    if answers is not None and len(answers) != len(prompts):
+        raise InputError("answers", expected=f"one for each of {len(prompts)} prompts", got=len(answers))
+    ids: Any
+    if answers is None:
+        options = {"max_new_tokens": max_new_tokens, "chat": chat, "batch_size": batch_size, "progress": progress}
+        with unsteered(model):
+            ids = [made.tokens for made in generate(model, list(prompts), **options)]
+    else:
+        ids = [tuple(answer_ids(model, answer)) for answer in answers]
+    rows = [
+        Answered(tuple(prompt_ids(model, prompt, chat=chat)), answer)
+        for prompt, answer in zip(prompts, ids, strict=True)
+    ]
+    for number, row in enumerate(rows):
+        if not row.answer:
+            raise InputError(f"answer {number}", expected="at least one token", got="none")
+        require_fits(model, len(row.prompt) + len(row.answer), f"prompt {number} with its answer")
+    return rows

@@ -1,0 +1,34 @@
+"""Running a model in tests: batches, logits, the residual stream, and how many hooks hang on it."""
+
+import torch
+from torch import Tensor
+
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.tokens import Batch, pad, prompt_ids
+
+LAYER = 4
+SITE = f"blocks.{LAYER}.hook_resid_post"
+
+
+def batch_of(model: SteerableModel, prompts: list[str], side: str = "left") -> Batch:
+    return pad(model, [prompt_ids(model, prompt) for prompt in prompts], side)  # type: ignore[arg-type]
+
+
+def logits_of(model: SteerableModel, batch: Batch) -> Tensor:
+    with torch.no_grad():
+        return model(batch.tokens, attention_mask=batch.mask.long(), return_type="logits")
+
+
+def residual(model: SteerableModel, batch: Batch, name: str = SITE) -> Tensor:
+    """The residual stream, read with a hook of TransformerLens alone."""
+    seen = {}
+    with torch.no_grad():
+        model.run_with_hooks(  # type: ignore[attr-defined]
+            batch.tokens, attention_mask=batch.mask.long(), fwd_hooks=[(name, lambda x, hook: seen.update(x=x) or None)]
+        )
+    return seen["x"]
+
+
+def n_hooks(model: SteerableModel) -> int:
+    points = {id(point): point for point in model.hook_dict.values()}.values()
+    return sum(len(point.fwd_hooks) + len(point._forward_hooks) for point in points)
