@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fsteer_lens.errors import MismatchError
-from fsteer_lens.models import DEFAULT_SITE, SteerableModel, hooks_suspended, kind_of, run_up_to, site_name
+from fsteer_lens.models import CLASS_NAMES, DEFAULT_SITE, SteerableModel, hooks_suspended, kind_of, run_up_to, site_name
 from fsteer_lens.tokens import pad
 
 SCHEMA = 1
@@ -107,7 +107,6 @@ def fingerprint(model: SteerableModel, layers: Sequence[int], site: str = DEFAUL
         run_up_to(model, batch.tokens, batch.mask, max(layers), hooks)
     stride = max(1, cfg.d_model // PROBE_VALUES)
     probe = {layer: tuple(seen[layer][::stride][:PROBE_VALUES].tolist()) for layer in layers}
-    hooked = kind_of(model) == "hooked"
     return Fingerprint(
         architecture=str(getattr(cfg, "original_architecture", None) or getattr(cfg, "architecture", None)),
         n_layers=cfg.n_layers,
@@ -116,7 +115,7 @@ def fingerprint(model: SteerableModel, layers: Sequence[int], site: str = DEFAUL
         site=site,
         tokenizer=_tokenizer_hash(model.tokenizer),
         probe=probe,
-        model_class="HookedTransformer" if hooked else "TransformerBridge",
+        model_class=CLASS_NAMES[kind_of(model)],
         processed=str(cfg.normalization_type).endswith("Pre") or getattr(model, "compatibility_mode", False),
         dtype=str(cfg.dtype),
     )

@@ -6,7 +6,7 @@ them is in this module; the rest of the package sees a `SteerableModel`.
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
 from importlib import import_module
@@ -22,6 +22,7 @@ from torch import Tensor
 from fsteer_lens.errors import InputError, MissingDependencyError, SiteError
 
 Kind = Literal["hooked", "bridge"]
+CLASS_NAMES: Mapping[Kind, str] = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}
 SITES = ("hook_resid_pre", "hook_resid_post")
 DEFAULT_SITE = "hook_resid_post"
 
@@ -117,7 +118,7 @@ def from_hf(hf_model: Any, tokenizer: Any, kind: Kind | None = None, process: bo
 
     Raises:
         MissingDependencyError: the installed TransformerLens lacks the class.
-        InputError: TransformerLens cannot convert this architecture.
+        InputError: TransformerLens cannot convert this architecture, or it is none that can be steered.
     """
     kinds = available_kinds()
     kind = kind or kinds[0]
@@ -130,7 +131,21 @@ def from_hf(hf_model: Any, tokenizer: Any, kind: Kind | None = None, process: bo
             fix='Use kind="bridge", or pip install "transformer-lens<4" for HookedTransformer.',
         )
     hf_model.eval()
-    model = _hooked(hf_model, tokenizer, process) if kind == "hooked" else _bridge(hf_model, tokenizer, process)
+    if not hf_model.config.architectures:  # not set on a model that was made from its configuration
+        hf_model.config.architectures = [type(hf_model).__name__]
+    convert = _hooked if kind == "hooked" else _bridge
+    try:
+        model = convert(hf_model, tokenizer, process)
+    except (NotImplementedError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"TransformerLens cannot convert {type(hf_model).__name__} to {CLASS_NAMES[kind]}",
+            got=f"{type(error).__name__}: {str(error)[:200]}",
+            fix='Use kind="bridge".' if kind == "hooked" else "TransformerLens' documentation lists what it knows.",
+        ) from error
+    require_decoder(model)
+    # Both classes load it anew from its name and lose what was changed in memory, the Bridge's setter as well.
+    setattr(model, "tokenizer" if kind == "hooked" else "_tokenizer", tokenizer)
+    model.cfg.tokenizer_prepends_bos = _tokenizer_prepends_bos(tokenizer)
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -141,34 +156,55 @@ def _hooked(hf_model: Any, tokenizer: Any, process: bool) -> Any:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.loading_from_pretrained import convert_hf_model_config, get_pretrained_state_dict
 
-    architecture = type(hf_model).__name__
     parameter = next(hf_model.parameters())
     with tempfile.TemporaryDirectory(prefix="config") as folder:
         hf_model.config.save_pretrained(folder)
         config = json.loads((Path(folder) / "config.json").read_text())
-        config["architectures"] = [architecture]
         if "n_positions" in config:  # GPT-2's older name, which TransformerLens asks for
             config.setdefault("n_ctx", config["n_positions"])
         (Path(folder) / "config.json").write_text(json.dumps(config))
-        try:
-            settings = convert_hf_model_config(folder)
-            for unused in ("tokenizer_name", "quantization_method"):
-                settings.pop(unused, None)
-            cfg = HookedTransformerConfig(**settings, device=str(parameter.device), dtype=parameter.dtype)
-            state = get_pretrained_state_dict(folder, cfg, hf_model=hf_model, dtype=parameter.dtype)
-        except (NotImplementedError, ValueError, KeyError, AttributeError) as error:
-            raise InputError(
-                f"TransformerLens cannot convert {architecture} to HookedTransformer",
-                got=str(error),
-                fix='Use kind="bridge".',
-            ) from error
+        gemma2 = type(hf_model).__name__ == "Gemma2ForCausalLM"
+        settings = _gemma2_settings(hf_model.config) if gemma2 else convert_hf_model_config(folder)
+        for unused in ("tokenizer_name", "quantization_method", "dtype"):
+            settings.pop(unused, None)
+        cfg = HookedTransformerConfig(**settings, device=str(parameter.device), dtype=parameter.dtype)
+        state = get_pretrained_state_dict(folder, cfg, hf_model=hf_model, dtype=parameter.dtype)
     model = HookedTransformer(cfg)
     model.load_and_process_state_dict(
         state, fold_ln=process, center_writing_weights=process, center_unembed=process, fold_value_biases=process
     )
-    model.tokenizer = tokenizer
-    model.cfg.tokenizer_prepends_bos = _tokenizer_prepends_bos(tokenizer)
     return model
+
+
+def _gemma2_settings(config: Any) -> dict[str, Any]:
+    """Settings of a Gemma-2, whose weights TransformerLens converts, and whose sizes it knows by hub name only."""
+    return {
+        "original_architecture": "Gemma2ForCausalLM",
+        "d_model": config.hidden_size,
+        "d_head": config.head_dim,
+        "n_heads": config.num_attention_heads,
+        "n_key_value_heads": config.num_key_value_heads,
+        "d_mlp": config.intermediate_size,
+        "n_layers": config.num_hidden_layers,
+        "n_ctx": config.max_position_embeddings,
+        "d_vocab": config.vocab_size,
+        "eps": config.rms_norm_eps,
+        "act_fn": config.hidden_activation,
+        "initializer_range": config.initializer_range,
+        "normalization_type": "RMS",
+        "use_normalization_before_and_after": True,
+        "final_rms": True,
+        "gated_mlp": True,
+        "positional_embedding_type": "rotary",
+        "rotary_base": config.rope_parameters["rope_theta"],
+        "use_attn_scale": True,
+        "attn_scale": config.query_pre_attn_scalar**0.5,
+        "attn_scores_soft_cap": config.attn_logit_softcapping or -1.0,
+        "output_logits_soft_cap": config.final_logit_softcapping or -1.0,
+        "use_local_attn": True,
+        "window_size": config.sliding_window,
+        "attn_types": ["local" if kind == "sliding_attention" else "global" for kind in config.layer_types],
+    }
 
 
 def _bridge(hf_model: Any, tokenizer: Any, process: bool) -> Any:
@@ -190,6 +226,29 @@ def _tokenizer_prepends_bos(tokenizer: Any) -> bool:
     return len(ids) > 1 and ids[0] == tokenizer.bos_token_id
 
 
+def require_decoder(model: SteerableModel) -> None:
+    """Raise `InputError` unless the model is a decoder that reads left to right by attention alone.
+
+    An encoder's last token knows what comes after it, and a model that carries a running state (Mamba, say) reads
+    padding as text: both would be steered without an error, and wrongly.
+    """
+    original = getattr(model, "original_model", None)
+    if original is None:
+        causal = getattr(model.cfg, "attention_dir", "causal") == "causal"
+        stateful = False
+    else:
+        causal = original.can_generate() and not original.config.is_encoder_decoder
+        stateful = getattr(original, "_is_stateful", False)
+    if not causal or stateful:
+        raise InputError(
+            "this model cannot be steered",
+            expected="a decoder that reads left to right by attention alone",
+            got=f"{type(model if original is None else original).__name__}, "
+            + ("which carries a running state" if stateful else "which is an encoder or has one"),
+            fix="Use a causal language model without recurrent layers.",
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------- hook points
 
 
@@ -198,7 +257,9 @@ def site_name(model: SteerableModel, layer: int, site: str = DEFAULT_SITE) -> st
 
     Raises:
         SiteError: no such layer, or a site that cannot be steered the same way on both model classes.
+        InputError: no model that can be steered, see `require_decoder`.
     """
+    require_decoder(model)
     n_layers = model.cfg.n_layers
     if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < n_layers:
         raise SiteError("layer", expected=f"an int in 0..{n_layers - 1}", got=layer)
@@ -299,6 +360,7 @@ class Forward:
     """
 
     def __init__(self, model: SteerableModel, *, cache: bool) -> None:
+        require_decoder(model)
         self.model, self.kind, self.use_cache = model, kind_of(model), cache
         self.tokens: Tensor | None = None
         self.mask: Tensor | None = None

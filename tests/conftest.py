@@ -16,6 +16,8 @@ from hypothesis import settings
 from fsteer_lens import Activations, FineSteer, collect, fit, models, tutor
 from fsteer_lens.models import SteerableModel
 
+torch.set_num_threads(1)  # the models are tiny: one thread is as fast, and two test processes do not fight for cores
+
 settings.register_profile("fsteer_lens", deadline=None)  # the first example pays for torch's start
 settings.load_profile("fsteer_lens")
 
@@ -26,20 +28,32 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
+MODEL_FIXTURES = {"hooked", "bridge", "model", "tutor_model", "stories", "family", "trained", "steering"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what is marked `gpu` where there is none."""
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    """Mark what runs a model as `model`, and skip what is marked `gpu` where there is none."""
+    for item in items:
+        if MODEL_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.model)
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 
 
 @pytest.fixture(scope="session")
+def tutor_model() -> SteerableModel:
+    """The tutor as whichever class is preferred here."""
+    return tutor.load()
+
+
+@pytest.fixture(scope="session")
 def hooked() -> SteerableModel:
-    """The tutor as HookedTransformer."""
+    """The tutor as HookedTransformer, for what is about that class."""
+    if "hooked" not in models.available_kinds():
+        pytest.skip("this TransformerLens has no HookedTransformer")
     return tutor.load("hooked")
 
 
@@ -49,9 +63,9 @@ def bridge() -> SteerableModel:
     return tutor.load("bridge")
 
 
-@pytest.fixture(params=["hooked", "bridge"])
+@pytest.fixture(scope="session", params=models.available_kinds())
 def model(request: pytest.FixtureRequest) -> SteerableModel:
-    """The tutor as either class."""
+    """The tutor as every class that there is."""
     return request.getfixturevalue(request.param)
 
 
@@ -64,10 +78,10 @@ def stories() -> SteerableModel:
 
 
 @pytest.fixture(scope="session")
-def trained(hooked: SteerableModel) -> dict[int, Activations]:
+def trained(tutor_model: SteerableModel) -> dict[int, Activations]:
     """A part of the tutor's training contrasts, read at three layers."""
     train = tutor.data("safe").train
-    return collect(hooked, train[::4], layer=[2, 3, 4], shift="last_prompt", batch_size=64, progress=False)
+    return collect(tutor_model, train[::4], layer=[2, 3, 4], shift="last_prompt", batch_size=64, progress=False)
 
 
 @pytest.fixture(scope="session")

@@ -50,14 +50,14 @@ def test_queries_do_not_depend_on_batching(model: SteerableModel) -> None:
     torch.testing.assert_close(one, many, atol=1e-4, rtol=1e-4)
 
 
-def test_collecting_leaves_no_hook_and_shares_no_memory(hooked: SteerableModel) -> None:
+def test_collecting_leaves_no_hook_and_shares_no_memory(tutor_model: SteerableModel) -> None:
     contrasts = TRAIN[:4]
-    first = collect(hooked, contrasts, layer=2, shift="last_prompt", progress=False)
+    first = collect(tutor_model, contrasts, layer=2, shift="last_prompt", progress=False)
     copy = first.queries.clone()
-    second = collect(hooked, contrasts, layer=2, shift="last_prompt", progress=False)
+    second = collect(tutor_model, contrasts, layer=2, shift="last_prompt", progress=False)
     second.queries.zero_()
     assert torch.equal(first.queries, copy)
-    assert not any(point.fwd_hooks for point in hooked.hook_dict.values())
+    assert not any(point.fwd_hooks for point in tutor_model.hook_dict.values())
 
 
 def test_a_real_model_is_read(stories: SteerableModel) -> None:

@@ -50,12 +50,12 @@ def test_auroc_counts_pairs() -> None:
     assert auroc(high, low) == pytest.approx(sum(pairs) / len(pairs))
 
 
-def test_measures_are_what_the_texts_say(hooked: SteerableModel) -> None:
-    found = compare_on_tutor(hooked, "safe", limit=24, only=[TAG, DEFAULT], progress=False)
+def test_measures_are_what_the_texts_say(tutor_model: SteerableModel) -> None:
+    found = compare_on_tutor(tutor_model, "safe", limit=24, only=[TAG, DEFAULT], progress=False)
     assert [row.name for row in found.rows] == [TAG, DEFAULT]
     row = found.row(DEFAULT)
     prompts = [str(contrast.prompt) for contrast in found.contrasts]
-    texts = generate(hooked, prompts, found.steering, max_new_tokens=32, progress=False)
+    texts = generate(tutor_model, prompts, found.steering, max_new_tokens=32, progress=False)
     hits = [a.text == c.preferred for a, c in zip(texts, found.contrasts, strict=True)]
     assert row.measures["refused exactly"] == Proportion(sum(hits), len(hits))
     parts = [row.measures[f"refused exactly, new {kind}"] for kind in ("pairs", "templates")]
@@ -64,22 +64,22 @@ def test_measures_are_what_the_texts_say(hooked: SteerableModel) -> None:
     layer = found.steering.layers[0]
     opened = torch.cat([item.trace.gate[layer] for item in texts]) >= 0.5
     assert row.measures["gate open"].hits == int(opened.sum())
-    benign = generate(hooked, [t.prompt for t in found.general], found.steering, max_new_tokens=32, progress=False)
+    benign = generate(tutor_model, [t.prompt for t in found.general], found.steering, max_new_tokens=32, progress=False)
     kept = sum(a.text == task.answer for a, task in zip(benign, found.general, strict=True))
     assert row.measures["benign kept"] == Proportion(kept, len(found.general))
     assert "gate open" not in found.row(TAG).measures
     with pytest.raises(InputError, match="names among"):
-        compare_on_tutor(hooked, "safe", only=["magic"])
+        compare_on_tutor(tutor_model, "safe", only=["magic"])
 
 
 # ------------------------------------------------------------ what is claimed of the tutor, on its test split
 
 
 @pytest.fixture(scope="module", params=["safe", "honest"])
-def comparisons(request: pytest.FixtureRequest, hooked: SteerableModel) -> dict[int, Comparison]:
+def comparisons(request: pytest.FixtureRequest, tutor_model: SteerableModel) -> dict[int, Comparison]:
     return {
         seed: compare_on_tutor(
-            hooked, request.param, seed=seed, only=MEASURED if seed == SEEDS[0] else [DEFAULT], progress=False
+            tutor_model, request.param, seed=seed, only=MEASURED if seed == SEEDS[0] else [DEFAULT], progress=False
         )
         for seed in SEEDS
     }
@@ -106,7 +106,7 @@ def test_default_finesteer_keeps_its_promises(comparisons: dict[int, Comparison]
 
 
 @pytest.mark.slow
-def test_experts_of_safe_route_by_category(comparisons: dict[int, Comparison], hooked: SteerableModel) -> None:
+def test_experts_of_safe_route_by_category(comparisons: dict[int, Comparison], tutor_model: SteerableModel) -> None:
     if comparisons[SEEDS[0]].behaviour != "safe":
         pytest.skip("the kinds of myth share their answers' wording; routing by kind is claimed for <safe> only")
     for comparison in comparisons.values():
@@ -118,7 +118,7 @@ def test_experts_of_safe_route_by_category(comparisons: dict[int, Comparison], h
     layer = first.steering.layers[0]
     strongest = first.row(DEFAULT).answers.trace.weights[layer].argmax(dim=1).tolist()
     labels = [str(contrast.label) for contrast in first.contrasts]
-    losses = expert_knockout(hooked, first, progress=False)
+    losses = expert_knockout(tutor_model, first, progress=False)
     for expert, lost in losses.items():
         own = {
             label: sum(s == expert for s, one in zip(strongest, labels, strict=True) if one == label) for label in lost

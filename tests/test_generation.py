@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -90,18 +91,18 @@ def test_several_layers_read_the_unsteered_stream(
     assert not torch.allclose(live.ser[4], clean[1], atol=1e-4)
 
 
-def test_sampling_is_seeded_per_row(hooked: SteerableModel, prompts: list[str]) -> None:
+def test_sampling_is_seeded_per_row(tutor_model: SteerableModel, prompts: list[str]) -> None:
     def options(seed: int) -> dict:
         return {"do_sample": True, "temperature": 3.0, "seed": seed}
 
-    first = texts(hooked, prompts, **options(1))
-    assert first == texts(hooked, prompts, batch_size=2, **options(1))
-    assert first != texts(hooked, prompts, **options(2))
-    greedy = texts(hooked, prompts)
-    assert texts(hooked, prompts, do_sample=True, top_k=1, seed=5) == greedy
-    assert texts(hooked, prompts, do_sample=True, top_p=1e-6, seed=5) == greedy
+    first = texts(tutor_model, prompts, **options(1))
+    assert first == texts(tutor_model, prompts, batch_size=2, **options(1))
+    assert first != texts(tutor_model, prompts, **options(2))
+    greedy = texts(tutor_model, prompts)
+    assert texts(tutor_model, prompts, do_sample=True, top_k=1, seed=5) == greedy
+    assert texts(tutor_model, prompts, do_sample=True, top_p=1e-6, seed=5) == greedy
     state = torch.random.get_rng_state()
-    texts(hooked, prompts[:1], **options(3))
+    texts(tutor_model, prompts[:1], **options(3))
     assert torch.equal(state, torch.random.get_rng_state())
 
 
@@ -217,7 +218,7 @@ def test_trace_joins_rows_and_exports(model: SteerableModel, steering: FineSteer
     assert list(frame["gate"]) == pytest.approx([float(item.trace.gate[LAYER]) for item in made])
 
 
-def test_bad_requests_raise(hooked: SteerableModel, steering: FineSteer, prompts: list[str]) -> None:
+def test_bad_requests_raise(tutor_model: SteerableModel, steering: FineSteer, prompts: list[str]) -> None:
     cases = [
         ({"temperature": 0.5}, "do_sample"),
         ({"do_sample": True, "temperature": 0.0}, "temperature"),
@@ -228,29 +229,29 @@ def test_bad_requests_raise(hooked: SteerableModel, steering: FineSteer, prompts
     ]
     for options, message in cases:
         with pytest.raises(InputError, match=message):
-            generate(hooked, prompts[0], progress=False, **options)
+            generate(tutor_model, prompts[0], progress=False, **options)
     with pytest.raises(InputError, match="at least one"):
-        generate(hooked, [], progress=False)
+        generate(tutor_model, [], progress=False)
     with pytest.raises(InputError, match="prompt"):
-        generate(hooked, [" "], progress=False)
+        generate(tutor_model, [" "], progress=False)
     with pytest.raises(ContextLengthError, match="128"):
-        generate(hooked, [[5] * 120], max_new_tokens=20, progress=False)
+        generate(tutor_model, [[5] * 120], max_new_tokens=20, progress=False)
     with pytest.raises(ContextLengthError, match="fewer new tokens"):
-        prompt_ids(hooked, "word " * 200)
+        prompt_ids(tutor_model, "word " * 200)
 
 
-def test_tokenizers_that_lack_something(hooked: SteerableModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    tokenizer = hooked.tokenizer
+def test_tokenizers_that_lack_something(tutor_model: SteerableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = tutor_model.tokenizer
     monkeypatch.setattr(tokenizer, "chat_template", None)
     with pytest.raises(TokenizerError, match="chat template"):
-        prompt_ids(hooked, "hello", chat=True)
-    monkeypatch.setattr(hooked, "tokenizer", SimpleNamespace(pad_token_id=None, eos_token_id=None))
+        prompt_ids(tutor_model, "hello", chat=True)
+    bare = MagicMock(cfg=tutor_model.cfg, tokenizer=SimpleNamespace(pad_token_id=None, eos_token_id=None))
     with pytest.raises(TokenizerError, match="pad_token"):
-        pad(hooked, [[1, 2], [1]], "left")
-    assert pad(hooked, [[1, 2], [3, 4]], "left").mask.all()
-    monkeypatch.setattr(hooked, "tokenizer", None)
+        pad(bare, [[1, 2], [1]], "left")
+    assert pad(bare, [[1, 2], [3, 4]], "left").mask.all()
+    bare.tokenizer = None
     with pytest.raises(TokenizerError, match="no tokenizer"):
-        prompt_ids(hooked, "hello")
+        prompt_ids(bare, "hello")
 
 
 def test_a_real_model_is_steered(stories: SteerableModel) -> None:

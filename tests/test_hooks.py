@@ -70,10 +70,10 @@ def logits_of_plain(model: SteerableModel, batch) -> torch.Tensor:  # type: igno
         return logits_of(model, batch)
 
 
-def test_bad_rank_and_layer_raise(hooked: SteerableModel, steering: FineSteer) -> None:
+def test_bad_rank_and_layer_raise(tutor_model: SteerableModel, steering: FineSteer) -> None:
     gate = steering.gate_at(LAYER)
     assert gate is not None
     with pytest.raises(InputError, match="rank"):
         SubspaceAblation(gate.subspace, layer=LAYER, rank=gate.subspace.rank + 1)
-    with pytest.raises(SiteError, match="layer"), SubspaceProbe(gate.subspace, layer=9).on(hooked):
+    with pytest.raises(SiteError, match="layer"), SubspaceProbe(gate.subspace, layer=9).on(tutor_model):
         pass

@@ -6,12 +6,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsteer_lens import Activations, Experts, FineSteer, MeanShift, Schedule, fit, fit_gate, fit_mean_shift, models
+from fsteer_lens import (
+    Activations,
+    Experts,
+    FineSteer,
+    MeanShift,
+    Schedule,
+    fit,
+    fit_gate,
+    fit_mean_shift,
+    models,
+    tutor,
+)
 from fsteer_lens.errors import HookError, InputError, MismatchError, ShapeError, SiteError
 from fsteer_lens.hooks import Point
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.positions import Positions
 from fsteer_lens.tokens import pad, prompt_ids
+from tests.families import tokenizer
 from tests.running import LAYER, SITE, batch_of, logits_of, n_hooks, residual
 
 
@@ -199,15 +211,15 @@ def test_rows_that_disagree_about_going_on_raise() -> None:
         positions.observe(after)
 
 
-def test_one_token_prompts_need_reset(hooked: SteerableModel, steering: FineSteer) -> None:
-    handle = steering.attach(hooked)
+def test_one_token_prompts_need_reset(tutor_model: SteerableModel, steering: FineSteer) -> None:
+    handle = steering.attach(tutor_model)
     try:
         seen = []
         for token in (60, 70):
             handle.reset()
-            logits_of(hooked, pad(hooked, [[token]], "right"))
+            logits_of(tutor_model, pad(tutor_model, [[token]], "right"))
             seen.append(handle.trace.ser[LAYER].clone())
-        logits_of(hooked, pad(hooked, [[80]], "right"))
+        logits_of(tutor_model, pad(tutor_model, [[80]], "right"))
         assert torch.equal(handle.trace.ser[LAYER], seen[1])
         assert handle.trace.change[LAYER].shape == (1, 2)
     finally:
@@ -247,8 +259,8 @@ def test_gate_of_an_earlier_layer_only_reads(
     torch.testing.assert_close(trace.gate[4], gate.gate(before[:, -1]))
 
 
-def test_half_precision_stream_keeps_its_dtype(hooked: SteerableModel, steering: FineSteer) -> None:
-    session = steering.with_gate(None).session_on(hooked)
+def test_half_precision_stream_keeps_its_dtype(tutor_model: SteerableModel, steering: FineSteer) -> None:
+    session = steering.with_gate(None).session_on(tutor_model)
     stream = torch.randn(2, 5, 128, dtype=torch.bfloat16)
     edited = session.respond(Point(LAYER, "hook_resid_post"), stream)
     assert edited is not None and edited.dtype == torch.bfloat16
@@ -256,9 +268,9 @@ def test_half_precision_stream_keeps_its_dtype(hooked: SteerableModel, steering:
     torch.testing.assert_close(edited.double(), stream.double() + exact[:, None], atol=0.05, rtol=0.01)
 
 
-def test_trace_of_inference_mode_can_be_used_in_autograd(hooked: SteerableModel, steering: FineSteer) -> None:
-    with torch.inference_mode(), steering.on(hooked) as trace:
-        hooked(torch.tensor([[1, 50, 60]]))
+def test_trace_of_inference_mode_can_be_used_in_autograd(tutor_model: SteerableModel, steering: FineSteer) -> None:
+    with torch.inference_mode(), steering.on(tutor_model) as trace:
+        tutor_model(torch.tensor([[1, 50, 60]]))
     weight = torch.ones(1, requires_grad=True)
     (trace.change[LAYER] * trace.gate[LAYER] * weight).sum().backward()
     assert weight.grad is not None
@@ -297,33 +309,33 @@ def test_hooks_of_others_stay(model: SteerableModel, steering: FineSteer, prompt
 
 
 def test_wrong_place_or_model_raises(
-    hooked: SteerableModel, steering: FineSteer, trained: dict[int, Activations]
+    tutor_model: SteerableModel, steering: FineSteer, trained: dict[int, Activations]
 ) -> None:
-    with pytest.raises(SiteError, match=r"0\.\.5"), replace(steering, layer=6).on(hooked):
+    with pytest.raises(SiteError, match=r"0\.\.5"), replace(steering, layer=6).on(tutor_model):
         pass
-    with pytest.raises(SiteError, match="hook_resid_post"), replace(steering, site="hook_resid_pots").on(hooked):
+    with pytest.raises(SiteError, match="hook_resid_post"), replace(steering, site="hook_resid_pots").on(tutor_model):
         pass
     assert steering.fingerprint is not None
     elsewhere = replace(steering.fingerprint, probe={LAYER: tuple(-x for x in steering.fingerprint.probe[LAYER])})
     with (
         pytest.raises(MismatchError, match="activations at layer 4"),
-        replace(steering, fingerprint=elsewhere).on(hooked),
+        replace(steering, fingerprint=elsewhere).on(tutor_model),
     ):
         pass
     narrow = MeanShift(torch.ones(64), layer=1)
-    with pytest.raises(ShapeError, match="d_model=64"), narrow.on(hooked):
+    with pytest.raises(ShapeError, match="d_model=64"), narrow.on(tutor_model):
         pass
     with pytest.raises(ShapeError, match="d_model"):
         FineSteer(steering.experts, fit_gate(torch.randn(30, 64), rank=2), layer=4)
 
 
-def test_processed_weights_are_refused(steering: FineSteer) -> None:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+@pytest.mark.parametrize("kind", models.available_kinds())
+def test_processed_weights_are_refused(steering: FineSteer, kind: models.Kind) -> None:
+    from transformers import AutoModelForCausalLM
 
-    from fsteer_lens.tutor.loading import FOLDER
-
-    hf_model, tokenizer = AutoModelForCausalLM.from_pretrained(FOLDER), AutoTokenizer.from_pretrained(FOLDER)
-    processed = models.from_hf(hf_model, tokenizer, kind="hooked", process=True)
+    processed = models.from_hf(
+        AutoModelForCausalLM.from_pretrained(tutor.loading.FOLDER), tokenizer(), kind, process=True
+    )
     with pytest.raises(MismatchError, match="processed weights"), steering.on(processed):
         pass
 

@@ -67,15 +67,15 @@ def test_another_model_is_refused_and_named(stories: SteerableModel, steering: F
 
 
 def test_a_steering_without_fingerprint_needs_its_model(
-    hooked: SteerableModel, steering: FineSteer, tmp_path: Path
+    tutor_model: SteerableModel, steering: FineSteer, tmp_path: Path
 ) -> None:
     path = tmp_path / "steer.safetensors"
     bare = replace(steering, fingerprint=None)
     with pytest.raises(InputError, match="model="):
         save(bare, path)
     assert not path.exists()
-    save(bare, path, model=hooked)
-    assert load(path, model=hooked).fingerprint is not None
+    save(bare, path, model=tutor_model)
+    assert load(path, model=tutor_model).fingerprint is not None
 
 
 def test_what_is_no_file_of_ours_is_refused(steering: FineSteer, tmp_path: Path) -> None:
