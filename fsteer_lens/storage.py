@@ -3,8 +3,8 @@
 The metadata holds the format's version, a JSON tree in which every tensor is a reference, and the SHA-256 of tensor
 bytes and tree. Values are rebuilt through a fixed list of classes, whose constructors check what they are given.
 
-A file is believed as little as possible: its header may not be larger than `MAX_HEADER`, so that what is built from it
-stays small whatever it says, and tensors take no more memory than the file itself.
+A file is believed as little as possible: its header may have so many bytes and hold so many values and no more, so that
+what is built from it stays small whatever it says, and its tensors take as much memory again as the file itself.
 """
 
 import hashlib
@@ -34,6 +34,8 @@ FORMAT = "fsteer_lens"
 VERSION = 1
 MAX_HEADER = 2**20
 """Bytes that the header of a file may have: enough for some thousand tensors."""
+MAX_VALUES = 2**16
+"""Values that it may hold: an empty list takes two bytes in a file, and thirty times as many in memory."""
 CLASSES: Mapping[str, Any] = {
     cls.__name__: cls
     for cls in (
@@ -70,7 +72,8 @@ def save(steering: HookObject, path: str | os.PathLike[str], model: SteerableMod
         model: the model it belongs to; needed where the steering carries no fingerprint, checked where it does.
 
     Raises:
-        InputError: no hook object, no fingerprint and no model, no such folder, or more layers than a header holds.
+        InputError: no hook object, no fingerprint and no model, or no such folder.
+        FileFormatError: more parts than a file may have: hundreds of layers.
         MismatchError: fitted on another model than the given one.
     """
     from safetensors.torch import save as to_bytes
@@ -83,8 +86,7 @@ def save(steering: HookObject, path: str | os.PathLike[str], model: SteerableMod
     tree = _encode(steering, "steering", tensors)
     header = {"version": VERSION, "tree": tree, "sha256": _digest(tensors, tree)}
     content = to_bytes(tensors, metadata={FORMAT: _canonical(header)})
-    if _header_size(content) > MAX_HEADER:
-        raise InputError("save", expected=f"a header of at most {MAX_HEADER} bytes", got=_header_size(content))
+    _require_modest(content, "save: the steering has too many parts for one file")
     write_atomically(path, content)
 
 
@@ -139,13 +141,7 @@ def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
         raise FileFormatError(f"{path}", expected="a file written by fsteer_lens.save", got="no such file")
     try:
         content = path.read_bytes()
-        size = _header_size(content)
-        if size > min(MAX_HEADER, len(content) - 8):
-            raise FileFormatError(
-                f"{path} is truncated, damaged or no safetensors file",
-                expected=f"a header of at most {min(MAX_HEADER, len(content))} bytes",
-                got=size,
-            )
+        size = _require_modest(content, f"{path} is truncated, damaged or no safetensors file")
         metadata = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
         text = metadata.get(FORMAT)
         if text is None:
@@ -187,9 +183,16 @@ def _read(path: Path) -> tuple[Any, dict[str, Tensor]]:
     return tree, tensors
 
 
-def _header_size(content: bytes) -> int:
-    """Length that a safetensors file gives of its header; of what is too short to give one, more than any file has."""
-    return int.from_bytes(content[:8], "little") if len(content) >= 8 else 2**64
+def _require_modest(content: bytes, problem: str) -> int:
+    """Length of a safetensors file's header; raises `FileFormatError` where it is longer, or fuller, than allowed."""
+    size = int.from_bytes(content[:8], "little")
+    allowed = min(MAX_HEADER, len(content) - 8)
+    if len(content) < 8 or size > allowed:
+        raise FileFormatError(problem, expected=f"a header of at most {allowed} bytes", got=size)
+    values = sum(content.count(mark, 8, 8 + size) for mark in b"[{,")
+    if values > MAX_VALUES:
+        raise FileFormatError(problem, expected=f"a header of at most {MAX_VALUES} values", got=values)
+    return size
 
 
 def _no_constant(name: str) -> Any:

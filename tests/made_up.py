@@ -45,3 +45,7 @@ def shut(seed: int = 0) -> QuantileGate:
     space = subspace(seed)
     return QuantileGate(space, 12, torch.ones(3, space.rank), epsilon=1.0, gamma=4.0)
 
+
+def shut_at(space: Subspace) -> QuantileGate:
+    """A gate on a subspace that is 0 for everything."""
+    return QuantileGate(space, 1, torch.ones(3, space.rank), epsilon=1.0, gamma=4.0)

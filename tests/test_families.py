@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsteer_lens import Contrast, FineSteer, collect, fit, generate, load, models, save, tutor
+from fsteer_lens import Contrast, FineSteer, collect, fit, generate, load, models, save
 from fsteer_lens.errors import InputError
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.tokens import pad
 from tests.compare import same
+from tests.conftest import STORIES
 from tests.families import FAMILIES, random_model
 
 KINDS = models.available_kinds()
@@ -136,7 +137,7 @@ def test_the_whole_way_on_a_real_model(stories: SteerableModel, tmp_path: Path) 
     ]
     found = {}
     for kind in KINDS:
-        model = models.load(_folder(stories), kind=kind)
+        model = models.load(STORIES, kind=kind)
         mood = fit(collect(model, told, layer=2, progress=False), rank=3, n_experts=2, epochs=20, strength=4.0)
         save(mood, tmp_path / kind)
         prompts = [str(contrast.prompt) for contrast in told[:3]] + ["Once upon a time"]
@@ -149,10 +150,3 @@ def test_the_whole_way_on_a_real_model(stories: SteerableModel, tmp_path: Path) 
     for run in found.values():
         assert [one.tokens for one in run] == [one.tokens for one in reference]
     assert all(one.baseline is not None and one.text != one.baseline.text for one in reference[:3])
-
-
-def _folder(model: SteerableModel) -> Path:
-    from tests.conftest import STORIES
-
-    assert model.cfg.d_model == 64 and tutor.load is not None
-    return STORIES

@@ -409,8 +409,10 @@ def test_transcoder_that_reads_our_point(
     before = logits_of(sae_model, batch)
     seen: dict[str, Tensor] = {}
     reading: list[Edit] = [(SITE, edit_of(steering, batch.mask)), (SITE, lambda x, hook: seen.update(x=x))]
-    order = reading if first == "steering" else reading[::-1]
-    expected = by_hand(hooked, batch, *order, (out, lambda x, hook: projection(seen["x"])))
+    order, other = (reading, reading[::-1]) if first == "steering" else (reading[::-1], reading)
+    replaced: Edit = (out, lambda x, hook: projection(seen["x"]))
+    expected = by_hand(hooked, batch, *order, replaced)
+    assert distance(expected, by_hand(hooked, batch, *other, replaced), batch) > 0.1
 
     if first == "transcoder":
         sae_model.add_sae(transcoder(SITE, out))

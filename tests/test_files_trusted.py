@@ -1,0 +1,358 @@
+"""Files that can be trusted: whatever is done to one, loading it ends in one of our errors or in an equal value."""
+
+import hashlib
+import json
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fsteer_lens import FineSteer, LogisticGate, MeanShift, Schedule, SubspaceAblation, Window, chain, load, save
+from fsteer_lens.errors import FileFormatError, FsteerError
+from fsteer_lens.fingerprints import Fingerprint
+from fsteer_lens.hooks import HookObject
+from fsteer_lens.steering import Steering
+from fsteer_lens.storage import FORMAT, MAX_HEADER
+from tests import made_up
+from tests.compare import same
+
+WIDTH = 6
+MUTANTS = 400
+
+
+def mark() -> Fingerprint:
+    return Fingerprint(
+        "Made", 4, WIDTH, 50, "hook_resid_post", "none", {1: (0.5, -1.0)}, "HookedTransformer", False, "torch.float32"
+    )
+
+
+def everything() -> HookObject:
+    """A chain that has every kind of value in it."""
+    space = made_up.subspace(0, WIDTH, 3)
+    gate = LogisticGate(space, 2, torch.ones(3), -torch.ones(3)) & ~made_up.shut_at(space)
+    by = FineSteer(
+        {1: made_up.experts(0, WIDTH), 2: made_up.experts(1, WIDTH)},
+        {1: gate},
+        gate_layer=1,
+        scope=Window(1, 3),
+        schedule=Schedule((1.0, 0.5)),
+        fingerprint=mark(),
+    )
+    mean = MeanShift(torch.ones(WIDTH), layer=2, scope="all", refresh="step", fingerprint=mark())
+    return chain(by, mean, SubspaceAblation(space, layer=0, rank=1, fingerprint=mark()))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[HookObject, bytes]:
+    """What is saved, and the bytes of its file."""
+    path = tmp_path_factory.mktemp("saved") / "whole"
+    value = everything()
+    save(value, path)
+    assert same(load(path), value), "the file as it was saved comes back whole"
+    return value, path.read_bytes()
+
+
+def parts(content: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes]:
+    """Index of the tensors, our own header, and the tensors' bytes."""
+    size = int.from_bytes(content[:8], "little")
+    index = json.loads(content[8 : 8 + size])
+    return index, json.loads(index.pop("__metadata__")[FORMAT]), content[8 + size :]
+
+
+def assembled(index: dict[str, Any], own: Any, data: bytes, *, sealed: bool = True) -> bytes:
+    """A file of these parts; sealed with a checksum that fits, as somebody would who means harm."""
+    if sealed:
+        digest = hashlib.sha256(json.dumps(own["tree"], sort_keys=True, separators=(",", ":")).encode())
+        kinds = {"F32": "torch.float32", "F64": "torch.float64", "I64": "torch.int64", "F16": "torch.float16"}
+        for name in sorted(index):
+            entry = index[name]
+            digest.update(f"{name}{kinds.get(entry['dtype'], entry['dtype'])}{entry['shape']}".encode())
+            digest.update(data[slice(*entry["data_offsets"])])
+        own = {**own, "sha256": digest.hexdigest()}
+    text = json.dumps({**index, "__metadata__": {FORMAT: json.dumps(own)}}).encode()
+    return struct.pack("<Q", len(text)) + text + data
+
+
+def attempt(path: Path, content: bytes) -> Any:
+    """What loading these bytes gives: a value, or one of our errors; anything else fails the test."""
+    path.write_bytes(content)
+    try:
+        return load(path)
+    except FsteerError as error:
+        assert "expected" in str(error) or "got" in str(error)
+        return error
+
+
+def test_the_checksum_of_these_tests_is_the_files_own(saved: tuple[HookObject, bytes], tmp_path: Path) -> None:
+    """Without this control all that is sealed again here could be refused for its seal alone."""
+    value, whole = saved
+    index, own, data = parts(whole)
+    assert same(attempt(tmp_path / "again", assembled(index, own, data)), value)
+    assert isinstance(
+        attempt(tmp_path / "unsealed", assembled(index, {**own, "sha256": "0"}, data, sealed=False)), FileFormatError
+    )
+    place = ("fields", "hooks", "tuple", 1, "fields", "strength")
+    changed = {**own, "tree": replaced(own["tree"], place, 2.5)}
+    assert attempt(tmp_path / "other", assembled(index, changed, data)).links[1].strength == 2.5
+
+
+bytes_changed = st.one_of(
+    st.tuples(st.just("flip"), st.floats(0, 1, exclude_max=True), st.integers(1, 255)),
+    st.tuples(st.just("cut"), st.floats(0, 1, exclude_max=True), st.just(0)),
+    st.tuples(st.just("insert"), st.floats(0, 1, exclude_max=True), st.integers(0, 255)),
+    st.tuples(st.just("swap"), st.floats(0, 1, exclude_max=True), st.integers(1, 64)),
+    st.tuples(st.just("header length"), st.just(0.0), st.integers(0, 2**64 - 1)),
+    st.tuples(st.just("append"), st.just(0.0), st.integers(1, 300)),
+)
+
+
+@settings(max_examples=MUTANTS)
+@given(changes=st.lists(bytes_changed, min_size=1, max_size=4))
+def test_changed_bytes(
+    saved: tuple[HookObject, bytes], tmp_path_factory: Any, changes: list[tuple[str, float, int]]
+) -> None:
+    value, whole = saved
+    content = bytearray(whole)
+    for kind, place, number in changes:
+        at = int(place * len(content))
+        if kind == "flip" and content:
+            content[at] ^= number
+        elif kind == "cut":
+            del content[at:]
+        elif kind == "insert":
+            content.insert(at, number)
+        elif kind == "swap":
+            content[at : at + number] = content[at : at + number][::-1]
+        elif kind == "header length":
+            content[:8] = struct.pack("<Q", number)
+        else:
+            content += bytes(number)
+    found = attempt(tmp_path_factory.getbasetemp() / "bytes", bytes(content))
+    assert isinstance(found, FileFormatError) or same(found, value)
+
+
+keys = st.sampled_from(["class", "fields", "tensor", "tuple", "map"])
+leaves = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 99),
+    st.floats(allow_nan=True),
+    st.sampled_from(["", "all", "x" * 50, "steering"]),
+)
+json_values = st.recursive(
+    leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3), max_leaves=6
+)
+
+
+def places(tree: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place within a JSON tree."""
+    inside = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else ()
+    return [path, *(place for key, item in inside for place in places(item, (*path, key)))]
+
+
+def replaced(tree: Any, place: tuple[Any, ...], item: Any) -> Any:
+    """A JSON tree with another item at one place."""
+    if not place:
+        return item
+    copy = dict(tree) if isinstance(tree, dict) else list(tree)
+    copy[place[0]] = replaced(tree[place[0]], place[1:], item)
+    return copy
+
+
+def use(value: HookObject) -> None:
+    """Do with a loaded value what a user would, up to putting it on a model."""
+    repr(value)
+    h = torch.randn(3, value.d_model)
+    for link in value.links:
+        if isinstance(link, Steering):
+            for layer in link.hooked_layers:
+                link.decide(layer, h)
+            link.with_strength(2.0)
+
+
+@settings(max_examples=MUTANTS)
+@given(where=st.floats(0, 1, exclude_max=True), item=json_values)
+def test_changed_metadata_under_a_checksum_that_fits(
+    saved: tuple[HookObject, bytes], tmp_path_factory: Any, where: float, item: Any
+) -> None:
+    """A file that somebody sealed again is refused, or is a valid steering, if another one."""
+    index, own, data = parts(saved[1])
+    every = places(own["tree"])
+    tree = replaced(own["tree"], every[int(where * len(every))], item)
+    found = attempt(tmp_path_factory.getbasetemp() / "sealed", assembled(index, {**own, "tree": tree}, data))
+    if isinstance(found, HookObject):
+        try:
+            use(found)
+        except FsteerError:
+            pass
+    else:
+        assert isinstance(found, FileFormatError)
+
+
+@settings(max_examples=MUTANTS // 2)
+@given(
+    name=st.floats(0, 1, exclude_max=True),
+    change=st.sampled_from(["shape", "dtype", "offsets", "name", "drop", "nan", "inf"]),
+    numbers=st.lists(st.sampled_from([0, 1, 2, 5, 6, 7, 36, 2**31, 2**62]), min_size=1, max_size=3),
+)
+def test_changed_tensors_under_a_checksum_that_fits(
+    saved: tuple[HookObject, bytes], tmp_path_factory: Any, name: float, change: str, numbers: list[int]
+) -> None:
+    index, own, data = parts(saved[1])
+    chosen = sorted(index)[int(name * len(index))]
+    entry = dict(index[chosen])
+    if change == "shape":
+        entry["shape"] = numbers
+    elif change == "dtype":
+        entry["dtype"] = ["I64", "F16", "BOOL"][numbers[0] % 3]
+    elif change == "offsets":
+        entry["data_offsets"] = [numbers[0], numbers[-1]]
+    elif change in ("nan", "inf"):
+        start, end = entry["data_offsets"]
+        spoiled = struct.pack("<f", float(change)) * ((end - start) // 4)
+        data = data[:start] + spoiled + data[end:]
+    changed = {other: index[other] for other in index if other != chosen}
+    if change != "drop":
+        changed["another" if change == "name" else chosen] = entry
+    found = attempt(tmp_path_factory.getbasetemp() / "tensors", assembled(changed, own, data))
+    if isinstance(found, HookObject):
+        use(found)
+        assert change not in ("nan", "inf", "drop", "name")
+
+
+def of(change: Callable[[dict[str, Any], dict[str, Any], bytes], tuple[Any, Any, bytes]]) -> Callable[[bytes], bytes]:
+    return lambda content: assembled(*change(*parts(content)))
+
+
+def with_tree(**fields: Any) -> Callable[[bytes], bytes]:
+    """The first link of the chain with other fields."""
+
+    def change(index: Any, own: Any, data: bytes) -> tuple[Any, Any, bytes]:
+        place = ("fields", "hooks", "tuple", 0, "fields")
+        for name, item in fields.items():
+            own = {**own, "tree": replaced(own["tree"], (*place, name), item)}
+        return index, own, data
+
+    return of(change)
+
+
+class Evil:
+    """A pickle of it makes a file when it is read."""
+
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("touched-by-a-pickle"),))
+
+
+BAD: dict[str, Callable[[bytes], bytes]] = {
+    "nothing": lambda content: b"",
+    "a pickle": lambda content: pickle.dumps(Evil()) + bytes(100),
+    "a pickle of torch": lambda content: b"PK\x03\x04" + pickle.dumps(Evil()) + bytes(100),
+    "wrong magic": lambda content: content.replace(b'"fsteer_lens"', b'"fsteer_lans"'),
+    "truncated": lambda content: content[:-20],
+    "a header longer than the file": lambda content: struct.pack("<Q", len(content)) + content[8:],
+    "an absurdly long header": lambda content: struct.pack("<Q", 2**63) + content[8:],
+    "an oversized header": lambda content: struct.pack("<Q", MAX_HEADER + 1) + b" " * MAX_HEADER + b"{}",
+    "a full header": lambda content: struct.pack("<Q", MAX_HEADER) + b'{"__metadata__":[' + b"0," * (MAX_HEADER // 2),
+    "a header of brackets": lambda content: struct.pack("<Q", 200_000) + b"[" * 200_000,
+    "nested brackets within": of(lambda i, o, d: (i, {**o, "tree": json.loads("[" * 400 + "]" * 400)}, d)),
+    "a future version": of(lambda i, o, d: (i, {**o, "version": 2}, d)),
+    "a version that is none": of(lambda i, o, d: (i, {**o, "version": "1"}, d)),
+    "a future fingerprint": with_tree(fingerprint={"class": "Fingerprint", "fields": {"schema": 9}}),
+    "an unknown class": with_tree(experts={"class": "os.system", "fields": {}}),
+    "a class that is none of ours": with_tree(experts={"class": "Path", "fields": {}}),
+    "a NaN in the metadata": with_tree(strength=float("nan")),
+    "a schedule that is none": with_tree(schedule="fast"),
+    "a schedule of words": with_tree(schedule={"class": "Schedule", "fields": {"factors": {"tuple": ["x"]}}}),
+    "a gate that is none": with_tree(gate={"map": [[1, "open"]]}),
+    "experts that are none": with_tree(experts={"map": [[1, 5]]}),
+    "an absurd layer": with_tree(gate_layer=10**30),
+    "no fingerprint": with_tree(fingerprint=None),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_what_is_wrong_is_refused(
+    saved: tuple[HookObject, bytes], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert isinstance(attempt(tmp_path / "bad", BAD[name](saved[1])), FileFormatError)
+    assert [item.name for item in tmp_path.iterdir()] == ["bad"], "no code of the file's was run"
+
+
+MEASURE = """
+import resource, sys
+import torch, safetensors.torch, hashlib, json
+from fsteer_lens import load
+from fsteer_lens.errors import FsteerError
+load(sys.argv[1])
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    load(sys.argv[2])
+    print("loaded", end=" ")
+except FsteerError:
+    print("refused", end=" ")
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a process in Linux's units")
+@pytest.mark.parametrize("what", ["whole", "damaged", "0", "[]", "{}", '""'])
+def test_memory_stays_within_twice_the_file(saved: tuple[HookObject, bytes], tmp_path: Path, what: str) -> None:
+    small, path = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(saved[1])
+    if what in ("whole", "damaged"):
+        save(FineSteer(made_up.experts(0, 2600), layer=1, fingerprint=mark()), path)
+        if what == "damaged":
+            with path.open("r+b") as file:
+                file.seek(-8, os.SEEK_END)
+                file.write(b"\x01" * 8)
+    else:  # as much of what takes most memory as a header may hold
+        index, own, data = parts(saved[1])
+        text = json.dumps({**own, "tree": None})[:-1] + f', "tree": [{",".join([what] * (MAX_HEADER // 8))}]}}'
+        header = json.dumps({**index, "__metadata__": {FORMAT: text}}).encode()
+        assert len(header) < MAX_HEADER
+        path.write_bytes(struct.pack("<Q", len(header)) + header + data)
+    done = subprocess.run([sys.executable, "-c", MEASURE, small, path], capture_output=True, text=True, check=True)
+    outcome, grown = done.stdout.split()
+    assert outcome == ("loaded" if what == "whole" else "refused")
+    spare = 16 * 2**20  # what a process takes now and then, whatever it does
+    assert int(grown) * 1024 <= 2 * path.stat().st_size + spare, f"{int(grown) // 1024} MiB more than before"
+
+
+SAVE_AGAIN_AND_AGAIN = """
+import sys
+from fsteer_lens import load, save
+by = load(sys.argv[1])
+while True:
+    for strength in (2.0, 3.0):
+        save(by.with_strength(strength), sys.argv[1])
+        print("saved", flush=True)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="kills a process")
+def test_a_killed_save_leaves_a_whole_file(tmp_path: Path) -> None:
+    path = tmp_path / "steer.safetensors"
+    save(FineSteer(made_up.experts(0, 900), layer=1, fingerprint=mark()), path)
+    half_written: list[Path] = []
+    for number in range(20):
+        with subprocess.Popen([sys.executable, "-c", SAVE_AGAIN_AND_AGAIN, path], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None and process.stdout.readline() == b"saved\n"
+            time.sleep(0.002 * number)
+            process.send_signal(signal.SIGKILL)
+        assert load(path).strength in (2.0, 3.0)
+        half_written = [item for item in tmp_path.iterdir() if item != path]
+        if half_written and number >= 3:
+            break
+    assert half_written, "no kill came in the middle of a save"
