@@ -9,11 +9,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime-ready
 DEV := $(VENV)/.dev-ready
+TL4 := .venv-tl4
+PEERS := .venv-peers
 
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format lint types imports notebooks notebook-outputs pictures lock clean
+.PHONY: help demo test test-tl4 test-peers check format lint types imports notebooks notebook-outputs pictures lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -22,9 +24,15 @@ demo: $(RUNTIME) ## watch FineSteer steer the tutor model; writes a report that 
 	$(BIN)/python -m fsteer_lens demo $(ARGS)
 
 test: $(DEV) ## run the tests; one of them: make test ARGS="-k gates"
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
-check: lint types imports test notebooks ## everything that CI runs
+test-tl4: $(TL4)/.ready ## run the model tests with TransformerLens 4, which has TransformerBridge alone
+	$(TL4)/bin/python -m pytest -m "model and not slow" $(ARGS)
+
+test-peers: $(PEERS)/.ready ## run the tests beside other toolkits: SAELens
+	$(PEERS)/bin/python -m pytest tests/peers $(ARGS)
+
+check: lint types imports test test-tl4 test-peers notebooks ## everything that CI runs
 
 lint: $(DEV)
 	$(BIN)/ruff format --check
@@ -51,30 +59,36 @@ format: $(DEV) ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TL4) $(PEERS) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- the environment: the stamps make a second run start at once; a changed lock or pyproject.toml installs again
 
-INSTALL_SELF = $(PIP) install --quiet --no-deps --no-build-isolation --editable .
+INSTALL_SELF = install --quiet --no-deps --no-build-isolation --editable .
 
 $(RUNTIME): requirements.lock pyproject.toml | $(BIN)/python
 	@echo "Installing the pinned packages into $(VENV), once: a few minutes."
 	$(PIP) install --quiet -r requirements.lock
-	$(INSTALL_SELF)
+	$(PIP) $(INSTALL_SELF)
 	@touch $@
 
 $(DEV): requirements.lock requirements-dev.lock pyproject.toml | $(BIN)/python
 	@echo "Installing the pinned packages and tools into $(VENV), once: a few minutes."
 	$(PIP) install --quiet -r requirements-dev.lock
-	$(INSTALL_SELF)
+	$(PIP) $(INSTALL_SELF)
 	@touch $(RUNTIME) $@
 
+$(TL4)/.ready $(PEERS)/.ready: .venv-%/.ready: requirements-%.lock pyproject.toml | .venv-%/bin/python
+	@echo "Installing the pinned packages into .venv-$*, once: a few minutes."
+	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet -r $<
+	.venv-$*/bin/python -m pip --disable-pip-version-check $(INSTALL_SELF)
+	@touch $@
+
 # Debian's Python has venv without ensurepip unless python3-venv is installed: then pip itself fills the environment.
-$(BIN)/python:
+%/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "There is no '$(PYTHON)' here: install Python 3.11 or newer, or name it: make $(MAKECMDGOALS) PYTHON=/path/to/python3" >&2; exit 1; }
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("fsteer_lens needs Python 3.11 or newer, $(PYTHON) is %d.%d. Name another: make $(MAKECMDGOALS) PYTHON=python3.12" % v[:2])'
-	@$(PYTHON) -m venv $(VENV) 2>/dev/null || { rm -rf $(VENV); $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $@ install --quiet pip; } || { rm -rf $(VENV); echo "Could not create $(VENV): install the venv module (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
+	@$(PYTHON) -m venv $* 2>/dev/null || { rm -rf $*; $(PYTHON) -m venv --without-pip $* && $(PYTHON) -m pip --python $@ install --quiet pip; } || { rm -rf $*; echo "Could not create $*: install the venv module (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
 
 # --- the locks: made from a clean environment, so that they hold what pip chose and nothing else. A wheel's local version
 # (+cpu) and CUDA's packages are left out: which build of torch fits is the machine's affair.
@@ -82,13 +96,22 @@ $(BIN)/python:
 LOCK_VENV := build/lock
 LOCK_PIP := $(LOCK_VENV)/bin/python -m pip --disable-pip-version-check
 PINS := torch==2.13.0 transformer-lens==3.9.0
+TESTING := pytest hypothesis beartype
 FREEZE = $(LOCK_PIP) list --format=freeze | grep -Eiv '^(pip|fsteer-lens|triton|(nvidia|cuda)-.*)==' | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f
+FRESH = rm -rf $(LOCK_VENV) && $(PYTHON) -m venv $(LOCK_VENV)
 
-lock: ## make both requirement locks anew from pyproject.toml, with the newest versions that fit
-	rm -rf $(LOCK_VENV) && $(PYTHON) -m venv $(LOCK_VENV)
+lock: ## make the requirement locks anew from pyproject.toml, with the newest versions that fit
+	$(FRESH)
 	$(LOCK_PIP) install --quiet $(PINS) .
 	{ echo "# Every package that fsteer_lens runs on. Made by 'make lock'; do not edit."; $(FREEZE); } > build/requirements.lock
 	$(LOCK_PIP) install --quiet -c build/requirements.lock '.[dev,notebook]'
 	{ echo "# What tests, checks and notebooks need on top. Made by 'make lock'; do not edit."; echo "-r requirements.lock"; $(FREEZE) | grep -vxFf build/requirements.lock; } > requirements-dev.lock
 	mv build/requirements.lock requirements.lock
+	grep -hv -e '^#' -e '^-r' -e '^transformer-lens==' requirements.lock requirements-dev.lock > build/constraints.txt
+	$(FRESH)
+	$(LOCK_PIP) install --quiet -c build/constraints.txt transformer-lens==4.3.0 . $(TESTING)
+	{ echo "# The model tests with TransformerLens 4. Made by 'make lock'; do not edit."; $(FREEZE); } > requirements-tl4.lock
+	$(FRESH)
+	$(LOCK_PIP) install --quiet -c build/constraints.txt $(PINS) . sae-lens $(TESTING)
+	{ echo "# The tests beside other toolkits. Made by 'make lock'; do not edit."; $(FREEZE); } > requirements-peers.lock
 	rm -rf $(LOCK_VENV)

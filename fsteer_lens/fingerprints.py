@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from fsteer_lens.errors import MismatchError
-from fsteer_lens.models import CLASS_NAMES, DEFAULT_SITE, SteerableModel, hooks_suspended, kind_of, run_up_to, site_name
+from fsteer_lens.models import (
+    CLASS_NAMES,
+    DEFAULT_SITE,
+    SteerableModel,
+    hooks_suspended,
+    kind_of,
+    run_up_to,
+    site_name,
+    spliced,
+)
 from fsteer_lens.tokens import pad
 
 SCHEMA = 1
@@ -115,7 +124,8 @@ def fingerprint(model: SteerableModel, layers: Sequence[int], site: str = DEFAUL
         site=site,
         tokenizer=_tokenizer_hash(model.tokenizer),
         probe=probe,
-        model_class=CLASS_NAMES[kind_of(model)],
+        model_class=CLASS_NAMES[kind_of(model)]
+        + (f" with SAEs at {', '.join(saes)}" if (saes := spliced(model)) else ""),
         processed=str(cfg.normalization_type).endswith("Pre") or getattr(model, "compatibility_mode", False),
         dtype=str(cfg.dtype),
     )

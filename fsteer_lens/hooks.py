@@ -197,7 +197,17 @@ class Hooks(list[tuple[str, PointHook]]):
 
     def __init__(self, session: Session) -> None:
         super().__init__(session.hooks())
-        self.trace = session.trace
+        self._session = session
+
+    @property
+    def trace(self) -> Trace:
+        """What the hooks recorded for the latest prompt.
+
+        Raises:
+            HookError: one of them has not run, say because the model ignores hooks at names that it does not know.
+        """
+        _require_fired(self._session)
+        return self._session.trace
 
 
 @final
@@ -210,7 +220,13 @@ class Handle:
 
     @property
     def trace(self) -> Trace:
-        """What the hooks recorded for the latest prompt."""
+        """What the hooks recorded for the latest prompt.
+
+        Raises:
+            HookError: as `detach`.
+        """
+        if not self._hooks.in_place():
+            raise _removed_by_others(self._session.hook_object)
         return self._session.trace
 
     def reset(self) -> None:
@@ -221,10 +237,24 @@ class Handle:
         """Remove the hooks; calling it twice does nothing more.
 
         Raises:
-            HookError: somebody else has removed them already, say by `model.reset_hooks()`; the model is clean.
+            HookError: somebody else has removed them already, say by `model.reset_hooks()`, or has put something
+                else in the place of their hook points, say an SAE; the model is clean.
         """
-        if not self._hooks.remove():
+        in_place = self._hooks.in_place()
+        self._hooks.remove()
+        if not in_place:
             raise _removed_by_others(self._session.hook_object)
+
+
+def _require_fired(session: Session) -> None:
+    if session.unfired:
+        raise HookError(
+            f"{session.hook_object!r} never fired",
+            expected="a forward pass through its layers with the hooks on",
+            got=f"none through {', '.join(point.name for point in sorted(session.unfired))}",
+            fix="Run the model inside the block, or with these fwd_hooks, and look at stop_at_layer; a Bridge ignores"
+            " fwd_hooks at names that it does not know, SAELens' Bridge these: use .on or .attach.",
+        )
 
 
 def _removed_by_others(hook_object: "HookObject") -> HookError:
@@ -232,7 +262,8 @@ def _removed_by_others(hook_object: "HookObject") -> HookError:
         f"{hook_object!r} was taken off the model by somebody else",
         expected="its hooks still in place",
         got="none: what ran since then ran without them",
-        fix="Keep model.reset_hooks() out of the time in which the hooks are on, or put them on again after it.",
+        fix="Keep model.reset_hooks(), and SAEs at the same hook point, out of the time in which the hooks are on, or"
+        " put them on again after it.",
     )
 
 
@@ -287,16 +318,11 @@ class HookObject(ABC):
         try:
             yield session.trace
         finally:
-            in_place = added.remove()
+            in_place = added.in_place()
+            added.remove()
         if not in_place:
             raise _removed_by_others(self)
-        if session.unfired:
-            raise HookError(
-                f"{self!r} never fired",
-                expected="a forward pass through its layers inside the with block",
-                got=f"none through {', '.join(point.name for point in sorted(session.unfired))}",
-                fix="Run the model inside the block, and look at stop_at_layer.",
-            )
+        _require_fired(session)
 
     def attach(self, model: SteerableModel, prompt_lengths: Any = None, attention_mask: Any = None) -> Handle:
         """Put the hooks on a model until `handle.detach()`; arguments and errors as in `on`."""

@@ -271,39 +271,81 @@ def site_name(model: SteerableModel, layer: int, site: str = DEFAULT_SITE) -> st
             fix=f"Did you mean {' or '.join(near)}?" if near else None,
         )
     name = f"blocks.{layer}.{site}"
-    if name not in model.hook_dict:
-        near = get_close_matches(name, list(model.hook_dict), n=3)
-        raise SiteError(f"the model has no hook point {name!r}", got=f"near matches {near}")
+    hook_point(model, name)
     return name
+
+
+def hook_point(model: SteerableModel, name: str) -> Any:
+    """The hook point that stands at a name now: SAELens puts SAEs in the place of hook points, and new ones after them.
+
+    Raises:
+        SiteError: there is none, or an SAE stands in its place.
+    """
+    points = model.hook_dict
+    point = _standing(points, name)
+    if point is None and any(key.startswith((f"{name}.", f"{_bridge_name(name)}.")) for key in points):
+        raise SiteError(
+            f"an SAE is spliced in at {name!r}",
+            expected="a hook point",
+            fix="Steer the stream that enters or leaves it at another point: the hook_resid_post of a layer and the"
+            " hook_resid_pre of the next are one tensor; or take it out with model.reset_saes().",
+        )
+    if point is None:
+        near = get_close_matches(name, list(points), n=3)
+        raise SiteError(f"the model has no hook point {name!r}", got=f"near matches {near}")
+    return point
+
+
+def _standing(points: Mapping[str, Any], name: str) -> Any | None:
+    return points.get(name, points.get(_bridge_name(name)))
+
+
+def _bridge_name(name: str) -> str:
+    """A Bridge's own name of a point of the residual stream; SAELens' Bridge lists it under no other."""
+    return name.replace(".hook_resid_pre", ".hook_in").replace(".hook_resid_post", ".hook_out")
+
+
+def spliced(model: SteerableModel) -> tuple[str, ...]:
+    """Hook points in whose places SAELens has put SAEs."""
+    tail = ".hook_sae_output"
+    return tuple(sorted(name.removesuffix(tail) for name in model.hook_dict if name.endswith(tail)))
 
 
 class AddedHooks:
     """Hooks that were added to a model; `remove` takes away exactly these, in whatever order others come and go."""
 
     def __init__(self, model: SteerableModel, hooks: Sequence[tuple[str, Any]]) -> None:
-        self._added: list[tuple[Any, Any]] = []
+        self._model = model
+        self._added: list[tuple[str, Any, Any]] = []
         try:
             for name, function in hooks:
-                point = model.hook_dict[name]
-                self._added.append((point, function))  # first, so that an interrupt leaves nothing behind
+                point = hook_point(model, name)
+                self._added.append((name, point, function))  # first, so that an interrupt leaves nothing behind
                 point.add_hook(function)
         except BaseException:
             self.remove()
             raise
 
-    def remove(self) -> bool:
-        """Take the hooks away; returns whether all of them were still there. Calling it twice does nothing more."""
-        found = [self._pop(*added) for added in self._added]
+    def in_place(self) -> bool:
+        """Whether the model runs through all of them; not after `reset_hooks`, nor where their point was replaced."""
+        points = self._model.hook_dict if self._added else {}
+        return all(
+            _standing(points, name) is point and any(handle.user_hook is function for handle in point.fwd_hooks)
+            for name, point, function in self._added
+        )
+
+    def remove(self) -> None:
+        """Take the hooks away; calling it twice does nothing more."""
+        for _, point, function in self._added:
+            self._pop(point, function)
         self._added = []
-        return all(found)
 
     @staticmethod
-    def _pop(point: Any, function: Any) -> bool:
+    def _pop(point: Any, function: Any) -> None:
         own = [handle for handle in point.fwd_hooks if handle.user_hook is function]
         for handle in own:
             handle.hook.remove()
         point.fwd_hooks = [handle for handle in point.fwd_hooks if handle.user_hook is not function]
-        return bool(own)
 
 
 @contextmanager

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fsteer_lens import FineSteer, calibrate, chain, collect_queries, generate, models, save, stream
-from fsteer_lens.errors import HookError
+from fsteer_lens.errors import HookError, SiteError
 from fsteer_lens.models import AddedHooks, SteerableModel
 from fsteer_lens.tokens import pad
 from tests import made_up
@@ -209,7 +209,7 @@ def test_the_earlier_registered_hook_edits_first(model: SteerableModel) -> None:
 
 
 def test_a_half_made_attachment_leaves_nothing(model: SteerableModel) -> None:
-    with pytest.raises(KeyError):
+    with pytest.raises(SiteError):
         AddedHooks(model, [(OTHER_SITE, Bomb(ZeroDivisionError, 9)), ("blocks.9.nowhere", Bomb(ZeroDivisionError, 9))])
 
 

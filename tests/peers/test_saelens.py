@@ -35,13 +35,6 @@ WAYS = ["saes around on", "on around saes", "run_with_saes", "add_sae, then atta
 
 Edit = tuple[str, Callable[..., Tensor | None]]
 
-UNLISTED = pytest.mark.xfail(
-    strict=True,
-    reason="SAELens' Bridge lists the residual stream as hook_in and hook_out alone, and site_name refuses it",
-)
-UNTOLD = pytest.mark.xfail(strict=True, reason="hooks whose hook point was replaced count as still in place")
-UNNAMED = pytest.mark.xfail(strict=True, reason="the error does not name the SAE")
-
 
 # --------------------------------------------------------------------------------------------------- models and SAEs
 
@@ -68,16 +61,7 @@ def sae_bridge() -> SteerableModel:
     return SAETransformerBridge.boot_transformers(str(FOLDER), hf_model=network, tokenizer=tokenizer, device="cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tensors this small are slower on several threads, by far where other programs use the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=["sae_hooked", pytest.param("sae_bridge", marks=UNLISTED)])
+@pytest.fixture(params=["sae_hooked", "sae_bridge"])
 def sae_model(request: pytest.FixtureRequest, steering: FineSteer) -> SteerableModel:
     """Either class, known to the steering already: its fingerprint was checked before any SAE came."""
     model = request.getfixturevalue(request.param)
@@ -295,7 +279,6 @@ def test_fwd_hooks_beside_an_sae(
     assert hooks.trace.gate[LAYER].shape == (len(prompts),)
 
 
-@pytest.mark.xfail(strict=True, reason="a trace that no hook has filled can be read")
 def test_fwd_hooks_that_were_ignored_have_no_trace(sae_bridge: Any, steering: FineSteer, prompts: list[str]) -> None:
     """SAELens' Bridge knows the residual stream by other names, and ignores hooks at names that it does not know."""
     batch = batch_of(sae_bridge, prompts)
@@ -307,7 +290,6 @@ def test_fwd_hooks_that_were_ignored_have_no_trace(sae_bridge: Any, steering: Fi
         _ = hooks.trace
 
 
-@UNNAMED
 @pytest.mark.parametrize("kind", ["sae_hooked", "sae_bridge"])
 def test_first_check_of_the_model_names_an_earlier_sae(
     request: pytest.FixtureRequest, kind: str, steering: FineSteer, prompts: list[str]
@@ -327,7 +309,6 @@ def test_first_check_of_the_model_names_an_earlier_sae(
 # ----------------------------------------------------------------------------------------------------- at one point
 
 
-@UNNAMED
 def test_sae_in_the_place_of_the_hook_point_is_an_error(
     sae_model: Any, hooked: SteerableModel, steering: FineSteer, prompts: list[str]
 ) -> None:
@@ -354,7 +335,6 @@ def test_sae_in_the_place_of_the_hook_point_is_an_error(
     assert_same(found, by_hand(hooked, batch, (SITE, edit_of(steering, batch.mask))), batch)
 
 
-@UNTOLD
 @pytest.mark.parametrize("way", ["saes", "run_with_saes", "add_sae", "add_sae and reset_saes"])
 @pytest.mark.parametrize("by", ["on", "attach"])
 def test_splicing_over_the_hook_is_told(
