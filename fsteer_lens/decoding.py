@@ -119,8 +119,8 @@ def decode(
     tokens, mask = batch.tokens, batch.mask
     alive = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
     generated: list[list[int]] = [[] for _ in range(len(tokens))]
-    for _ in range(max_new_tokens):
-        with torch.no_grad(), lock_of(model) if session is None else session.step(model):
+    for number in range(max_new_tokens):
+        with torch.no_grad(), lock_of(model) if session is None else session.step(model, fresh=number == 0):
             logits = forward(tokens, mask)[:, -1].float()
         chosen = sampling.choose(logits, generators)
         yield Step(chosen, logits.log_softmax(dim=-1), alive)

@@ -90,6 +90,7 @@ class Session:
         self._acting = {point: [one for one in self.states if point in one.link.points] for point in self.unfired}
         self._positions = {point: Positions(prompt_lengths, attention_mask) for point in hook_object.points}
         self._thread: Thread | None = None
+        self._fresh: bool | None = None
 
     def reset(self) -> None:
         """Take the next forward, from whichever thread, as a new prompt."""
@@ -102,11 +103,17 @@ class Session:
         return [(point.name, PointHook(self, point)) for point in self.hook_object.points]
 
     @contextmanager
-    def step(self, model: SteerableModel) -> Iterator[None]:
-        """Have the hooks on the model for one forward pass of this thread's, whichever thread ran the last one."""
+    def step(self, model: SteerableModel, *, fresh: bool) -> Iterator[None]:
+        """Have the hooks on the model for one forward pass of this thread's, whichever thread ran the last one.
+
+        `fresh` says whether it runs the prompts, or goes on with them: here that need not be guessed.
+        """
         with hooks_added(model, self.hooks()):
-            self._thread = current_thread()
-            yield
+            self._thread, self._fresh = current_thread(), fresh
+            try:
+                yield
+            finally:
+                self._fresh = None
 
     def respond(self, point: Point, activation: Tensor) -> Tensor | None:
         """React to the activation at one point; None leaves it as it is."""
@@ -119,7 +126,7 @@ class Session:
                 fix="Was this fitted on another model?",
             )
         self.unfired.discard(point)
-        view = self._positions[point].observe(activation)
+        view = self._positions[point].observe(activation, self._fresh)
         acting = self._acting[point]
         if view.fresh:
             for trace in {id(one): one for one in (self.trace, *(state.trace for state in acting))}.values():

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from difflib import get_close_matches
+from functools import reduce
 from importlib import import_module
 from pathlib import Path
 from threading import Lock, RLock
@@ -281,27 +282,33 @@ def hook_point(model: SteerableModel, name: str) -> Any:
     Raises:
         SiteError: there is none, or an SAE stands in its place.
     """
-    points = model.hook_dict
-    point = _standing(points, name)
-    if point is None and any(key.startswith((f"{name}.", f"{_bridge_name(name)}.")) for key in points):
+    point = _standing(model, name)
+    if point is not None:
+        return point
+    if any(key.startswith((f"{name}.", f"{_bridge_name(name)}.")) for key in model.hook_dict):
         raise SiteError(
             f"an SAE is spliced in at {name!r}",
             expected="a hook point",
             fix="Steer the stream that enters or leaves it at another point: the hook_resid_post of a layer and the"
             " hook_resid_pre of the next are one tensor; or take it out with model.reset_saes().",
         )
-    if point is None:
-        near = get_close_matches(name, list(points), n=3)
-        raise SiteError(f"the model has no hook point {name!r}", got=f"near matches {near}")
-    return point
+    near = get_close_matches(name, list(model.hook_dict), n=3)
+    raise SiteError(f"the model has no hook point {name!r}", got=f"near matches {near}")
 
 
-def _standing(points: Mapping[str, Any], name: str) -> Any | None:
-    return points.get(name, points.get(_bridge_name(name)))
+def _standing(model: SteerableModel, name: str) -> Any | None:
+    """The hook point by its path: a Bridge makes its `hook_dict` anew at every look, which takes a millisecond."""
+    for path in (_bridge_name(name), name) if kind_of(model) == "bridge" else (name,):
+        try:
+            found = reduce(getattr, path.split("."), model)
+        except AttributeError:
+            continue
+        return found if hasattr(found, "fwd_hooks") else None
+    return None
 
 
 def _bridge_name(name: str) -> str:
-    """A Bridge's own name of a point of the residual stream; SAELens' Bridge lists it under no other."""
+    """A Bridge's own name of a point of the residual stream; SAELens' Bridge keeps no other up to date."""
     return name.replace(".hook_resid_pre", ".hook_in").replace(".hook_resid_post", ".hook_out")
 
 
@@ -328,9 +335,8 @@ class AddedHooks:
 
     def in_place(self) -> bool:
         """Whether the model runs through all of them; not after `reset_hooks`, nor where their point was replaced."""
-        points = self._model.hook_dict if self._added else {}
         return all(
-            _standing(points, name) is point and any(handle.user_hook is function for handle in point.fwd_hooks)
+            _standing(self._model, name) is point and any(handle.user_hook is function for handle in point.fwd_hooks)
             for name, point, function in self._added
         )
 

@@ -13,6 +13,8 @@ from torch import Tensor
 from fsteer_lens.errors import HookError
 
 PREFIX_TOLERANCE = 1e-3
+HALF_PREFIX_TOLERANCE = 2e-2
+"""In half precision an activation depends that much on how many tokens follow it in the same forward pass."""
 
 
 class View(NamedTuple):
@@ -39,8 +41,8 @@ class Positions:
     """Position counter of one site.
 
     A forward is a new prompt if the batch size changes, or if it has more than one token and is not the last rectangle
-    plus one token with the same (unedited) activation at the prompts' last tokens. One-token prompts under a cache
-    look like decoding steps: call `reset` between them.
+    plus one token, with the same (unedited) activation at the prompts' last tokens and at the rectangle's last column.
+    One-token prompts look like decoding steps: call `reset` between them.
     """
 
     def __init__(self, prompt_lengths: Tensor | None, attention_mask: Tensor | None) -> None:
@@ -49,20 +51,25 @@ class Positions:
         self.seen = 0
         self.query: Tensor
         self.first: Tensor
+        self.at_end: Tensor
         self.at_query: Tensor | None = None
 
     def reset(self) -> None:
         """Take the next forward as a new prompt."""
         self.at_query = None
 
-    def observe(self, activation: Float[Tensor, "b t d"]) -> View:
-        """Place an activation, before any edit."""
+    def observe(self, activation: Float[Tensor, "b t d"], fresh: bool | None = None) -> View:
+        """Place an activation, before any edit; `fresh` says whether it is a new prompt, where the caller knows."""
         rows, width = activation.shape[:2]
-        fresh = self._is_fresh(activation)
+        if fresh is None:
+            fresh = self._is_fresh(activation)
         if fresh:
             self.query, self.first = self._locate(rows, width, activation.device)
-            with torch.inference_mode(False):
+        with torch.inference_mode(False):
+            if fresh:
                 self.at_query = at(activation, self.query).clone()
+            self.at_end = activation[:, -1].clone()
+        if fresh:
             start, n_new, self.seen = 0, width, width
         else:
             start = self.seen if width == 1 else 0
@@ -78,14 +85,19 @@ class Positions:
             return False
         if width != self.seen + 1:
             return True
-        distance = (at(activation, self.query) - self.at_query).float().norm(dim=-1)
-        same = distance <= PREFIX_TOLERANCE * self.at_query.float().norm(dim=-1)
+        same = self._like(at(activation, self.query), self.at_query)
+        same &= self._like(activation[:, self.seen - 1], self.at_end)
         if same.any() and not same.all():
             raise HookError(
                 "cannot tell whether this forward goes on with the last prompts: some rows do, others do not",
                 fix="Call handle.reset() between batches, or open a new context for each with prompt_lengths=.",
             )
         return not bool(same.all())
+
+    @staticmethod
+    def _like(found: Float[Tensor, "b d"], stored: Float[Tensor, "b d"]) -> Bool[Tensor, " b"]:
+        tolerance = HALF_PREFIX_TOLERANCE if found.element_size() < 4 else PREFIX_TOLERANCE
+        return (found - stored).float().norm(dim=-1) <= tolerance * stored.float().norm(dim=-1)
 
     def _locate(self, rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
         first = torch.zeros(rows, dtype=torch.long)

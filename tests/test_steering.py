@@ -23,7 +23,8 @@ from fsteer_lens.hooks import Point
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.positions import Positions
 from fsteer_lens.tokens import pad, prompt_ids
-from tests.families import tokenizer
+from tests import made_up
+from tests.families import random_model, tokenizer
 from tests.running import LAYER, SITE, batch_of, logits_of, n_hooks, residual
 
 
@@ -199,6 +200,33 @@ def test_growing_prompts_are_told_from_uncached_decoding(model: SteerableModel, 
         logits_of(model, pad(model, [other], "right"))
     assert not torch.allclose(trace.ser[LAYER], decided)
     assert trace.change[LAYER].shape[1] == len(other)
+
+
+def test_a_prompt_that_opens_with_the_last_one_is_told_from_its_continuation(
+    model: SteerableModel, steering: FineSteer
+) -> None:
+    """Uncached decoding of the first runs 3, 4, 5 tokens; the second has 6, and the first as its opening."""
+    first, second = [1, 50, 60], [1, 50, 60, 91, 92, 93]
+    with steering.on(model) as alone:
+        logits_of(model, pad(model, [second], "right"))
+    with steering.on(model) as trace:
+        for row in (first, [*first, 70], [*first, 70, 71]):
+            logits_of(model, pad(model, [row], "right"))
+        decided = trace.ser[LAYER].clone()
+        logits_of(model, pad(model, [second], "right"))
+    assert torch.equal(trace.ser[LAYER], alone.ser[LAYER]) and not torch.equal(decided, alone.ser[LAYER])
+
+
+@pytest.mark.parametrize("kind", models.available_kinds())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_uncached_decoding_in_half_precision_goes_on(kind: models.Kind, dtype: torch.dtype) -> None:
+    half = random_model("llama", kind, dtype=dtype)
+    by = FineSteer(made_up.experts(0, 32), layer=1)
+    row = [1, 50, 60, 70, 80]
+    with by.on(half) as trace:
+        for length in range(3, 6):
+            logits_of(half, pad(half, [row[:length]], "right"))
+            assert trace.prompt_lengths is not None and trace.prompt_lengths.tolist() == [3]
 
 
 def test_rows_that_disagree_about_going_on_raise() -> None:
