@@ -191,6 +191,7 @@ def test_gate_algebra_lets_near_misses_go(tutor_model: SteerableModel) -> None:
 
     assert opened(harm, missed) > 0.6 and opened(careful, missed) < 0.2
     assert opened(harm, harmful) > 0.95 and opened(careful, harmful) > 0.75
+    assert opened(fit_gate(near_misses, rank=4, epsilon=0.05), harmful) > 0.5, "a one-class gate knows no better"
     batch = batch_of(tutor_model, [task.prompt for task in told.near_miss_valid[:12]])
     steering = FineSteer(made_up.experts(0), careful, layer=4)
     with steering.on(tutor_model, attention_mask=batch.mask) as trace:
