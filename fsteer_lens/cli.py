@@ -32,7 +32,6 @@ REQUIRED = (
 )
 REQUIRED += ("scikit-learn", "plotly", "circuitsvis", "rich")
 OPTIONAL = ("pandas", "ipykernel", "jupyterlab")
-CLASSES = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 
 
@@ -73,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     model = argparse.ArgumentParser(add_help=False)
     option = model.add_argument
     option("--model", required=True, help="a Hugging Face name, a folder, or 'tutor'")
-    option("--kind", choices=list(CLASSES), help="class of the model (default: hooked where it is)")
+    option("--kind", choices=["hooked", "bridge"], help="class of the model (default: hooked where it is)")
     option("--device", default="cpu")
     option("--chat", action="store_true", help="put prompts through the tokenizer's chat template")
     option("--batch-size", type=int, default=8)
@@ -204,14 +203,15 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _decisions(trace: "Trace") -> Iterator[str]:
-    """Describe what one row's trace recorded, a line for each layer."""
-    for layer, gate in trace.gate.items():
-        line = f"layer {layer}: gate {gate[0]:.2f}"
-        if layer in trace.weights:
-            weights = trace.weights[layer][0]
-            expert = int(weights.argmax())
-            line += f", expert {expert} with weight {weights[expert]:.2f}"
-        yield line
+    """Describe what one row's trace recorded, a line for each layer, and for each link of a chain."""
+    for part in trace.parts or (trace,):
+        for layer, gate in part.gate.items():
+            line = f"layer {layer}: gate {gate[0]:.2f}"
+            if layer in part.weights:
+                weights = part.weights[layer][0]
+                expert = int(weights.argmax())
+                line += f", expert {expert} with weight {weights[expert]:.2f}"
+            yield line
     if trace.steps is not None and trace.steps.kl is not None:
         yield f"KL(steered || unsteered): {trace.steps.kl.nanmean():.3f} nats a token"
 
@@ -256,10 +256,10 @@ def _findings() -> Iterator[tuple[bool | None, str, str]]:
 
 
 def _model_classes() -> tuple[bool, str, str]:
-    from fsteer_lens.models import available_kinds
+    from fsteer_lens.models import CLASS_NAMES, available_kinds
 
     try:
-        return True, "model classes", " and ".join(CLASSES[kind] for kind in available_kinds())
+        return True, "model classes", " and ".join(CLASS_NAMES[kind] for kind in available_kinds())
     except ImportError as error:
         return False, "model classes", f"none: {error}"
 

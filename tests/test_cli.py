@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
-from fsteer_lens import ContrastSet, cli, tutor
+from fsteer_lens import ContrastSet, FineSteer, chain, cli, save, tutor
+from fsteer_lens.models import SteerableModel
 from fsteer_lens.tutor.steering import LAYER
+from tests import made_up
 
 STORIES = Path(__file__).parents[2] / "shared" / "models" / "stories260K"
 needs_stories = pytest.mark.skipif(not STORIES.is_dir(), reason="the model stories260K is not beside the repository")
@@ -155,3 +157,13 @@ def test_fit_and_generate_on_a_model_from_a_folder(gate: str, tmp_path: Path, ca
     assert first.count("layer 2: gate") == 2
     assert run(*run_it, "--sample", "--seed", 3, *prompts) == 0
     assert capsys.readouterr().out == first.split("saved as ")[1].split("\n", 1)[1]
+
+
+def test_generate_tells_what_every_link_of_a_chain_decided(
+    tmp_path: Path, tutor_model: SteerableModel, steering: FineSteer, capsys: Output
+) -> None:
+    path = tmp_path / "both.safetensors"
+    save(chain(steering, made_up.steering(2)), path, model=tutor_model)
+    assert run("generate", "--model", "tutor", "--steering", str(path), "--max-new-tokens", "3", "hello") == 0
+    printed = capsys.readouterr().out
+    assert "layer 4: gate" in printed and "layer 2: gate" in printed

@@ -5,9 +5,9 @@ import torch
 
 from fsteer_lens import ExpertProbe, FineSteer, SubspaceAblation, SubspaceProbe
 from fsteer_lens.errors import InputError, SiteError
-from fsteer_lens.models import Forward, SteerableModel
+from fsteer_lens.models import AddedHooks, Forward, SteerableModel
 from fsteer_lens.tokens import pad, prompt_ids
-from tests.running import LAYER, batch_of, logits_of, residual
+from tests.running import LAYER, SITE, batch_of, logits_of, residual
 
 
 def test_probes_read_every_token_and_change_nothing(
@@ -61,6 +61,25 @@ def test_ablation_takes_the_subspace_out(model: SteerableModel, steering: FineSt
     torch.testing.assert_close(twice, after, atol=1e-4, rtol=1e-4)
     with ablation.on(model):
         assert not torch.equal(logits_of(model, batch), logits_of_plain(model, batch))
+
+
+def test_what_an_earlier_hook_kept_is_not_written_to(
+    model: SteerableModel, steering: FineSteer, prompts: list[str]
+) -> None:
+    """An edit in place would change what somebody else's hook has put aside without a copy."""
+    batch = batch_of(model, prompts)
+    stream = residual(model, batch)
+    kept = {}
+    gate = steering.gate_at(LAYER)
+    assert gate is not None
+    for ours in (steering.with_gate(None), SubspaceAblation(gate.subspace, layer=LAYER)):
+        others = AddedHooks(model, [(SITE, lambda x, hook: kept.update(x=x))])
+        try:
+            with ours.on(model, attention_mask=batch.mask):
+                logits_of(model, batch)
+        finally:
+            others.remove()
+        assert torch.equal(kept["x"], stream)
 
 
 def logits_of_plain(model: SteerableModel, batch) -> torch.Tensor:  # type: ignore[no-untyped-def]
