@@ -165,9 +165,11 @@ def open_session(
             decides again at every step, which no pass over the prompt can answer.
 
     Raises:
-        InputError: read="clean" for several points with refresh="step".
+        InputError: no hook object, or read="clean" for several points with refresh="step".
         MismatchError, SiteError: the hook object does not fit the model.
     """
+    if not isinstance(hook_object, HookObject):
+        raise InputError("steering", expected="a steering, probe, ablation or chain", got=type(hook_object).__name__)
     if read not in ("clean", "live", None):
         raise InputError("read", expected="'clean' or 'live'", got=repr(read))
     session = hook_object.session_on(model, prompt_lengths, batch.mask)

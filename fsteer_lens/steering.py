@@ -229,9 +229,9 @@ class Steering(Link):
         steps = view.columns - view.query.unsqueeze(-1)
 
         def spread(prompts: Tensor, later: Tensor) -> Tensor:
-            whole = prompts.unsqueeze(1).repeat_interleave(steps.shape[1], dim=1)
+            whole = prompts.to(h.device).unsqueeze(1).repeat_interleave(steps.shape[1], dim=1)
             place = (steps[:, start:] > 0).reshape(*later.shape[:2], *[1] * (later.ndim - 2))
-            whole[:, start:] = torch.where(place, later, whole[:, start:])
+            whole[:, start:] = torch.where(place, later.to(h.device), whole[:, start:])
             return whole
 
         gate, vector = spread(first.gate, own.gate), spread(first.vector, own.vector)

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.tokens import Batch, pad, prompt_ids
+from fsteer_lens.trace import Trace
 
 LAYER = 4
 SITE = f"blocks.{LAYER}.hook_resid_post"
@@ -32,3 +34,16 @@ def residual(model: SteerableModel, batch: Batch, name: str = SITE) -> Tensor:
 def n_hooks(model: SteerableModel) -> int:
     points = {id(point): point for point in model.hook_dict.values()}.values()
     return sum(len(point.fwd_hooks) + len(point._forward_hooks) for point in points)
+
+
+def three_ways(model: SteerableModel, hook_object: HookObject, batch: Batch) -> list[tuple[Tensor, Trace]]:
+    """Logits and trace with a hook object put on by `.on`, by `.attach` and by `run_with_hooks`."""
+    with hook_object.on(model, attention_mask=batch.mask) as trace:
+        by_on = logits_of(model, batch)
+    handle = hook_object.attach(model, attention_mask=batch.mask)
+    by_attach, attached = logits_of(model, batch), handle.trace
+    handle.detach()
+    hooks = hook_object.fwd_hooks(attention_mask=batch.mask)
+    with torch.no_grad():
+        by_list = model.run_with_hooks(batch.tokens, attention_mask=batch.mask.long(), fwd_hooks=hooks)  # type: ignore[attr-defined]
+    return [(by_on, trace), (by_attach, attached), (by_list, hooks.trace)]

@@ -60,6 +60,7 @@ cases = {
     "strength that is a word": lambda: steer.with_strength("2"),
     "gate that is a number": lambda: steer.with_gate(0.5),
     "experts that are a tensor": lambda: fl.FineSteer(h, layer=2),
+    "steering with bare experts": lambda: fl.generate(model, "hello", steer.experts),
     "wrong read": lambda: fl.generate(model, "hello", steer, read="clear"),
     "chain of one": lambda: fl.chain(steer),
     "chain of numbers": lambda: fl.chain(steer, 3),

@@ -22,7 +22,7 @@ from fsteer_lens.errors import InputError, ShapeError
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.tokens import pad
 from tests import made_up
-from tests.running import batch_of, logits_of, residual
+from tests.running import batch_of, logits_of, residual, three_ways
 
 LAYER = 3
 NAME = f"blocks.{LAYER}.hook_resid_post"
@@ -78,14 +78,7 @@ def test_a_chain_runs_like_any_hook_object(model: SteerableModel) -> None:
     batch = pad(model, ROWS, "left")
     both = chain(made_up.steering(2, 0), chain(made_up.steering(4, 1), ExpertProbe(made_up.experts(2), layer=4)))
     assert len(both.links) == 3, "a chain in a chain counts as its links"
-    with both.on(model, attention_mask=batch.mask):
-        by_on = logits_of(model, batch)
-    handle = both.attach(model, attention_mask=batch.mask)
-    by_attach = logits_of(model, batch)
-    handle.detach()
-    hooks = both.fwd_hooks(attention_mask=batch.mask)
-    with torch.no_grad():
-        by_list = model.run_with_hooks(batch.tokens, attention_mask=batch.mask.long(), fwd_hooks=hooks)  # type: ignore[attr-defined]
+    (by_on, _), (by_attach, _), (by_list, _) = three_ways(model, both, batch)
     assert torch.equal(by_on, by_attach) and torch.equal(by_on, by_list)
 
     made = generate(model, ROWS, both, max_new_tokens=4, stop=[], compare=True, progress=False)

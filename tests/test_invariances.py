@@ -14,7 +14,7 @@ from fsteer_lens.models import Forward, SteerableModel
 from fsteer_lens.tokens import pad
 from tests import made_up
 from tests.families import tokenizer
-from tests.running import logits_of
+from tests.running import logits_of, three_ways
 
 EXAMPLES = 20
 NEW = 5
@@ -129,15 +129,7 @@ def test_left_padding_is_none(model: SteerableModel, rows: list[list[int]], reci
 @given(rows=prompts, recipe=one_layer)
 def test_on_attach_and_fwd_hooks_are_one(model: SteerableModel, rows: list[list[int]], recipe: Recipe) -> None:
     steering = recipe.make()
-    batch = pad(model, rows, "left")
-    with steering.on(model, attention_mask=batch.mask):
-        by_on = logits_of(model, batch)
-    handle = steering.attach(model, attention_mask=batch.mask)
-    by_attach = logits_of(model, batch)
-    handle.detach()
-    hooks = steering.fwd_hooks(attention_mask=batch.mask)
-    with torch.no_grad():
-        by_list = model.run_with_hooks(batch.tokens, attention_mask=batch.mask.long(), fwd_hooks=hooks)  # type: ignore[attr-defined]
+    (by_on, _), (by_attach, _), (by_list, _) = three_ways(model, steering, pad(model, rows, "left"))
     assert torch.equal(by_on, by_attach) and torch.equal(by_on, by_list)
 
 

@@ -25,7 +25,7 @@ from fsteer_lens.positions import Positions
 from fsteer_lens.tokens import pad, prompt_ids
 from tests import made_up
 from tests.families import random_model, tokenizer
-from tests.running import LAYER, SITE, batch_of, logits_of, n_hooks, residual
+from tests.running import LAYER, SITE, batch_of, logits_of, n_hooks, residual, three_ways
 
 
 def oracle_edit(steering: FineSteer, h: Tensor) -> Tensor:
@@ -81,17 +81,10 @@ def test_both_classes_steer_alike(
 def test_on_attach_and_fwd_hooks_are_the_same(model: SteerableModel, steering: FineSteer, prompts: list[str]) -> None:
     batch = batch_of(model, prompts)
     plain = logits_of(model, batch)
-    with steering.on(model, attention_mask=batch.mask):
-        by_on = logits_of(model, batch)
-    handle = steering.attach(model, attention_mask=batch.mask)
-    by_attach = logits_of(model, batch)
-    handle.detach()
-    hooks = steering.fwd_hooks(attention_mask=batch.mask)
-    with torch.no_grad():
-        by_list = model.run_with_hooks(batch.tokens, attention_mask=batch.mask.long(), fwd_hooks=hooks)  # type: ignore[attr-defined]
-    assert torch.equal(by_on, by_attach) and torch.equal(by_on, by_list)
-    assert torch.equal(handle.trace.gate[LAYER], hooks.trace.gate[LAYER])
+    (by_on, first), *others = three_ways(model, steering, batch)
     assert not torch.equal(by_on, plain)
+    for logits, trace in others:
+        assert torch.equal(by_on, logits) and torch.equal(first.gate[LAYER], trace.gate[LAYER])
     assert torch.equal(logits_of(model, batch), plain)
 
 

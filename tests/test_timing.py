@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsteer_lens import FineSteer, Schedule, Window, generate, stream
+from fsteer_lens import FineSteer, Schedule, Window, generate, stream, tutor
 from fsteer_lens.errors import InputError
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.timing import in_scope
@@ -142,3 +142,15 @@ def test_deciding_once_records_no_steps(model: SteerableModel) -> None:
     with made_up.steering(LAYER).on(model) as trace:
         logits_of(model, pad(model, PROMPTS[:1], "left"))
     assert trace.step_gate == {} and trace.step_weights == {}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("refresh", ["prompt", "step"])
+def test_a_steering_on_the_cpu_acts_on_a_model_on_the_gpu(refresh: str) -> None:
+    by = made_up.steering(LAYER, refresh=refresh, scope="all")
+    runs = [
+        generate(tutor.load(device=device), PROMPTS, steering, max_new_tokens=5, compare=True, stop=[], progress=False)
+        for device, steering in (("cpu", by), ("cuda", by), ("cuda", by.to("cuda")))
+    ]
+    for run in runs[1:]:
+        assert [one.tokens for one in run] == [one.tokens for one in runs[0]]
