@@ -89,8 +89,11 @@ class Session:
         self.unfired = set(hook_object.points)
         self._acting = {point: [one for one in self.states if point in one.link.points] for point in self.unfired}
         self._positions = {point: Positions(prompt_lengths, attention_mask) for point in hook_object.points}
+        layers = [point.layer for point in hook_object.points]
+        self._alone = {layer for layer in layers if layers.count(layer) == 1}
         self._thread: Thread | None = None
         self._fresh: bool | None = None
+        self._forward_is_fresh = True
 
     def reset(self) -> None:
         """Take the next forward, from whichever thread, as a new prompt."""
@@ -127,6 +130,14 @@ class Session:
             )
         self.unfired.discard(point)
         view = self._positions[point].observe(activation, self._fresh)
+        if point == self.hook_object.points[0]:
+            self._forward_is_fresh = view.fresh
+        elif view.fresh != self._forward_is_fresh:
+            raise HookError(
+                f"at {point.name} this forward {'opens a new prompt' if view.fresh else 'goes on with the last one'}",
+                expected=f"the same as at {self.hook_object.points[0].name}",
+                fix="A forward was broken off between the layers: call handle.reset(), or open a new context.",
+            )
         acting = self._acting[point]
         if view.fresh:
             for trace in {id(one): one for one in (self.trace, *(state.trace for state in acting))}.values():
@@ -140,7 +151,7 @@ class Session:
             size = activation.float().norm(dim=-1).clamp(min=1e-12)
             for state, edit in editing:
                 state.extend(point.layer, view, change=_change(edit, size, view))
-            if len(self.states) > 1:
+            if len(self.states) > 1 and point.layer in self._alone:
                 _extend(self.trace.change, point.layer, view, _change(total, size, view))
         if total is None:
             return None
@@ -295,8 +306,9 @@ class HookObject(ABC):
 
     @property
     def points(self) -> tuple[Point, ...]:
-        """Places in the residual stream where a hook is put, lower layers first."""
-        return tuple(sorted({Point(layer, link.site) for link in self.links for layer in link.hooked_layers}))
+        """Places in the residual stream where a hook is put, in the order in which a forward pass reaches them."""
+        places = {Point(layer, link.site) for link in self.links for layer in link.hooked_layers}
+        return tuple(sorted(places, key=lambda point: (point.layer, point.site != "hook_resid_pre")))
 
     def fwd_hooks(self, prompt_lengths: Any = None, attention_mask: Any = None) -> Hooks:
         """Hooks for `model.run_with_hooks(tokens, fwd_hooks=...)`; the list's `.trace` is filled as they run.
@@ -387,7 +399,8 @@ class Chain(HookObject):
 
     Attributes:
         hooks: the links; at each point all of them read the activation that enters the chain, and their edits add up.
-            The trace of the chain has their common `change`, and in `parts` the trace of each.
+            The trace of the chain has their common `change` (where it edits one site of a layer only), and in `parts`
+            the trace of each.
     """
 
     hooks: tuple[Link, ...]

@@ -18,7 +18,7 @@ from fsteer_lens import (
     stream,
     tutor,
 )
-from fsteer_lens.errors import InputError, ShapeError
+from fsteer_lens.errors import HookError, InputError, ShapeError
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.tokens import pad
 from tests import made_up
@@ -72,6 +72,37 @@ def test_links_at_several_layers_and_sites(model: SteerableModel) -> None:
         assert torch.equal(logits_of(model, batch), found), "at different points a chain is the same as nesting"
     assert torch.equal(trace.parts[0].gate[4], second.gate[4])
     assert torch.equal(trace.parts[1].ser[4], third.ser[4])
+
+
+def test_two_sites_of_one_layer_do_not_mix_their_traces(model: SteerableModel) -> None:
+    before = replace(made_up.steering(3, 0, scope="all"), site="hook_resid_pre")
+    after = made_up.steering(3, 1, scope="all")
+    both = chain(after, before)
+    assert [point.site for point in both.points] == ["hook_resid_pre", "hook_resid_post"], "as a forward reaches them"
+    made = generate(model, ROWS[0], both, max_new_tokens=4, stop=[], progress=False)[0]
+    for part in made.trace.parts:
+        assert part.change[3].shape == (1, len(ROWS[0]) + 3) and (part.change[3] > 0).all()
+    assert made.trace.change == {}, "one number for two places would be none"
+
+
+def test_a_forward_that_broke_off_between_layers_is_not_gone_on_with(model: SteerableModel) -> None:
+    """Uncached decoding stops between two steered layers: the lower one has seen a step that the upper one has not."""
+    rows = [[1, 50, 60], [1, 50, 60, 70]]
+    idle_below = two_layers().with_gate({1: made_up.shut(), 4: made_up.steering(seed=4).gate})  # type: ignore[dict-item]
+    handle = idle_below.attach(model)
+    try:
+        logits_of(model, pad(model, rows[:1], "left"))
+        model(torch.tensor(rows[1:]), stop_at_layer=3)
+        with pytest.raises(HookError, match="reset"):
+            logits_of(model, pad(model, rows[1:], "left"))
+        handle.reset()
+        logits_of(model, pad(model, rows[1:], "left"))
+        found = handle.trace.ser[4].clone()
+    finally:
+        handle.detach()
+    with idle_below.on(model) as alone:
+        logits_of(model, pad(model, rows[1:], "left"))
+    assert torch.equal(alone.ser[4], found)
 
 
 def test_a_chain_runs_like_any_hook_object(model: SteerableModel) -> None:
