@@ -53,7 +53,7 @@ class Sampling:
 
     def generators(self, rows: Iterable[int]) -> list[torch.Generator]:
         """One generator per row number, so that a row draws the same in any batch."""
-        seed = torch.seed() if self.seed is None else self.seed
+        seed = torch.Generator().seed() if self.seed is None else self.seed
         return [torch.Generator().manual_seed(zlib.crc32(f"{seed}/{row}".encode())) for row in rows]
 
     def choose(self, logits: Float[Tensor, "b vocab"], generators: Sequence[torch.Generator]) -> Int[Tensor, " b"]:
@@ -75,6 +75,13 @@ class Stop:
     """Which tokens, or which texts, end a row."""
 
     def __init__(self, model: SteerableModel, stop: Sequence[int | str] | None) -> None:
+        wrong = (
+            []
+            if stop is None or isinstance(stop, str) or not isinstance(stop, Sequence)
+            else [item for item in stop if isinstance(item, bool) or not isinstance(item, int | str)]
+        )
+        if stop is not None and (isinstance(stop, str) or not isinstance(stop, Sequence) or wrong):
+            raise InputError("stop", expected="a list of token ids and texts", got=repr(stop))
         given = stop_ids(model) if stop is None else frozenset(item for item in stop if isinstance(item, int))
         self.ids = torch.tensor(sorted(given), dtype=torch.long, device=model.cfg.device)
         self.texts = () if stop is None else tuple(item for item in stop if isinstance(item, str))

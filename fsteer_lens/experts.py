@@ -107,6 +107,10 @@ class Experts:
             output_bias=(learned.output_bias, "m"),
         )
         self._require_switches(self.enabled)
+        if not isinstance(self.use_residual, bool):
+            raise InputError("experts use_residual", expected="True or False", got=repr(self.use_residual))
+        if not isinstance(self.report, FitReport | None):
+            raise InputError("experts report", expected="a FitReport or None", got=type(self.report).__name__)
 
     def __repr__(self) -> str:
         off = [index for index, on in enumerate(self.enabled) if not on]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsteer_lens.errors import MismatchError
+from fsteer_lens.errors import InputError, MismatchError
 from fsteer_lens.models import (
     CLASS_NAMES,
     DEFAULT_SITE,
@@ -52,6 +52,23 @@ class Fingerprint:
     dtype: str
     schema: int = SCHEMA
 
+    def __post_init__(self) -> None:
+        numbers = (self.n_layers, self.d_model, self.d_vocab, self.schema)
+        texts = (self.architecture, self.site, self.tokenizer, self.model_class, self.dtype)
+        if not all(isinstance(number, int) for number in numbers) or not all(isinstance(text, str) for text in texts):
+            raise InputError("fingerprint", expected="sizes that are ints and names that are texts", got=repr(self))
+        if self.schema > SCHEMA:
+            fix = "Upgrade fsteer_lens, or fit again."
+            raise InputError("fingerprint of a newer version", expected=SCHEMA, got=self.schema, fix=fix)
+        values = isinstance(self.probe, Mapping) and all(
+            isinstance(layer, int)
+            and isinstance(row, tuple)
+            and all(isinstance(x, int | float) and abs(x) < 1e300 for x in row)
+            for layer, row in self.probe.items()
+        )
+        if not values:
+            raise InputError("fingerprint probe", expected="{layer: finite numbers}", got=repr(self.probe)[:60])
+
     def __hash__(self) -> int:
         return hash((self.tokenizer, self.model_class, tuple(self.probe)))
 
@@ -67,7 +84,8 @@ class Fingerprint:
         tolerance = 5e-2 if half else 1e-3
         for layer in sorted(set(self.probe) & set(other.probe)) if not differences else ():
             ours, theirs = torch.tensor(self.probe[layer]), torch.tensor(other.probe[layer])
-            distance = float((ours - theirs).norm() / ours.norm().clamp(min=1e-12))
+            same_length = len(ours) == len(theirs) > 0
+            distance = float((ours - theirs).norm() / ours.norm().clamp(min=1e-12)) if same_length else float("inf")
             if not distance <= tolerance:
                 differences.append(
                     f"activations at layer {layer} differ by {distance:.2g} relative (allowed {tolerance:g}): fitted on"

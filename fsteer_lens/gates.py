@@ -124,12 +124,17 @@ class SubspaceGate(Gate):
     def __post_init__(self) -> None:
         require_rank(self.rank, self.subspace.rank, "the ranks that were fitted")
         if self.calibrated is not None:
+            if not isinstance(self.calibrated, CalibrationRange):
+                got = type(self.calibrated).__name__
+                raise InputError("gate's calibration", expected="a CalibrationRange or None", got=got)
             require_shapes(
                 "gate's calibration",
                 basis=(self.subspace.basis, "d r"),
                 ratios=(self.calibrated.ratios, "ends r"),
                 distance=(self.calibrated.distance, "ends"),
             )
+            if len(self.calibrated.distance) != 2:
+                raise InputError("gate's calibration", expected="two ends", got=len(self.calibrated.distance))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(rank={self.rank} of {self.subspace.rank}, d_model={self.subspace.d_model})"
@@ -181,7 +186,7 @@ class QuantileGate(SubspaceGate):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_shapes("quantile gate", basis=(self.subspace.basis, "d r"), ratios=(self.ratios, "n r"))
-        if not (0 < self.epsilon <= 1 and self.gamma > 0):
+        if not (0 < self.epsilon <= 1 and 0 < self.gamma < 1e300):
             raise InputError("quantile gate", expected="0 < epsilon <= 1 and gamma > 0", got=(self.epsilon, self.gamma))
         if self.cdf not in ("linear", "step"):
             raise InputError("cdf", expected="'linear' or 'step'", got=repr(self.cdf))

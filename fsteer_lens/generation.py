@@ -163,13 +163,12 @@ def generate(
     many: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
     if not many:
         raise InputError("prompts", expected="at least one", got="none")
-    if max_new_tokens < 1 or batch_size < 1:
-        raise InputError("generate", expected="max_new_tokens and batch_size >= 1", got=(max_new_tokens, batch_size))
+    _require_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
     if compare and steering is None:
         raise InputError("compare=True without a steering has nothing to compare", fix="Give steering=.")
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
     if do_sample and seed is None:
-        sampling = replace(sampling, seed=torch.seed())
+        sampling = replace(sampling, seed=torch.Generator().seed())
     ending = Stop(model, stop)
     rows = [prompt_ids(model, prompt, chat=chat) for prompt in many]
     for number, row in enumerate(rows):
@@ -211,16 +210,26 @@ def stream(
 
     Arguments and errors as in `generate`. The hooks are on the model only while it computes a token.
     """
+    _require_counts(max_new_tokens=max_new_tokens)
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
     ids = prompt_ids(model, prompt, chat=chat)
     require_fits(model, len(ids) + max_new_tokens, f"the prompt with {max_new_tokens} new tokens")
     batch = pad(model, [ids], "left")
     session = None if steering is None else open_session(model, batch, steering, batch.mask.sum(dim=1), read)
     ending = Stop(model, stop)
-    steps = decode(model, batch, session, sampling, sampling.generators([0]), ending, max_new_tokens, use_past_kv_cache)
-    tokenizer = require_tokenizer(model)
+    generators = sampling.generators([0]) if do_sample else []
+    steps = decode(model, batch, session, sampling, generators, ending, max_new_tokens, use_past_kv_cache)
+    return _records(steps, require_tokenizer(model), ids, Trace() if session is None else session.trace)
+
+
+def _require_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise InputError(name, expected="an int >= 1", got=repr(count))
+
+
+def _records(steps: Iterator[Step], tokenizer: Any, ids: list[int], trace: Trace) -> Iterator[tuple[str, StepRecord]]:
     detokenize = Detokenizer(tokenizer, ids)
-    trace = Trace() if session is None else session.trace
     for number, step in enumerate(steps):
         token = int(step.chosen[0])
         top = step.logprobs[0].topk(min(TOP, step.logprobs.shape[-1]))

@@ -17,16 +17,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Thread, current_thread
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, TypeVar, final
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from fsteer_lens.errors import HookError, InputError, ShapeError
+from fsteer_lens.errors import HookError, InputError, MismatchError, ShapeError
 from fsteer_lens.experts import Experts
 from fsteer_lens.fingerprints import Fingerprint, fingerprint
-from fsteer_lens.linalg import require_rank
+from fsteer_lens.linalg import move, require_rank
 from fsteer_lens.models import DEFAULT_SITE, AddedHooks, SteerableModel, hooks_added, site_name
 from fsteer_lens.positions import Positions, View
 from fsteer_lens.subspace import Subspace
@@ -89,7 +89,8 @@ class Session:
         self.unfired = set(hook_object.points)
         self._acting = {point: [one for one in self.states if point in one.link.points] for point in self.unfired}
         self._positions = {point: Positions(prompt_lengths, attention_mask) for point in hook_object.points}
-        layers = [point.layer for point in hook_object.points]
+        edited = {Point(layer, link.site) for link in hook_object.links for layer in link.edited_layers}
+        layers = [point.layer for point in edited]
         self._alone = {layer for layer in layers if layers.count(layer) == 1}
         self._thread: Thread | None = None
         self._fresh: bool | None = None
@@ -119,8 +120,18 @@ class Session:
                 self._fresh = None
 
     def respond(self, point: Point, activation: Tensor) -> Tensor | None:
-        """React to the activation at one point; None leaves it as it is."""
+        """React to the activation at one point; None leaves it as it is.
+
+        Where that fails the prompt is forgotten, so that nothing goes on with a decision that was never taken.
+        """
         self._require_own_thread()
+        try:
+            return self._respond(point, activation)
+        except BaseException:
+            self.reset()
+            raise
+
+    def _respond(self, point: Point, activation: Tensor) -> Tensor | None:
         if activation.shape[-1] != self.hook_object.d_model:
             raise ShapeError(
                 f"activation at layer {point.layer}",
@@ -144,6 +155,7 @@ class Session:
                 trace.prompt_lengths = (view.query - view.first + 1).cpu()
                 trace.first = view.first.cpu()
         edits = [state.link.edit(state, point.layer, activation, view) for state in acting]
+        edits = [None if edit is None else edit.to(activation.device) for edit in edits]
         acted = [edit for edit in edits if edit is not None]
         total = sum(acted[1:], acted[0]) if acted else None
         editing = [pair for pair in zip(acting, edits, strict=True) if point.layer in pair[0].link.edited_layers]
@@ -159,10 +171,10 @@ class Session:
         return (activation.to(precise) + total.to(precise)).to(activation.dtype)
 
     def _require_own_thread(self) -> None:
-        here = current_thread()
-        if self._thread not in (None, here) and self._thread.is_alive():  # pyright: ignore[reportOptionalMemberAccess]
+        here, owner = current_thread(), self._thread
+        if owner is not None and owner is not here and owner.is_alive():
             raise HookError(
-                f"{self.hook_object!r} is in use by thread {self._thread.name!r}",  # pyright: ignore[reportOptionalMemberAccess]
+                f"{self.hook_object!r} is in use by thread {owner.name!r}",
                 got=f"a forward pass from thread {here.name!r}",
                 fix="One thread at a time may run a model that has hooks: take a lock, or load a model for each thread;"
                 " to hand an attached hook over, call handle.reset().",
@@ -178,6 +190,9 @@ class PointHook:
 
     def __repr__(self) -> str:
         return f"{type(self.session.hook_object).__name__}@{self.point.layer}"
+
+    def __deepcopy__(self, memo: Any) -> "PointHook":
+        return self  # a copy of a model shares its hooks: TransformerLens wraps them in closures, which are not copied
 
     def __call__(self, activation: Tensor, hook: Any = None) -> Tensor | None:
         """Return the edited activation, or None to leave it."""
@@ -288,6 +303,8 @@ def _removed_by_others(hook_object: "HookObject") -> HookError:
 # ------------------------------------------------------------------------------------------------------- hook objects
 
 
+Own = TypeVar("Own", bound="HookObject")
+
 _matched: "WeakKeyDictionary[Any, set[Fingerprint]]" = WeakKeyDictionary()
 
 
@@ -309,6 +326,10 @@ class HookObject(ABC):
         """Places in the residual stream where a hook is put, in the order in which a forward pass reaches them."""
         places = {Point(layer, link.site) for link in self.links for layer in link.hooked_layers}
         return tuple(sorted(places, key=lambda point: (point.layer, point.site != "hook_resid_pre")))
+
+    def to(self: Own, device: Any = None, dtype: torch.dtype | None = None) -> Own:
+        """The same on another device or in another dtype."""
+        return move(self, device, dtype)
 
     def fwd_hooks(self, prompt_lengths: Any = None, attention_mask: Any = None) -> Hooks:
         """Hooks for `model.run_with_hooks(tokens, fwd_hooks=...)`; the list's `.trace` is filled as they run.
@@ -360,7 +381,17 @@ class HookObject(ABC):
             )
         known = _matched.setdefault(model, set())
         for link in self.links:
-            if link.fingerprint is not None and link.fingerprint not in known:
+            if link.fingerprint is None:
+                continue
+            elsewhere = sorted(set(link.hooked_layers) - set(link.fingerprint.probe))
+            if elsewhere:
+                raise MismatchError(
+                    repr(link),
+                    expected=f"the layers that it was fitted at, {sorted(link.fingerprint.probe)}",
+                    got=f"layers {elsewhere}",
+                    fix="Fit at these layers, or take the fingerprint off: replace(steering, fingerprint=None).",
+                )
+            if link.fingerprint not in known:
                 link.fingerprint.require_match(fingerprint(model, sorted(link.fingerprint.probe), link.site))
                 known.add(link.fingerprint)
         return Session(self, prompt_lengths, attention_mask)
@@ -444,13 +475,16 @@ def chain(*hooks: HookObject) -> Chain:
 # ---------------------------------------------------------------------------------------------- probes and the ablation
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
-class _SubspaceHook(Link):
-    """A hook object that reads every token at one layer, and edits none."""
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class _TokenHook(Link):
+    """A hook object that reads every token at one layer, and unless it says otherwise edits none."""
 
     layer: int
     site: str = DEFAULT_SITE
     fingerprint: Fingerprint | None = None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(layer={self.layer}, site={self.site})"
 
     @property
     def hooked_layers(self) -> tuple[int, ...]:
@@ -464,11 +498,14 @@ class _SubspaceHook(Link):
 
 
 @final
-@dataclass(frozen=True, eq=False)
-class SubspaceProbe(_SubspaceHook):
+@dataclass(frozen=True, eq=False, repr=False)
+class SubspaceProbe(_TokenHook):
     """Reads the energy ratio of every token at every rank into `trace.ser`, [b s r]; changes nothing."""
 
     subspace: Subspace
+
+    def __post_init__(self) -> None:
+        _require_parts(self, subspace=Subspace)
 
     @property
     def d_model(self) -> int:
@@ -481,11 +518,14 @@ class SubspaceProbe(_SubspaceHook):
 
 
 @final
-@dataclass(frozen=True, eq=False)
-class ExpertProbe(_SubspaceHook):
+@dataclass(frozen=True, eq=False, repr=False)
+class ExpertProbe(_TokenHook):
     """Reads the expert weights that every token would get into `trace.weights`, [b s k]; changes nothing."""
 
     experts: Experts
+
+    def __post_init__(self) -> None:
+        _require_parts(self, experts=Experts)
 
     @property
     def d_model(self) -> int:
@@ -498,14 +538,15 @@ class ExpertProbe(_SubspaceHook):
 
 
 @final
-@dataclass(frozen=True, eq=False)
-class SubspaceAblation(_SubspaceHook):
+@dataclass(frozen=True, eq=False, repr=False)
+class SubspaceAblation(_TokenHook):
     """Takes the subspace out of every token: h ← h − V_r V_rᵀ (h − μ)."""
 
     subspace: Subspace
     rank: int = -1
 
     def __post_init__(self) -> None:
+        _require_parts(self, subspace=Subspace)
         if self.rank == -1:
             object.__setattr__(self, "rank", self.subspace.rank)
         require_rank(self.rank, self.subspace.rank, "the fitted rank")
@@ -524,3 +565,12 @@ class SubspaceAblation(_SubspaceHook):
         """The component in the subspace, negative."""
         space = self.subspace.at_rank(self.rank)
         return -(space.coordinates(activation.float()) @ space.basis.T)
+
+
+def _require_parts(link: _TokenHook, **parts: type) -> None:
+    """Raise `InputError` unless these fields, the layer and the fingerprint are what they should be."""
+    for name, kind in {**parts, "layer": int, "fingerprint": Fingerprint | None}.items():
+        value = getattr(link, name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            wanted = getattr(kind, "__name__", "a fingerprint or None")
+            raise InputError(f"{type(link).__name__} {name}", expected=wanted, got=type(value).__name__)

@@ -322,16 +322,17 @@ class AddedHooks:
     """Hooks that were added to a model; `remove` takes away exactly these, in whatever order others come and go."""
 
     def __init__(self, model: SteerableModel, hooks: Sequence[tuple[str, Any]]) -> None:
-        self._model = model
+        self._model: Any = model
         self._added: list[tuple[str, Any, Any]] = []
-        try:
-            for name, function in hooks:
-                point = hook_point(model, name)
-                self._added.append((name, point, function))  # first, so that an interrupt leaves nothing behind
-                point.add_hook(function)
-        except BaseException:
-            self.remove()
-            raise
+        with lock_of(model):
+            try:
+                for name, function in hooks:
+                    point = hook_point(model, name)
+                    self._added.append((name, point, function))  # first, so that an interrupt leaves nothing behind
+                    point.add_hook(function)
+            except BaseException:
+                self.remove()
+                raise
 
     def in_place(self) -> bool:
         """Whether the model runs through all of them; not after `reset_hooks`, nor where their point was replaced."""
@@ -342,9 +343,11 @@ class AddedHooks:
 
     def remove(self) -> None:
         """Take the hooks away; calling it twice does nothing more."""
-        for _, point, function in self._added:
-            self._pop(point, function)
-        self._added = []
+        if self._added:
+            with lock_of(self._model):
+                for _, point, function in self._added:
+                    self._pop(point, function)
+        self._added, self._model = [], None
 
     @staticmethod
     def _pop(point: Any, function: Any) -> None:
@@ -371,20 +374,28 @@ def hooks_added(model: SteerableModel, hooks: Sequence[tuple[str, Any]]) -> Iter
 
 @contextmanager
 def hooks_suspended(model: SteerableModel, which: Callable[[Any], bool] = lambda function: True) -> Iterator[None]:
-    """Run the model without the hooks that `which` holds for; every hook is back in its place and order at the end."""
+    """Run the model without the hooks that `which` holds for; every hook is back in its place and order at the end.
+
+    What is put on or taken off in between stays on or off.
+    """
     with lock_of(model):
-        hooked = [point for point in model.hook_dict.values() if any(which(one.user_hook) for one in point.fwd_hooks)]
-        stashed = [(point, dict(point._forward_hooks)) for point in hooked]
+        stashed = []
+        for point in {id(point): point for point in model.hook_dict.values()}.values():
+            idle = [handle.hook.id for handle in point.fwd_hooks if which(handle.user_hook)]
+            if idle:
+                stashed.append((point, dict(point._forward_hooks), idle))
         try:
-            for point in hooked:
-                for handle in point.fwd_hooks:
-                    if which(handle.user_hook):
-                        point._forward_hooks.pop(handle.hook.id, None)
+            for point, _, idle in stashed:
+                for key in idle:
+                    point._forward_hooks.pop(key, None)
             yield
         finally:
-            for point, hooks in stashed:
+            for point, before, idle in stashed:
+                now = dict(point._forward_hooks)
+                back = set(idle) & {handle.hook.id for handle in point.fwd_hooks}
+                kept = {key: hook for key, hook in before.items() if key in now or key in back}
                 point._forward_hooks.clear()
-                point._forward_hooks.update(hooks)
+                point._forward_hooks.update({**kept, **now})
 
 
 _locks: "WeakKeyDictionary[Any, AbstractContextManager[Any]]" = WeakKeyDictionary()

@@ -67,8 +67,8 @@ class Positions:
             self.query, self.first = self._locate(rows, width, activation.device)
         with torch.inference_mode(False):
             if fresh:
-                self.at_query = at(activation, self.query).clone()
-            self.at_end = activation[:, -1].clone()
+                self.at_query = at(activation, self.query).detach().clone()
+            self.at_end = activation[:, -1].detach().clone()
         if fresh:
             start, n_new, self.seen = 0, width, width
         else:
@@ -111,6 +111,12 @@ class Positions:
                     fix="Open a new context for every batch that has its own mask.",
                 )
             mask = self.mask.cpu().long()
+            if not mask.any(dim=1).all():
+                raise HookError(
+                    "attention_mask",
+                    expected="a real token in every row",
+                    got=f"none in row {int(mask.sum(1).argmin())}",
+                )
             first, last = mask.argmax(dim=1), width - 1 - mask.flip(1).argmax(dim=1)
         if self.lengths is not None:
             lengths = self.lengths.cpu()

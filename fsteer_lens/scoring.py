@@ -38,7 +38,7 @@ def answer_divergences(
             base = _answer_logits(model, batch, chosen)
         found = []
         for hook_object in hook_objects:
-            with open_session(model, batch, hook_object, lengths).step(model, fresh=True):
+            with unsteered(model), open_session(model, batch, hook_object, lengths).step(model, fresh=True):
                 steered = _answer_logits(model, batch, chosen)
             found.append(_divergences(steered, base))
         yield found

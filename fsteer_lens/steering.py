@@ -11,7 +11,6 @@ Where every row is closed nothing is added, so the stream stays bit-identical.
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite
 from typing import Any, Literal, NamedTuple, TypeVar, final
 
 import torch
@@ -23,7 +22,6 @@ from fsteer_lens.experts import Experts
 from fsteer_lens.fingerprints import Fingerprint
 from fsteer_lens.gates import Gate
 from fsteer_lens.hooks import Link, State
-from fsteer_lens.linalg import move
 from fsteer_lens.models import DEFAULT_SITE
 from fsteer_lens.positions import View, at
 from fsteer_lens.timing import Schedule, Scope, in_scope, require_scope
@@ -148,10 +146,6 @@ class Steering(Link):
             f" scope={self.scope}{more})"
         )
 
-    def to(self: Own, device: Any = None, dtype: torch.dtype | None = None) -> Own:
-        """The same steering on another device or in another dtype."""
-        return move(self, device, dtype)
-
     def with_strength(self: Own, strength: float) -> Own:
         """The same steering at another strength; shares all tensors."""
         return replace(self, strength=strength)
@@ -250,8 +244,12 @@ class Steering(Link):
         return factor if self.schedule is None else factor * self.schedule.at(steps)
 
 
+LARGEST = 1e300
+"""Larger numbers overflow somewhere."""
+
+
 def _require_strength(strength: float) -> None:
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not isfinite(strength):
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not abs(strength) < LARGEST:
         raise InputError("strength", expected="a finite number", got=repr(strength))
 
 
@@ -279,6 +277,17 @@ class FineSteer(Steering):
         wrong += [type(one).__name__ for one in _values(self.gate) if not isinstance(one, Gate)]
         if wrong or not _values(self.experts):
             raise InputError("FineSteer", expected="Experts at one layer at least, and gates", got=wrong or "none")
+        for name in ("experts", "gate"):
+            if isinstance(getattr(self, name), Mapping):  # a copy: what the caller does to his changes nothing here
+                object.__setattr__(self, name, dict(getattr(self, name)))
+        unused = set(self.gate) - {*self.layers, self.gate_layer} if isinstance(self.gate, Mapping) else set()
+        if unused:
+            raise InputError(
+                "gates at layers that are not steered",
+                expected=f"gates at layers among {list(self.layers)}",
+                got=f"gates at {sorted(unused)}",
+                fix="Leave them out, or let one decide with gate_layer=.",
+            )
         widths = {self.experts_at(layer).d_model for layer in self.layers}
         widths |= {gate.subspace.d_model for gate in _values(self.gate)}
         if len(widths) > 1:

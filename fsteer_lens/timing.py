@@ -4,7 +4,6 @@ Step k is the position that predicts generated token k: the prompt's last token 
 values, so that a steering that has them can be saved.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -31,7 +30,10 @@ class Window:
     stop: int | None = None
 
     def __post_init__(self) -> None:
-        whole = all(isinstance(at, int) and not isinstance(at, bool) for at in (self.start, self.stop or 0))
+        whole = all(
+            isinstance(at, int) and not isinstance(at, bool)
+            for at in (self.start, 0 if self.stop is None else self.stop)
+        )
         if not whole or self.start < 0 or (self.stop is not None and self.stop < self.start):
             raise InputError("window", expected="ints with 0 <= start <= stop", got=(self.start, self.stop))
 
@@ -66,8 +68,9 @@ class Schedule:
     factors: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
-        if not self.factors or not all(math.isfinite(factor) for factor in self.factors):
-            raise InputError("schedule", expected="at least one finite number", got=self.factors)
+        numbers = isinstance(self.factors, tuple) and all(isinstance(factor, int | float) for factor in self.factors)
+        if not numbers or not self.factors or not all(abs(factor) < 1e300 for factor in self.factors):
+            raise InputError("schedule", expected="a tuple of at least one finite number", got=self.factors)
 
     def at(self, steps: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """Factor at each step."""

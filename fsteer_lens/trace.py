@@ -1,7 +1,8 @@
 """The trace: what steering did, row by row, layer by layer, token by token.
 
-A trace holds plain tensors on the CPU and nothing of the model, so it can be kept, pickled into a data frame, or looked
-at elsewhere. A field that the way of running could not know is None.
+A trace holds plain tensors and nothing of the model, so it can be kept, pickled into a data frame, or looked at
+elsewhere. What `generate` returns is on the CPU; under `.on` and `.attach` a trace is where the model computes. A field
+that the way of running could not know is None.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fsteer_lens.errors import MissingDependencyError
+from fsteer_lens.errors import InputError, MissingDependencyError
 
 PerLayer = dict[int, Tensor]
 
@@ -105,7 +106,10 @@ class Trace:
         return 0 if self.prompt_lengths is None else len(self.prompt_lengths)
 
     def row(self, index: int) -> "Trace":
-        """The trace of one row, still with a leading axis of 1 and with its pads cut off."""
+        """The trace of one row, still with a leading axis of 1 and with the pads before it cut off."""
+        if not -self.n_rows <= index < self.n_rows:
+            raise InputError("row", expected=f"an int in 0..{self.n_rows - 1}", got=index)
+        index %= self.n_rows
         cut = slice(index, index + 1)
         start = 0 if self.first is None else int(self.first[index])
         end: int | None = None
@@ -202,8 +206,10 @@ def _frame_lines(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     lines = []
     for layer, values in record["layers"].items():
         line: dict[str, Any] = {"row": record["row"], "layer": layer, "gate": values.get("gate")}
-        line["ser"] = values["ser"][-1] if "ser" in values else None
-        line.update({f"expert_{i}": weight for i, weight in enumerate(values.get("weights", []))})
+        ser, weights = values.get("ser", [None]), values.get("weights", [])
+        line["ser"] = None if isinstance(ser[0], list) else ser[-1]  # a list for every token: a probe's, not a decision
+        if weights and not isinstance(weights[0], list):
+            line.update({f"expert_{i}": weight for i, weight in enumerate(weights)})
         for name in ("distance", "distance_outside", "energy_outside"):
             line[name] = values.get(name)
         changes = [value for value in values.get("change", []) if value]

@@ -79,6 +79,9 @@ def test_two_sites_of_one_layer_do_not_mix_their_traces(model: SteerableModel) -
     after = made_up.steering(3, 1, scope="all")
     both = chain(after, before)
     assert [point.site for point in both.points] == ["hook_resid_pre", "hook_resid_post"], "as a forward reaches them"
+    watched = chain(before, SubspaceProbe(made_up.subspace(0), layer=3))
+    trace = generate(model, ROWS[0], watched, max_new_tokens=4, stop=[], progress=False)[0].trace
+    assert torch.equal(trace.change[3], trace.parts[0].change[3]), "a point that is only read does not count"
     made = generate(model, ROWS[0], both, max_new_tokens=4, stop=[], progress=False)[0]
     for part in made.trace.parts:
         assert part.change[3].shape == (1, len(ROWS[0]) + 3) and (part.change[3] > 0).all()
@@ -124,6 +127,7 @@ def test_a_chain_runs_like_any_hook_object(model: SteerableModel) -> None:
             float(one.trace.parts[0].gate[2])
         )
     frame = made.trace.to_frame()
+    assert [name for name in frame.columns if name.startswith("expert_")] == [f"expert_{i}" for i in range(4)]
     assert len(frame) == 3 * len(ROWS) and list(frame["part"][:3]) == [0, 1, 2]
     records = [record for _, record in stream(model, ROWS[0], both, max_new_tokens=4, stop=[])]
     assert [record.token for record in records] == list(made[0].tokens)
@@ -234,9 +238,8 @@ def test_clean_reads_one_unsteered_pass_and_live_the_running_stream(model: Steer
     both = two_layers()
     batch = pad(model, ROWS, "left")
     clean = residual(model, batch, "blocks.4.hook_resid_post")[:, -1]
-    with both.with_gate({1: both.gate_at(1)}).on(model, attention_mask=batch.mask), both.on(model) as _:  # type: ignore[dict-item]
-        logits_of(model, batch)
-    with replace(both, experts={1: both.experts_at(1)}).on(model, attention_mask=batch.mask):
+    below = FineSteer(both.experts_at(1), both.gate_at(1), layer=1, scope="all", strength=2.0)
+    with below.on(model, attention_mask=batch.mask):
         live = residual(model, batch, "blocks.4.hook_resid_post")[:, -1]
     runs = {
         read: generate(model, ROWS, both, max_new_tokens=4, read=read, use_past_kv_cache=cache, stop=[], progress=False)

@@ -1,5 +1,6 @@
 """Files that can be trusted: whatever is done to one, loading it ends in one of our errors or in an equal value."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -179,6 +180,8 @@ def use(value: HookObject) -> None:
             for layer in link.hooked_layers:
                 link.decide(layer, h)
             link.with_strength(2.0)
+        with contextlib.suppress(FsteerError):
+            link.fingerprint.require_match(mark())  # type: ignore[union-attr]
 
 
 @settings(max_examples=MUTANTS)
@@ -277,6 +280,8 @@ BAD: dict[str, Callable[[bytes], bytes]] = {
     "a gate that is none": with_tree(gate={"map": [[1, "open"]]}),
     "experts that are none": with_tree(experts={"map": [[1, 5]]}),
     "an absurd layer": with_tree(gate_layer=10**30),
+    "a strength beyond all bounds": with_tree(strength=10**400),
+    "a fingerprint without values": with_tree(fingerprint={"class": "Fingerprint", "fields": {"probe": 5}}),
     "no fingerprint": with_tree(fingerprint=None),
 }
 

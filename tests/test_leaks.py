@@ -1,5 +1,6 @@
 """Nothing is left behind: after every scenario the model's hooks and logits are as before."""
 
+import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -360,3 +361,58 @@ def test_a_model_is_not_kept_alive(tmp_path: Any) -> None:
         del model
         gc.collect()
         assert gone() is None, kind
+
+
+def test_hooks_that_come_and_go_while_others_are_suspended(model: SteerableModel) -> None:
+    """What is taken off in between stays off, and what is put on is on: when the model runs, not in the list alone."""
+    tokens = torch.tensor([ROWS[0]])
+    gone, stays = made_up.steering(3, 0).attach(model), made_up.steering(3, 1).attach(model)
+    with models.hooks_suspended(model):
+        gone.detach()
+        comes = made_up.steering(3, 2).attach(model)
+    model(tokens)
+    point = models.hook_point(model, "blocks.3.hook_resid_post")
+    assert len(point._forward_hooks) == len(point.fwd_hooks) == 2
+    for handle in (stays, comes):
+        assert handle.trace.change[3].shape == (1, len(ROWS[0])) and (handle.trace.change[3] > 0).all()
+        handle.detach()
+
+
+def test_a_broken_decision_is_not_gone_on_with(model: SteerableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prompt on which our own hook raised leaves no half-taken decision to the forwards after it."""
+    handle = made_up.steering(3).attach(model)
+    try:
+        model(torch.tensor([ROWS[0]]))
+        with monkeypatch.context() as broken, pytest.raises(ZeroDivisionError):
+            broken.setattr(FineSteer, "decide", lambda *args: 1 / 0)
+            model(torch.tensor([[1, 30, 31, 32]]))
+        model(torch.tensor([[44]]))
+        assert handle.trace.change[3].shape == (1, 1), "a new prompt, not the next step of the broken one"
+    finally:
+        handle.detach()
+
+
+def test_a_model_with_hooks_that_have_run_can_be_copied(model: SteerableModel) -> None:
+    handle = made_up.steering(3).attach(model)
+    try:
+        model(torch.tensor([ROWS[0]]))
+        copy.deepcopy(models.hook_point(model, "blocks.3.hook_resid_post").fwd_hooks[-1].user_hook)
+    finally:
+        handle.detach()
+
+
+def test_calibrate_and_compare_do_not_count_a_steering_that_is_attached(model: SteerableModel) -> None:
+    by = made_up.steering(3)
+    bare = calibrate(by, model, ROWS, kl=0.1, progress=False)
+    with made_up.steering(2, 1, 8.0).on(model):
+        model(torch.tensor([ROWS[0]]))
+        beside = calibrate(by, model, ROWS, kl=0.1, progress=False)
+    assert (beside.strength, beside.kl) == (bare.strength, bare.kl) and bare.strength > 0
+
+
+def test_drawing_leaves_torchs_own_generator_alone(model: SteerableModel) -> None:
+    state = torch.random.get_rng_state()
+    list(stream(model, ROWS[0], max_new_tokens=2))
+    list(stream(model, ROWS[0], max_new_tokens=2, do_sample=True))
+    generate(model, ROWS, max_new_tokens=2, do_sample=True, progress=False)
+    assert torch.equal(torch.random.get_rng_state(), state)
