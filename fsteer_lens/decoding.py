@@ -75,18 +75,15 @@ class Stop:
     """Which tokens, or which texts, end a row."""
 
     def __init__(self, model: SteerableModel, stop: Sequence[int | str] | None) -> None:
-        wrong = (
-            []
-            if stop is None or isinstance(stop, str) or not isinstance(stop, Sequence)
-            else [item for item in stop if isinstance(item, bool) or not isinstance(item, int | str)]
-        )
-        if stop is not None and (isinstance(stop, str) or not isinstance(stop, Sequence) or wrong):
-            raise InputError("stop", expected="a list of token ids and texts", got=repr(stop))
+        if stop is not None:
+            listed = isinstance(stop, Sequence) and not isinstance(stop, str)
+            if not listed or any(
+                isinstance(item, bool) or not isinstance(item, int | str) or item == "" for item in stop
+            ):
+                raise InputError("stop", expected="a list of token ids and non-empty texts", got=repr(stop))
         given = stop_ids(model) if stop is None else frozenset(item for item in stop if isinstance(item, int))
         self.ids = torch.tensor(sorted(given), dtype=torch.long, device=model.cfg.device)
         self.texts = () if stop is None else tuple(item for item in stop if isinstance(item, str))
-        if any(not text for text in self.texts):
-            raise InputError("stop", expected="token ids or non-empty texts", got=list(stop or ()))
         self._model = model
 
     def rows(self, chosen: Int[Tensor, " b"], generated: Sequence[Sequence[int]]) -> Bool[Tensor, " b"]:

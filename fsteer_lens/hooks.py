@@ -86,9 +86,10 @@ class Session:
         self.states = [State(link) for link in hook_object.links]
         parts = tuple(state.trace for state in self.states)
         self.trace = parts[0] if len(parts) == 1 else Trace(parts=parts)
-        self.unfired = set(hook_object.points)
+        self._points = hook_object.points
+        self.unfired = set(self._points)
         self._acting = {point: [one for one in self.states if point in one.link.points] for point in self.unfired}
-        self._positions = {point: Positions(prompt_lengths, attention_mask) for point in hook_object.points}
+        self._positions = {point: Positions(prompt_lengths, attention_mask) for point in self._points}
         edited = {Point(layer, link.site) for link in hook_object.links for layer in link.edited_layers}
         layers = [point.layer for point in edited]
         self._alone = {layer for layer in layers if layers.count(layer) == 1}
@@ -104,7 +105,7 @@ class Session:
 
     def hooks(self) -> "list[tuple[str, PointHook]]":
         """(name, function) pairs for the model."""
-        return [(point.name, PointHook(self, point)) for point in self.hook_object.points]
+        return [(point.name, PointHook(self, point)) for point in self._points]
 
     @contextmanager
     def step(self, model: SteerableModel, *, fresh: bool) -> Iterator[None]:
@@ -141,12 +142,12 @@ class Session:
             )
         self.unfired.discard(point)
         view = self._positions[point].observe(activation, self._fresh)
-        if point == self.hook_object.points[0]:
+        if point == self._points[0]:
             self._forward_is_fresh = view.fresh
         elif view.fresh != self._forward_is_fresh:
             raise HookError(
                 f"at {point.name} this forward {'opens a new prompt' if view.fresh else 'goes on with the last one'}",
-                expected=f"the same as at {self.hook_object.points[0].name}",
+                expected=f"the same as at {self._points[0].name}",
                 fix="A forward was broken off between the layers: call handle.reset(), or open a new context.",
             )
         acting = self._acting[point]

@@ -396,7 +396,8 @@ def test_a_model_with_hooks_that_have_run_can_be_copied(model: SteerableModel) -
     handle = made_up.steering(3).attach(model)
     try:
         model(torch.tensor([ROWS[0]]))
-        copy.deepcopy(models.hook_point(model, "blocks.3.hook_resid_post").fwd_hooks[-1].user_hook)
+        hook = models.hook_point(model, "blocks.3.hook_resid_post").fwd_hooks[-1].user_hook
+        assert copy.deepcopy([hook])[0] is hook, "a copy of a model shares its hooks"
     finally:
         handle.detach()
 
