@@ -4,7 +4,7 @@ from fsteer_lens.activations import Activations, collect, collect_queries
 from fsteer_lens.baselines import MeanShift, fit_mean_shift
 from fsteer_lens.experts import Experts, FitReport, Parts, fit_experts
 from fsteer_lens.fitting import fit
-from fsteer_lens.gates import EnergyGate, Gate, LogisticGate, QuantileGate, fit_gate
+from fsteer_lens.gates import EnergyGate, Gate, LogisticGate, QuantileGate, ThresholdGate, fit_gate
 from fsteer_lens.generation import Generation, Generations, StepRecord, generate, stream
 from fsteer_lens.hooks import Chain, ExpertProbe, SubspaceAblation, SubspaceProbe, chain
 from fsteer_lens.prompts import Contrast, ContrastSet
@@ -15,7 +15,7 @@ from fsteer_lens.subspace import Subspace, fit_subspace
 from fsteer_lens.timing import Schedule, Window
 from fsteer_lens.trace import Trace
 
-from fsteer_lens import errors, figures, models, tutor  # isort: skip  (they import from the modules above)
+from fsteer_lens import effects, errors, figures, models, tutor  # isort: skip  (they import from the modules above)
 
 __version__ = "0.1.0"
 
@@ -42,6 +42,7 @@ __all__ = [
     "Subspace",
     "SubspaceAblation",
     "SubspaceProbe",
+    "ThresholdGate",
     "Trace",
     "Window",
     "__version__",
@@ -49,6 +50,7 @@ __all__ = [
     "chain",
     "collect",
     "collect_queries",
+    "effects",
     "errors",
     "figures",
     "fit",

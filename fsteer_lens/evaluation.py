@@ -10,7 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import numpy as np
 import torch
 from jaxtyping import Bool
 from torch import Tensor
@@ -18,9 +17,13 @@ from torch import Tensor
 from fsteer_lens import tutor
 from fsteer_lens.activations import Activations, collect, collect_queries
 from fsteer_lens.baselines import MeanShift, fit_mean_shift
+from fsteer_lens.effects import Knockout, RoutingReport, routing_report
+from fsteer_lens.effects import expert_knockout as knock_out
 from fsteer_lens.errors import InputError
+from fsteer_lens.estimates import Estimate, Proportion, auroc, bootstrap
 from fsteer_lens.gates import OPEN
 from fsteer_lens.generation import Generations, generate
+from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts import Contrast
 from fsteer_lens.steering import FineSteer, Steering
@@ -30,7 +33,6 @@ Item = TypeVar("Item")
 
 MAX_NEW_TOKENS = 32
 BATCH_SIZE = 128
-RESAMPLES = 2000
 
 NO_STEERING = "no steering"
 TAG = "tag in the prompt"
@@ -42,42 +44,6 @@ DEFAULT = "FineSteer, default"
 METHODS = (NO_STEERING, TAG, MEAN_SHIFT, GATED_MEAN_SHIFT, UNGATED, PAPER, DEFAULT)
 
 
-@dataclass(frozen=True)
-class Proportion:
-    """How many of how many."""
-
-    hits: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        """The share."""
-        return self.hits / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """95 % Wilson score interval."""
-        from scipy.stats import binomtest
-
-        found = binomtest(self.hits, self.total).proportion_ci(0.95, method="wilson")
-        return float(found.low), float(found.high)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{self.value:.2f} [{low:.2f}, {high:.2f}]"
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean difference between two methods over the same prompts, with a 95 % paired bootstrap interval."""
-
-    value: float
-    interval: tuple[float, float]
-
-    def __str__(self) -> str:
-        return f"{self.value:+.3f} [{self.interval[0]:+.3f}, {self.interval[1]:+.3f}]"
-
-
 @dataclass(frozen=True, eq=False)
 class MethodRow:
     """What one method did on the test prompts.
@@ -85,8 +51,7 @@ class MethodRow:
     Attributes:
         name: of the method.
         measures: shares by name; a measure that the method does not have is missing.
-        routing: agreement of the strongest expert with the cluster of the prompt's own shift, and NMI of strongest
-            expert and category; for methods with experts.
+        routing: how the experts routed the test contrasts; None for methods without experts.
         seconds: of generating all answers.
         right: which test contrasts got exactly the wanted answer, [n].
         answers: the generated answers to the test contrasts.
@@ -94,7 +59,7 @@ class MethodRow:
 
     name: str
     measures: Mapping[str, Proportion]
-    routing: Mapping[str, float]
+    routing: RoutingReport | None
     seconds: float
     right: Bool[Tensor, " n"]
     answers: Generations
@@ -127,9 +92,9 @@ class Comparison:
         """The row of one method."""
         return next(row for row in self.rows if row.name == name)
 
-    def difference(self, first: str, second: str) -> Difference:
+    def difference(self, first: str, second: str) -> Estimate:
         """Share of right answers of `first` minus `second`, paired over the test contrasts."""
-        return paired_difference(self.row(first).right, self.row(second).right, seed=self.seed)
+        return bootstrap(self.row(first).right.double() - self.row(second).right.double(), seed=self.seed)
 
     @property
     def auroc(self) -> float:
@@ -138,48 +103,7 @@ class Comparison:
         assert gate is not None
         leaf = gate.leaves[0]
         scores = {name: leaf.subspace.energy_ratio(one.queries, leaf.rank) for name, one in self.queries.items()}
-        return auroc(scores["contrasts"], torch.cat([scores["general"], scores["near misses"]]))
-
-
-def auroc(positive: Tensor, negative: Tensor) -> float:
-    """Probability that a positive scores above a negative, ties counted half."""
-    from sklearn.metrics import roc_auc_score
-
-    labels = [1] * len(positive) + [0] * len(negative)
-    return float(roc_auc_score(labels, torch.cat([positive, negative]).cpu().numpy()))
-
-
-def paired_difference(first: Bool[Tensor, " n"], second: Bool[Tensor, " n"], *, seed: int = 0) -> Difference:
-    """Mean of `first − second` with a 95 % bootstrap interval over the pairs."""
-    change = first.double().numpy() - second.double().numpy()
-    draws = np.random.default_rng(seed).integers(len(change), size=(RESAMPLES, len(change)))
-    low, high = np.quantile(change[draws].mean(axis=1), [0.025, 0.975])
-    return Difference(float(change.mean()), (float(low), float(high)))
-
-
-def routing(experts_of: FineSteer, activations: Activations) -> dict[str, float]:
-    """How the strongest expert of each prompt agrees with the prompt's own shift and with its label.
-
-    Args:
-        experts_of: the steering whose experts route.
-        activations: of prompts that were not trained on, with their shifts, at the steered layer.
-
-    Returns:
-        "cluster": share of prompts whose strongest expert is the one nearest, by cosine, to their own shift;
-        "NMI": normalised mutual information of strongest expert and label; "dead": share of experts that are nobody's
-        strongest.
-    """
-    from sklearn.metrics import normalized_mutual_info_score
-
-    experts = experts_of.experts_at(activations.layer)
-    strongest = experts.route(activations.queries).argmax(dim=-1)
-    assert activations.shifts is not None
-    labels = [str(label) for label in activations.labels]
-    return {
-        "cluster": float((strongest == experts.nearest(activations.shifts)).float().mean()),
-        "NMI": float(normalized_mutual_info_score(labels, strongest.tolist())),
-        "dead": 1 - len(strongest.unique()) / experts.n_experts,
-    }
+        return float(auroc(scores["contrasts"], torch.cat([scores["general"], scores["near misses"]])))
 
 
 def compare_on_tutor(
@@ -285,7 +209,10 @@ def _measure(
         layer = steering.layers[0]
         for what, texts in (("gate open", steered), ("gate open, benign", kept), ("gate open, near misses", missed)):
             measures[what] = _share(texts.trace.gate[layer] >= OPEN)
-    routed = routing(steering, tested) if isinstance(steering, FineSteer) else {}
+    routed = None
+    if isinstance(steering, FineSteer):
+        experts = steering.experts_at(tested.layer)
+        routed = routing_report(experts, tested.queries, shifts=tested.shifts, labels=tested.labels)
     return MethodRow(name, measures, routed, seconds, right, steered)
 
 
@@ -293,25 +220,18 @@ def _share(hits: Tensor) -> Proportion:
     return Proportion(int(hits.sum()), len(hits))
 
 
-def expert_knockout(
-    model: SteerableModel, comparison: Comparison, *, progress: bool = True
-) -> dict[int, dict[str, float]]:
-    """Share of right answers lost in every category when one expert is removed, {expert: {label: loss}}."""
-    labels = [str(contrast.label) for contrast in comparison.contrasts]
-    full = comparison.row(DEFAULT).right
-    losses: dict[int, dict[str, float]] = {}
-    for expert in range(comparison.steering.n_experts):
+def expert_knockout(model: SteerableModel, comparison: Comparison, *, progress: bool = True) -> Knockout:
+    """What removing each expert costs in right answers, per category."""
+
+    def right_answers(model: SteerableModel, steering: HookObject | None, contrasts: Sequence[Contrast]) -> Tensor:
         texts = generate(
             model,
-            [contrast.prompt for contrast in comparison.contrasts],
-            comparison.steering.without_expert(expert),
+            [contrast.prompt for contrast in contrasts],
+            steering,
             max_new_tokens=MAX_NEW_TOKENS,
             batch_size=BATCH_SIZE,
-            progress=progress,
+            progress=False,
         )
-        right = torch.tensor([a.text == c.preferred for a, c in zip(texts, comparison.contrasts, strict=True)])
-        lost = full.float() - right.float()
-        losses[expert] = {
-            label: float(lost[torch.tensor([one == label for one in labels])].mean()) for label in sorted(set(labels))
-        }
-    return losses
+        return torch.tensor([float(a.text == c.preferred) for a, c in zip(texts, contrasts, strict=True)])
+
+    return knock_out(model, comparison.steering, comparison.contrasts, effect=right_answers, progress=progress)

@@ -6,12 +6,14 @@ A gate maps a query activation to a number in [0, 1] through its subspace energy
   g = 1 where F(s) ≥ ε, else (F(s)/ε)^γ
 - logistic gate, needs general queries too: g = σ(a·s + b)
 - energy gate: g = s
+- threshold gate: g = 1 where s ≥ t, else 0; ours, for a threshold that somebody chose
 
 (FineSteer, arXiv 2604.15488, Eq. 8, 9 and 15.) The basis is fitted to the IR queries, so their own ratios are too
 high; `fit_gate` therefore calibrates on ratios from cross-fitting. Gates combine: `a & b` is the smaller, `a | b` the
 larger, `~a` one minus it.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -55,6 +57,10 @@ class Gate(ABC):
     @abstractmethod
     def gate(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """Gate value of each activation, in [0, 1]."""
+
+    @abstractmethod
+    def gates(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch r"]:
+        """Gate value of each activation at every rank that all leaves have, as `at_rank(r).gate(h)` gives it."""
 
     @abstractmethod
     def at_rank(self, rank: int) -> "Gate":
@@ -149,9 +155,18 @@ class SubspaceGate(Gate):
         require_rank(rank, self.subspace.rank, "the ranks that were fitted")
         return variant(self, rank=rank)
 
+    def at_threshold(self, threshold: float) -> "ThresholdGate":
+        """A gate on the same subspace and rank that is 1 from this energy ratio on and 0 below it."""
+        return ThresholdGate(self.subspace, self.rank, threshold, calibrated=self.calibrated)
+
     def gate(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """Gate value of each activation, in [0, 1]."""
         return self.gate_of_ratio(self.subspace.energy_ratio(h, self.rank))
+
+    def gates(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch r"]:
+        """Gate value of each activation at every fitted rank; the ratios come from one product."""
+        ratios = self.subspace.energy_ratios(h).unbind(dim=-1)
+        return torch.stack([self.at_rank(r).gate_of_ratio(ratio) for r, ratio in enumerate(ratios, 1)], dim=-1)
 
     @abstractmethod
     def gate_of_ratio(self, ratio: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
@@ -262,6 +277,33 @@ class EnergyGate(SubspaceGate):
         return OPEN
 
 
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class ThresholdGate(SubspaceGate):
+    """g = 1 where s ≥ t, else 0; `SubspaceGate.at_threshold` makes one.
+
+    Attributes:
+        cut: t, the energy ratio from which on the gate is open; the same at every rank.
+    """
+
+    cut: float
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        number = isinstance(self.cut, int | float) and not isinstance(self.cut, bool)
+        if not number or not abs(self.cut) < math.inf:
+            raise InputError("threshold", expected="a finite number", got=repr(self.cut))
+
+    def gate_of_ratio(self, ratio: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
+        """1 from the threshold on."""
+        return torch.where(ratio.isnan(), ratio, (ratio >= self.cut).to(ratio))
+
+    @property
+    def threshold(self) -> float:
+        """t."""
+        return self.cut
+
+
 class _ComposedGate(Gate):
     @property
     def subspace(self) -> Subspace:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -291,23 +333,38 @@ class _PairGate(_ComposedGate):
         """Both at another rank."""
         return variant(self, left=self.left.at_rank(rank), right=self.right.at_rank(rank))
 
+    def gate(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
+        """Both values, combined."""
+        return self._combined(self.left.gate(h), self.right.gate(h))
+
+    def gates(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch r"]:
+        """Both values at every rank that both have, combined."""
+        left, right = self.left.gates(h), self.right.gates(h)
+        ranks = min(left.shape[-1], right.shape[-1])
+        return self._combined(left[..., :ranks], right[..., :ranks])
+
+    @staticmethod
+    @abstractmethod
+    def _combined(left: Tensor, right: Tensor) -> Tensor:
+        """One value of two."""
+
 
 @final
 class MinGate(_PairGate):
     """`a & b`: the smaller of two gates."""
 
-    def gate(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-        """min(a, b)."""
-        return torch.minimum(self.left.gate(h), self.right.gate(h))
+    @staticmethod
+    def _combined(left: Tensor, right: Tensor) -> Tensor:
+        return torch.minimum(left, right)
 
 
 @final
 class MaxGate(_PairGate):
     """`a | b`: the larger of two gates."""
 
-    def gate(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-        """max(a, b)."""
-        return torch.maximum(self.left.gate(h), self.right.gate(h))
+    @staticmethod
+    def _combined(left: Tensor, right: Tensor) -> Tensor:
+        return torch.maximum(left, right)
 
 
 @final
@@ -329,6 +386,10 @@ class NotGate(_ComposedGate):
     def gate(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """1 − a."""
         return 1 - self.inner.gate(h)
+
+    def gates(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch r"]:
+        """1 − a at every rank."""
+        return 1 - self.inner.gates(h)
 
 
 def fit_gate(

@@ -19,6 +19,7 @@ from fsteer_lens.hooks import HookObject, Session
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.progress import progress_bar
 from fsteer_lens.prompts import Prompt
+from fsteer_lens.steps import Steps
 from fsteer_lens.tokens import (
     Batch,
     Detokenizer,
@@ -26,9 +27,10 @@ from fsteer_lens.tokens import (
     prompt_ids,
     require_fits,
     require_tokenizer,
+    texts_of_top,
     token_texts,
 )
-from fsteer_lens.trace import Steps, Trace, join
+from fsteer_lens.trace import Trace, join
 
 
 @dataclass(frozen=True)
@@ -295,24 +297,30 @@ def _generate_batch(
         stacked = torch.stack(list(values), dim=1).cpu()
         return stacked.masked_fill(~lived.reshape(*lived.shape, *[1] * (stacked.ndim - 2)), fill)
 
+    tokenizer = require_tokenizer(model)
     tokens = shown(chosen, -1)
+    top_ids = shown([values.indices for values in top], -1)
     rows = [[token for token in row if token >= 0] for row in tokens.tolist()]
     nan = float("nan")
     steps = Steps(
         tokens=tokens,
         texts=tuple(token_texts(model, row, before) for row, before in zip(rows, ids, strict=True)),
         logprobs=shown(logprobs, nan),
-        top_ids=shown([values.indices for values in top], -1),
+        top_ids=top_ids,
         top_logprobs=shown([values.values for values in top], nan),
+        top_texts=texts_of_top(tokenizer, top_ids),
+        special=torch.isin(tokens, torch.tensor(tokenizer.all_special_ids)) & lived,
     )
     baselines: list[Baseline | None] = [None] * len(ids)
     if beside is not None:
+        base_ids = shown([values.indices for values in beside.top], -1)
         steps = replace(
             steps,
             kl=shown(beside.kl, nan),
             baseline_logprobs=shown(beside.logprobs, nan),
-            baseline_top_ids=shown([values.indices for values in beside.top], -1),
+            baseline_top_ids=base_ids,
             baseline_top_logprobs=shown([values.values for values in beside.top], nan),
+            baseline_top_texts=texts_of_top(tokenizer, base_ids),
         )
         with unsteered(model):
             plain = [(step.chosen, step.alive) for step in run(None)]
@@ -322,8 +330,12 @@ def _generate_batch(
     trace = (Trace() if session is None else session.trace).cpu()
     trace.prompt_lengths = batch.mask.sum(dim=1).cpu()
     trace.first = batch.tokens.shape[1] - trace.prompt_lengths
+    trace.bos = torch.tensor([row[0] == tokenizer.bos_token_id for row in ids])
     trace.prompts = tuple(token_texts(model, row) for row in ids)
     trace.steps = steps
+    if beside is not None:
+        answers = [() if one is None else one.tokens for one in baselines]
+        trace.unsteered = tuple(token_texts(model, row, before) for row, before in zip(answers, ids, strict=True))
     return [
         (_answer(model, ids[index], rows[index], stop), tuple(rows[index]), trace.row(index), baselines[index])
         for index in range(len(ids))

@@ -13,9 +13,8 @@ from fsteer_lens.generation import generate
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.progress import progress_bar
 from fsteer_lens.prompts import Prompt
-from fsteer_lens.scoring import Answered, answer_divergences
+from fsteer_lens.scoring import answer_divergences, answered
 from fsteer_lens.steering import Steering
-from fsteer_lens.tokens import answer_ids, prompt_ids, require_fits
 
 STRENGTHS_A_ROUND = 8
 ROUNDS = 3
@@ -99,20 +98,23 @@ def calibrate(
         raise InputError("calibrate", expected=", ".join(broken), got="a value outside")
     if not isinstance(steering, Steering) or steering.monitor:
         raise InputError("calibrate", expected="a steering that acts", got=repr(steering))
-    rows = _reference(model, prompts, answers, max_new_tokens, chat, batch_size, progress)
+    ids: Any = answers
+    if answers is None:
+        answered(model, prompts, None, chat=chat)  # raises before anything is generated
+        options = {"max_new_tokens": max_new_tokens, "chat": chat, "batch_size": batch_size, "progress": progress}
+        with unsteered(model):
+            ids = [made.tokens for made in generate(model, list(prompts), **options)]
+    rows = answered(model, prompts, ids, chat=chat)
 
     def costs(strengths: Sequence[float]) -> list[float]:
         variants = [steering.with_strength(strength) for strength in strengths]
-        batches = []
-        for found in answer_divergences(model, rows, variants, batch_size=batch_size):
-            batches.append(found)
-            advance(1)
-        tokens = torch.stack([torch.cat(parts) for parts in zip(*batches, strict=True)])
+        found = answer_divergences(model, rows, variants, batch_size=batch_size, advance=advance)
+        tokens = torch.stack([torch.cat(parts) for parts in found])
         return tokens.nan_to_num(nan=math.inf).quantile(quantile, dim=1, interpolation="higher").tolist()
 
     within, beyond = 0.0, math.inf
     curve = {0.0: 0.0}
-    with progress_bar(ROUNDS * math.ceil(len(rows) / batch_size), "calibrating", progress) as advance:
+    with progress_bar(ROUNDS * len(rows), "calibrating", progress) as advance:
         for _ in range(ROUNDS):
             steps = range(1, STRENGTHS_A_ROUND + 1)
             if beyond == math.inf:
@@ -133,34 +135,3 @@ def calibrate(
         sum(len(row.answer) for row in rows),
         beyond < math.inf,
     )
-
-
-def _reference(
-    model: SteerableModel,
-    prompts: Sequence[Prompt],
-    answers: Sequence[str] | None,
-    max_new_tokens: int,
-    chat: bool,
-    batch_size: int,
-    progress: bool,
-) -> list[Answered]:
-    if not len(prompts) or isinstance(prompts, str):
-        raise InputError("prompts", expected="a sequence of at least one prompt", got=repr(prompts)[:60])
-    if answers is not None and len(answers) != len(prompts):
-        raise InputError("answers", expected=f"one for each of {len(prompts)} prompts", got=len(answers))
-    ids: Any
-    if answers is None:
-        options = {"max_new_tokens": max_new_tokens, "chat": chat, "batch_size": batch_size, "progress": progress}
-        with unsteered(model):
-            ids = [made.tokens for made in generate(model, list(prompts), **options)]
-    else:
-        ids = [tuple(answer_ids(model, answer)) for answer in answers]
-    rows = [
-        Answered(tuple(prompt_ids(model, prompt, chat=chat)), answer)
-        for prompt, answer in zip(prompts, ids, strict=True)
-    ]
-    for number, row in enumerate(rows):
-        if not row.answer:
-            raise InputError(f"answer {number}", expected="at least one token", got="none")
-        require_fits(model, len(row.prompt) + len(row.answer), f"prompt {number} with its answer")
-    return rows

@@ -23,7 +23,16 @@ from fsteer_lens.errors import FileFormatError, InputError
 from fsteer_lens.experts import Controller, Experts, FitReport
 from fsteer_lens.files import write_atomically
 from fsteer_lens.fingerprints import Fingerprint, fingerprint
-from fsteer_lens.gates import CalibrationRange, EnergyGate, LogisticGate, MaxGate, MinGate, NotGate, QuantileGate
+from fsteer_lens.gates import (
+    CalibrationRange,
+    EnergyGate,
+    LogisticGate,
+    MaxGate,
+    MinGate,
+    NotGate,
+    QuantileGate,
+    ThresholdGate,
+)
 from fsteer_lens.hooks import Chain, ExpertProbe, HookObject, Link, SubspaceAblation, SubspaceProbe
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.steering import FineSteer
@@ -58,6 +67,7 @@ CLASSES: Mapping[str, Any] = {
         Subspace,
         SubspaceAblation,
         SubspaceProbe,
+        ThresholdGate,
         Window,
     )
 }

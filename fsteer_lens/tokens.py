@@ -154,6 +154,13 @@ def token_texts(model: SteerableModel, ids: Sequence[int], before: Sequence[int]
     return tuple(detokenize(token) for token in ids)
 
 
+def texts_of_top(tokenizer: Any, ids: Int[Tensor, "b n top"]) -> tuple[tuple[tuple[str, ...], ...], ...]:
+    """Each of the likeliest tokens as text by itself, per row and step; steps that are filled with −1 are left out."""
+    known = [token for token in ids.unique().tolist() if token >= 0]
+    text = dict(zip(known, tokenizer.batch_decode([[token] for token in known]), strict=True))
+    return tuple(tuple(tuple(text[token] for token in step) for step in row if step[0] >= 0) for row in ids.tolist())
+
+
 @dataclass(frozen=True, eq=False)
 class Batch:
     """Token rows of several lengths in one rectangle.

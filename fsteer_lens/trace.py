@@ -5,47 +5,37 @@ elsewhere. What `generate` returns is on the CPU; under `.on` and `.attach` a tr
 that the way of running could not know is None.
 """
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Int
 from torch import Tensor
 
-from fsteer_lens.errors import InputError, MissingDependencyError
+from fsteer_lens.errors import DataError, InputError, MissingDependencyError
+from fsteer_lens.files import read_text, write_atomically
+from fsteer_lens.steps import Steps, plain, stack, tensor
 
 PerLayer = dict[int, Tensor]
 
 
-@dataclass(frozen=True, eq=False)
-class Steps:
-    """Generated tokens of a batch; rows that ended early are filled with −1 and NaN.
+class Marks(NamedTuple):
+    """What each position of a trace is; one layer's point of view.
 
     Attributes:
-        tokens: generated ids, [b n].
-        texts: each generated token as text, per row, without the fill.
-        logprobs: log-probability of each token under the steered model's raw logits, in nats, [b n].
-        top_ids, top_logprobs: the most probable tokens at each step, [b n top].
-        kl: KL(steered ‖ unsteered) of the next-token distributions, in nats, [b n]; with `compare=True` only.
-        baseline_logprobs: log-probability of each token under the unsteered model, [b n]; likewise.
-        baseline_top_ids, baseline_top_logprobs: the unsteered model's most probable tokens; likewise.
+        padding: no real token: pads on either side, and what follows the end of a row, [b s].
+        bos: the beginning-of-sequence token, [b s]; nowhere where the trace does not know its tokens.
+        generated: tokens after the prompt, [b s].
+        steered: positions where something was added to the residual stream, [b s].
     """
 
-    tokens: Int[Tensor, "b n"]
-    texts: tuple[tuple[str, ...], ...]
-    logprobs: Float[Tensor, "b n"]
-    top_ids: Int[Tensor, "b n top"]
-    top_logprobs: Float[Tensor, "b n top"]
-    kl: Float[Tensor, "b n"] | None = None
-    baseline_logprobs: Float[Tensor, "b n"] | None = None
-    baseline_top_ids: Int[Tensor, "b n top"] | None = None
-    baseline_top_logprobs: Float[Tensor, "b n top"] | None = None
-
-    @property
-    def logprob_change(self) -> Float[Tensor, "b n"] | None:
-        """Steered minus unsteered log-probability of each token, in nats."""
-        return None if self.baseline_logprobs is None else self.logprobs - self.baseline_logprobs
+    padding: Bool[Tensor, "b s"]
+    bos: Bool[Tensor, "b s"]
+    generated: Bool[Tensor, "b s"]
+    steered: Bool[Tensor, "b s"]
 
 
 @dataclass(eq=False, repr=False)
@@ -69,8 +59,10 @@ class Trace:
         step_weights: weights of the experts likewise, [b s k].
         prompt_lengths: real prompt tokens of each row, [b].
         first: index of each row's first real token, [b]; positions of `change` before it are pads.
+        bos: whether each row's first real token is the beginning-of-sequence token, [b]; from `generate`.
         prompts: token texts of each prompt; from `generate`.
         steps: what was generated; from `generate`.
+        unsteered: token texts of what the model generates without steering; from `generate` with `compare=True`.
         parts: the trace of each link; of a chain, whose own trace has the common `change` and no decisions.
     """
 
@@ -86,8 +78,10 @@ class Trace:
     step_weights: PerLayer = field(default_factory=dict)
     prompt_lengths: Int[Tensor, " b"] | None = None
     first: Int[Tensor, " b"] | None = None
+    bos: Bool[Tensor, " b"] | None = None
     prompts: tuple[tuple[str, ...], ...] | None = None
     steps: Steps | None = None
+    unsteered: tuple[tuple[str, ...], ...] | None = None
     parts: "tuple[Trace, ...]" = ()
 
     def __repr__(self) -> str:
@@ -115,11 +109,9 @@ class Trace:
         end: int | None = None
         steps = self.steps
         if steps is not None:
-            n = len(steps.texts[index])
-            chosen = {item.name: getattr(steps, item.name) for item in fields(steps)}
-            chosen = {k: v[cut, :n] if isinstance(v, Tensor) else v for k, v in chosen.items()}
-            steps = Steps(**{**chosen, "texts": steps.texts[cut]})
+            steps = steps.row(index)
             if self.prompt_lengths is not None:
+                n = len(steps.texts[0])
                 end = start + int(self.prompt_lengths[index]) + n - 1  # the last token is never fed back
         return self._cut(cut, slice(start, end), steps)
 
@@ -135,8 +127,10 @@ class Trace:
             **{name: pick(name) for name in PER_LAYER},
             prompt_lengths=None if self.prompt_lengths is None else self.prompt_lengths[rows],
             first=None if self.first is None else torch.zeros_like(self.first[rows]),
+            bos=None if self.bos is None else self.bos[rows],
             prompts=None if self.prompts is None else self.prompts[rows],
             steps=steps,
+            unsteered=None if self.unsteered is None else self.unsteered[rows],
             parts=tuple(part._cut(rows, columns, None) for part in self.parts),
         )
 
@@ -145,19 +139,57 @@ class Trace:
         held = {name: {layer: value.cpu() for layer, value in getattr(self, name).items()} for name in PER_LAYER}
         return replace(self, **held, parts=tuple(part.cpu() for part in self.parts))
 
+    def marks(self, layer: int | None = None) -> Marks:
+        """Tell pads, the beginning-of-sequence token, generated tokens and steered positions apart.
+
+        Args:
+            layer: an edited layer; None takes the only one.
+
+        Raises:
+            InputError: no such layer, or several to choose from.
+        """
+        change = self.change[self.layer_of("change", layer)]
+        assert self.prompt_lengths is not None
+        first = torch.zeros_like(self.prompt_lengths) if self.first is None else self.first
+        columns = torch.arange(change.shape[1])
+        start, length = first.cpu().unsqueeze(1), self.prompt_lengths.cpu().unsqueeze(1)
+        padding = change.isnan().cpu()
+        bos = columns == start
+        bos = bos & (False if self.bos is None else self.bos.cpu().unsqueeze(1))
+        return Marks(padding, bos, (columns >= start + length) & ~padding, change.cpu() > 0)
+
+    def layer_of(self, name: str, layer: int | None = None) -> int:
+        """The layer to take of a field that goes from layer to tensor: the given one, or the only one.
+
+        Raises:
+            InputError: the field lacks it, or has several to choose from.
+        """
+        known = sorted(getattr(self, name))
+        chosen = known[0] if layer is None and len(known) == 1 else layer
+        if chosen is None or chosen not in known:
+            fix = "The links of a chain have traces of their own: trace.parts." if self.parts else None
+            raise InputError("layer", expected=f"one of the layers with {name}, {known}", got=layer, fix=fix)
+        return chosen
+
     def to_records(self) -> list[dict[str, Any]]:
         """One JSON-ready mapping per row: prompt, per-layer decisions and per-step tokens; NaN becomes None.
 
-        The record of a chain has a record of each link in "parts".
+        The record of a chain has a record of each link in "parts". `from_records` reads them back.
         """
         records = []
         for index in range(self.n_rows):
             row = self.row(index)
-            record: dict[str, Any] = {"row": index, "layers": row._layer_records()}
+            assert row.prompt_lengths is not None
+            record: dict[str, Any] = {"row": index, "prompt_length": int(row.prompt_lengths[0])}
+            record["layers"] = row._layer_records()
             if row.prompts is not None:
                 record["prompt"] = list(row.prompts[0])
+            if row.bos is not None:
+                record["bos"] = bool(row.bos[0])
             if row.steps is not None:
-                record["steps"] = _step_records(row.steps)
+                record["steps"] = row.steps.to_records()
+            if row.unsteered is not None:
+                record["unsteered"] = list(row.unsteered[0])
             if row.parts:
                 record["parts"] = [{"row": index, "layers": part._layer_records()} for part in row.parts]
             records.append(record)
@@ -167,9 +199,68 @@ class Trace:
         """What is known of the first row, per layer."""
         known = {name: getattr(self, name) for name in PER_LAYER}
         return {
-            layer: {name: _plain(values[layer][0]) for name, values in known.items() if layer in values}
+            layer: {name: plain(values[layer][0]) for name, values in known.items() if layer in values}
             for layer in sorted({layer for values in known.values() for layer in values})
         }
+
+    @classmethod
+    def from_records(cls, records: Sequence[Mapping[str, Any]]) -> "Trace":
+        """The trace that `to_records` came from, also after a way through JSON; numbers are float32.
+
+        Raises:
+            DataError: no records, or something else than `to_records` gives.
+        """
+        if not records:
+            raise DataError("records of a trace", expected="at least one", got="none")
+        try:
+            return join([cls._of_record(record) for record in records])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            raise DataError(
+                "records of a trace",
+                expected="what Trace.to_records gives",
+                got=f"{type(error).__name__}: {str(error)[:200]}",
+            ) from error
+
+    @classmethod
+    def _of_record(cls, record: Mapping[str, Any], length: int | None = None) -> "Trace":
+        """The trace of one row."""
+        fields_of: dict[str, PerLayer] = {name: {} for name in PER_LAYER}
+        for layer, values in record["layers"].items():
+            for name, value in values.items():
+                kind = torch.bool if name in ("distance_outside", "energy_outside") else torch.float32
+                fields_of[name][int(layer)] = tensor(value, kind).unsqueeze(0)
+        length = record["prompt_length"] if length is None else length
+        return cls(
+            **fields_of,
+            prompt_lengths=torch.tensor([length]),
+            first=torch.zeros(1, dtype=torch.long),
+            bos=torch.tensor([record["bos"]]) if "bos" in record else None,
+            prompts=(tuple(record["prompt"]),) if "prompt" in record else None,
+            steps=Steps.from_records(record["steps"]) if "steps" in record else None,
+            unsteered=(tuple(record["unsteered"]),) if "unsteered" in record else None,
+            parts=tuple(cls._of_record(part, length) for part in record.get("parts", ())),
+        )
+
+    def to_jsonl(self, path: str | os.PathLike[str]) -> None:
+        """Write one JSON object a row, atomically; `from_jsonl` reads them back, and figures draw from that.
+
+        Raises:
+            InputError: the folder does not exist.
+        """
+        lines = (json.dumps(record, allow_nan=False) + "\n" for record in self.to_records())
+        write_atomically(path, "".join(lines).encode())
+
+    @classmethod
+    def from_jsonl(cls, path: str | os.PathLike[str]) -> "Trace":
+        """Read what `to_jsonl` wrote; no model is needed.
+
+        Raises:
+            DataError: no such file, or no trace in it.
+        """
+        try:
+            return cls.from_records([json.loads(line) for line in read_text(path).split("\n") if line.strip()])
+        except (json.JSONDecodeError, DataError) as error:
+            raise DataError(f"{path}", expected="a trace that to_jsonl wrote", got=str(error)) from error
 
     def to_frame(self) -> Any:
         """A pandas DataFrame with one line per row and layer: gate, energy ratio at full rank, weights, mean change.
@@ -218,27 +309,6 @@ def _frame_lines(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     return lines
 
 
-def _plain(value: Tensor) -> Any:
-    """A tensor as nested lists with None for NaN."""
-    if value.ndim == 0:
-        number = value.item()
-        return None if number != number else number
-    return [_plain(item) for item in value]
-
-
-def _step_records(steps: Steps) -> list[dict[str, Any]]:
-    """One record per generated step of a trace with one row."""
-    records = []
-    for index, text in enumerate(steps.texts[0]):
-        record = {"step": index, "token": int(steps.tokens[0, index]), "text": text}
-        for name in ("logprobs", "kl", "logprob_change"):
-            value = getattr(steps, name)
-            if value is not None:
-                record[name.removesuffix("s") if name == "logprobs" else name] = float(value[0, index])
-        records.append(record)
-    return records
-
-
 def join(traces: Sequence[Trace]) -> Trace:
     """One trace with the rows of all, padded to the longest; a field that one of them lacks is None."""
     if len(traces) == 1:
@@ -255,21 +325,8 @@ def join(traces: Sequence[Trace]) -> Trace:
         if isinstance(values[0], tuple):
             return tuple(item for value in values for item in value)
         if isinstance(values[0], Steps):
-            names = [item.name for item in fields(Steps)]
-            return Steps(**{name: joined([getattr(value, name) for value in values]) for name in names})
-        return _stack(values)
+            return Steps.join(values)
+        return stack(values)
 
     names = [item.name for item in fields(Trace)]
     return replace(Trace(), **{name: joined([getattr(trace, name) for trace in traces]) for name in names})
-
-
-def _stack(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenate along the rows; a second axis of different length is filled with NaN, or −1 for integers."""
-    if tensors[0].ndim < 2:
-        return torch.cat(list(tensors))
-    longest = max(tensor.shape[1] for tensor in tensors)
-    fill = float("nan") if tensors[0].is_floating_point() else -1
-    widened = [
-        torch.cat([t, t.new_full((t.shape[0], longest - t.shape[1], *t.shape[2:]), fill)], dim=1) for t in tensors
-    ]
-    return torch.cat(widened)

@@ -5,6 +5,7 @@ import torch
 
 from fsteer_lens import generate
 from fsteer_lens.errors import InputError
+from fsteer_lens.estimates import Proportion
 from fsteer_lens.evaluation import (
     DEFAULT,
     GATED_MEAN_SHIFT,
@@ -12,42 +13,14 @@ from fsteer_lens.evaluation import (
     NO_STEERING,
     TAG,
     Comparison,
-    Proportion,
-    auroc,
     compare_on_tutor,
     expert_knockout,
-    paired_difference,
 )
 from fsteer_lens.models import SteerableModel
 
 SEEDS = (0, 1, 2)
 MEASURED = (NO_STEERING, TAG, MEAN_SHIFT, GATED_MEAN_SHIFT, DEFAULT)
 WANTED = {"safe": "refused exactly", "honest": "myth turned true"}
-
-
-def test_wilson_interval_is_the_closed_form() -> None:
-    for hits, total in ((0, 10), (7, 10), (95, 100), (300, 300)):
-        z, p = 1.959963984540054, hits / total
-        middle = (p + z * z / (2 * total)) / (1 + z * z / total)
-        half = z / (1 + z * z / total) * (p * (1 - p) / total + z * z / (4 * total**2)) ** 0.5
-        assert Proportion(hits, total).interval == pytest.approx((middle - half, middle + half), abs=1e-9)
-    assert str(Proportion(7, 10)) == "0.70 [0.40, 0.89]"
-
-
-def test_paired_difference_knows_sign_and_certainty() -> None:
-    worse, better = torch.zeros(200, dtype=torch.bool), torch.ones(200, dtype=torch.bool)
-    better[::10] = False
-    found = paired_difference(better, worse)
-    assert found.value == pytest.approx(0.9)
-    assert 0.8 < found.interval[0] < 0.9 < found.interval[1] < 1.0
-    same = paired_difference(better, better)
-    assert (same.value, same.interval) == (0.0, (0.0, 0.0))
-
-
-def test_auroc_counts_pairs() -> None:
-    high, low = torch.tensor([0.9, 0.5, 0.4]), torch.tensor([0.5, 0.1])
-    pairs = [(a > b) + 0.5 * (a == b) for a in high.tolist() for b in low.tolist()]
-    assert auroc(high, low) == pytest.approx(sum(pairs) / len(pairs))
 
 
 def test_measures_are_what_the_texts_say(tutor_model: SteerableModel) -> None:
@@ -111,15 +84,17 @@ def test_experts_of_safe_route_by_category(comparisons: dict[int, Comparison], t
         pytest.skip("the kinds of myth share their answers' wording; routing by kind is claimed for <safe> only")
     for comparison in comparisons.values():
         routing = comparison.row(DEFAULT).routing
-        assert routing["cluster"] >= 0.90
-        assert routing["NMI"] >= 0.85
-        assert routing["dead"] == 0
+        assert routing is not None and routing.agreement is not None and routing.nmi is not None
+        assert routing.agreement >= 0.90
+        assert routing.nmi >= 0.85
+        assert routing.dead == 0
     first = comparisons[SEEDS[0]]
     layer = first.steering.layers[0]
     strongest = first.row(DEFAULT).answers.trace.weights[layer].argmax(dim=1).tolist()
     labels = [str(contrast.label) for contrast in first.contrasts]
-    losses = expert_knockout(tutor_model, first, progress=False)
-    for expert, lost in losses.items():
+    found = expert_knockout(tutor_model, first, progress=False)
+    for expert, losses in zip(found.experts, found.loss.tolist(), strict=True):
+        lost = dict(zip(found.groups, losses, strict=True))
         own = {
             label: sum(s == expert for s, one in zip(strongest, labels, strict=True) if one == label) for label in lost
         }

@@ -508,3 +508,28 @@ def test_reprs_are_short():
     a, b, _, _ = three_gates()
     assert repr(a) == "QuantileGate(rank=2 of 12, d_model=48)"
     assert repr(~(a & b)) == f"NotGate(inner=MinGate(left={a!r}, right={b!r}))"
+
+
+def test_values_at_all_ranks_are_those_of_each_rank() -> None:
+    rows, others = torch.randn(40, 12), torch.randn(30, 12) * 2
+    quantile = fit_gate(rows, rank=3)
+    logistic = fit_gate(rows, rank=2, kind="logistic", general=others)
+    energy = EnergyGate(quantile.subspace, 4)
+    for gate in (quantile, logistic, energy, energy.at_threshold(0.3), quantile & ~logistic, quantile | energy):
+        values = gate.gates(others)
+        assert values.shape == (30, min(leaf.subspace.rank for leaf in gate.leaves))
+        for rank in range(1, values.shape[1] + 1):
+            assert torch.equal(values[:, rank - 1], gate.at_rank(rank).gate(others))
+
+
+def test_a_chosen_threshold_is_where_the_gate_opens() -> None:
+    gate = fit_gate(torch.randn(40, 12), rank=3)
+    chosen = gate.at_threshold(0.4)
+    ratios = torch.tensor([0.0, 0.3999, 0.4, 1.0, torch.nan])
+    torch.testing.assert_close(
+        chosen.gate_of_ratio(ratios), torch.tensor([0.0, 0.0, 1.0, 1.0, torch.nan]), equal_nan=True
+    )
+    assert (chosen.threshold, chosen.rank, chosen.at_rank(5).threshold) == (0.4, 3, 0.4)
+    assert chosen.calibrated is gate.calibrated and chosen.subspace is gate.subspace
+    with pytest.raises(InputError, match="finite number"):
+        gate.at_threshold(float("nan"))

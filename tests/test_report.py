@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from fsteer_lens import figures, fit_gate
+from fsteer_lens.effects import RoutingReport
 from fsteer_lens.errors import InputError
-from fsteer_lens.evaluation import DEFAULT, GATED_MEAN_SHIFT, NO_STEERING, PAPER, Comparison, MethodRow, Proportion
+from fsteer_lens.estimates import Proportion
+from fsteer_lens.evaluation import DEFAULT, GATED_MEAN_SHIFT, NO_STEERING, PAPER, Comparison, MethodRow
 from fsteer_lens.generation import Generations
 from fsteer_lens.report import Report
 from fsteer_lens.report.chapters import findings, table_of
@@ -97,7 +99,7 @@ def test_the_table_says_for_every_method_what_was_measured():
     rows = []
     for name, hits in ((NO_STEERING, 0), (GATED_MEAN_SHIFT, 5), (PAPER, 8), (DEFAULT, 10)):
         shares = {"refused exactly": Proportion(hits, 10)} | ({"gate open": Proportion(1, 4)} if hits == 10 else {})
-        routed = {"cluster": 0.9, "NMI": 0.8} if hits > 5 else {}
+        routed = RoutingReport(0.9, 0.8, 0.1, 1.7, 0.0, 0.9, 0.3) if hits > 5 else None
         rows.append(MethodRow(name, shares, routed, 1.26, torch.arange(10) < hits, Generations([])))
     comparison = Measured(rows)
     columns, cells = table_of(comparison)
@@ -108,7 +110,7 @@ def test_the_table_says_for_every_method_what_was_measured():
     told = findings(comparison)
     assert "0 of 10" in told and "10 of 10" in told and "0.988" in told
     for other, change in ((GATED_MEAN_SHIFT, "+0.500 ["), (PAPER, "+0.200 [")):
-        assert str(comparison.difference(DEFAULT, other)) in told and change in told
+        assert f"{comparison.difference(DEFAULT, other):+.3f}" in told and change in told
 
 
 # ------------------------------------------------------------------------------------------------------- in a browser

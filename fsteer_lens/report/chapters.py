@@ -68,7 +68,7 @@ def table_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     def cells(row: MethodRow) -> list[str]:
         shares = [row.measures.get(name) for name in names]
         told = ["–" if s is None else f"{s.value:.3f}\n{s.interval[0]:.2f}–{s.interval[1]:.2f}" for s in shares]
-        routed = [f"{row.routing[key]:.2f}" if key in row.routing else "–" for key in ("cluster", "NMI")]
+        routed = [f"{row.routing.agreement:.2f}", f"{row.routing.nmi:.2f}"] if row.routing else ["–", "–"]
         return [row.name, *told, *routed, f"{row.seconds:.1f}"]
 
     return columns, [cells(row) for row in comparison.rows]
@@ -80,11 +80,11 @@ def findings(comparison: Comparison) -> str:
     first, last = (comparison.row(name).measures[wanted] for name in (NO_STEERING, DEFAULT))
     gated, paper = (comparison.difference(DEFAULT, name) for name in (GATED_MEAN_SHIFT, PAPER))
     return (
-        f"The tutor gives exactly the wanted answer to {first.hits} of {first.total} test prompts without steering, and"
-        f" to {last.hits} of {last.total} with FineSteer. Compared prompt by prompt, that share is {gated} against the"
-        f" mean shift behind the same gate, and {paper} against FineSteer with the published settings (difference with"
-        f" its 95 % paired bootstrap interval). The energy ratio tells these prompts from all others with AUROC"
-        f" {comparison.auroc:.3f}."
+        f"The tutor gives exactly the wanted answer to {first.hits} of {first.total} test prompts without steering,"
+        f" and to {last.hits} of {last.total} with FineSteer. Compared prompt by prompt, that share is {gated:+.3f}"
+        f" against the mean shift behind the same gate, and {paper:+.3f} against FineSteer with the published settings"
+        f" (difference with its 95 % paired bootstrap interval). The energy ratio tells these prompts from all others"
+        f" with AUROC {comparison.auroc:.3f}."
     )
 
 

@@ -1,0 +1,215 @@
+"""Why a gate decided as it did, and what every other rank would have decided."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fsteer_lens.effects.answers import Effect, answer_margin
+from fsteer_lens.errors import InputError
+from fsteer_lens.estimates import Estimate, auroc, bootstrap
+from fsteer_lens.gates import OPEN, Gate, SubspaceGate
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.prompts import Contrast, Prompt
+from fsteer_lens.scoring import last_activations
+from fsteer_lens.steering import FineSteer, Steering
+from fsteer_lens.tokens import prompt_ids, token_texts
+
+
+@dataclass(frozen=True, eq=False)
+class RankSweep:
+    """What a gate makes of two groups of queries at every rank.
+
+    Attributes:
+        ranks: 1 to r.
+        ser: energy ratio of the queries that need steering, [n r].
+        general_ser: of those to be left alone, [m r].
+        gate_rate: share of the former for which the gate is open (g ≥ 0.5), [r].
+        general_gate_rate: share of the latter, [r].
+        auroc: of the energy ratio, the former against the latter, [r].
+        effect: effect at the ranks that were asked for, with 95 % bootstrap intervals, {rank: estimate}.
+    """
+
+    ranks: tuple[int, ...]
+    ser: Float[Tensor, "n r"]
+    general_ser: Float[Tensor, "m r"]
+    gate_rate: Float[Tensor, " r"]
+    general_gate_rate: Float[Tensor, " r"]
+    auroc: Float[Tensor, " r"]
+    effect: dict[int, Estimate]
+
+    def __repr__(self) -> str:
+        return f"RankSweep({len(self.ranks)} ranks, {len(self.ser)} and {len(self.general_ser)} queries)"
+
+
+def rank_sweep(
+    steering: Gate | FineSteer,
+    queries: Float[Tensor, "n d"],
+    general: Float[Tensor, "m d"],
+    *,
+    layer: int | None = None,
+    ranks: Sequence[int] = (),
+    model: SteerableModel | None = None,
+    contrasts: Sequence[Contrast] = (),
+    effect: Effect | None = None,
+    seed: int = 0,
+) -> RankSweep:
+    """Energy ratios, gate rates and AUROC at every fitted rank from one product, and the effect at given ranks.
+
+    Args:
+        steering: a gate, or a steering that has one.
+        queries: activations of prompts that need steering, [n d].
+        general: activations of prompts to be left alone, [m d].
+        layer: whose gate, of a steering with several layers.
+        ranks: measure the effect at these; needs a FineSteer, `model` and `contrasts`.
+        model: the model that the steering was fitted on.
+        contrasts: prompts to be steered, held out from the fit, with both answers.
+        effect: a number per contrast; None takes `answer_margin`, in nats per token.
+        seed: of the bootstrap.
+
+    Raises:
+        InputError: no gate, a rank that was not fitted, or something missing for the effect.
+        ShapeError: activations of another width than the gate's.
+    """
+    gate = _gate_of(steering, layer)
+    if not len(queries) or not len(general):
+        raise InputError("rank_sweep", expected="queries of both kinds", got=(len(queries), len(general)))
+    if ranks and (not isinstance(steering, FineSteer) or model is None or not contrasts):
+        raise InputError("ranks=", expected="a FineSteer, model= and contrasts= to measure the effect with", got=ranks)
+    opened, general_opened = (gate.gates(rows) >= OPEN for rows in (queries, general))
+    r = opened.shape[-1]
+    ser, general_ser = (gate.subspace.energy_ratios(rows)[:, :r] for rows in (queries, general))
+    measured = {}
+    for rank in ranks:
+        assert isinstance(steering, FineSteer) and model is not None
+        measured[rank] = bootstrap((effect or answer_margin)(model, steering.at_rank(rank), contrasts), seed=seed)
+    return RankSweep(
+        tuple(range(1, r + 1)),
+        ser,
+        general_ser,
+        opened.float().mean(dim=0),
+        general_opened.float().mean(dim=0),
+        auroc(ser, general_ser),
+        measured,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class GateExplanation:
+    """Why a gate is open or closed for one prompt.
+
+    Attributes:
+        rank: the gate's rank.
+        ratio: energy ratio s at that rank.
+        gate: gate value g.
+        is_open: whether g ≥ 0.5.
+        threshold: energy ratio at which the gate opens.
+        margin: s minus the threshold; the decision flips where the threshold is moved past s.
+        flip_rank: the smallest fitted rank at which the decision is the other one; None where there is none.
+        flip_threshold: the threshold from which on the decision is the other one: s itself. An open gate closes above
+            it, a closed one opens from it downwards.
+        directions: share of ‖h − μ‖² along each PCA direction, [r]; the first `rank` of them add up to s.
+        tokens: the prompt's tokens as text, s of them.
+        without: energy ratio of the prompt with one token left out, [s]; NaN where no token would be left.
+        carried: s minus that: how much of the ratio goes with the token, [s].
+    """
+
+    rank: int
+    ratio: float
+    gate: float
+    is_open: bool
+    threshold: float
+    margin: float
+    flip_rank: int | None
+    flip_threshold: float
+    directions: Float[Tensor, " r"]
+    tokens: tuple[str, ...]
+    without: Float[Tensor, " s"]
+    carried: Float[Tensor, " s"]
+
+    def __repr__(self) -> str:
+        side = "open" if self.is_open else "closed"
+        return f"GateExplanation({side}, s={self.ratio:.3f}, threshold={self.threshold:.3f}, rank={self.rank})"
+
+
+def explain_gate(
+    model: SteerableModel,
+    steering: Steering,
+    prompt: Prompt,
+    *,
+    layer: int | None = None,
+    chat: bool = False,
+    batch_size: int = 16,
+) -> GateExplanation:
+    """Tell which directions and which tokens of a prompt carried a gate's energy ratio, and what would flip it.
+
+    A token's part is found by leaving it out: the prompt is run once more without it. That is what the decision would
+    have been on that shorter prompt; parts of tokens do not add up, and two tokens that say the same cover for each
+    other.
+
+    Args:
+        model: the model that the steering was fitted on.
+        steering: a steering with a gate on one subspace.
+        prompt: the prompt.
+        layer: whose gate; None takes the only one.
+        chat: send a string prompt through the chat template.
+        batch_size: shortened prompts per forward pass.
+
+    Raises:
+        InputError: no gate, one that is composed (explain one of its leaves, `steering.with_gate(leaf)`), or an
+            ambiguous layer.
+    """
+    gate = _gate_of(steering, layer)
+    if not isinstance(gate, SubspaceGate):
+        raise InputError(
+            "explain_gate",
+            expected="a gate on one subspace",
+            got=type(gate).__name__,
+            fix="Explain its leaves one by one: steering.with_gate(gate.leaves[0]).",
+        )
+    where = layer if layer is not None else _gated_layers(steering)[0]
+    steering.session_on(model)  # was it fitted on this model?
+    ids = tuple(prompt_ids(model, prompt, chat=chat))
+    shorter = [ids[:place] + ids[place + 1 :] for place in range(len(ids))] if len(ids) > 1 else []
+    h = last_activations(model, [ids, *shorter], where, steering.site, batch_size=batch_size)
+    ratios = gate.subspace.energy_ratio(h, gate.rank).cpu()
+    ratio, without = float(ratios[0]), ratios[1:] if shorter else torch.full((1,), torch.nan)
+    gates = gate.gates(h[0]).cpu()
+    is_open = bool(gates[gate.rank - 1] >= OPEN)
+    other = [rank for rank, value in enumerate(gates.tolist(), 1) if (value >= OPEN) != is_open]
+    coordinates = gate.subspace.coordinates(h[0])
+    total = gate.subspace.distance(h[0]).square().clamp(min=torch.finfo(torch.float32).tiny)
+    return GateExplanation(
+        rank=gate.rank,
+        ratio=ratio,
+        gate=float(gates[gate.rank - 1]),
+        is_open=is_open,
+        threshold=gate.threshold,
+        margin=ratio - gate.threshold,
+        flip_rank=min(other, default=None),
+        flip_threshold=ratio,
+        directions=(coordinates.square() / total).cpu(),
+        tokens=token_texts(model, ids),
+        without=without,
+        carried=ratio - without,
+    )
+
+
+def _gated_layers(steering: Steering) -> list[int]:
+    return [layer for layer in steering.hooked_layers if steering.gate_at(layer) is not None]
+
+
+def _gate_of(steering: Gate | Steering, layer: int | None) -> Gate:
+    """The gate that is meant."""
+    if isinstance(steering, Gate):
+        return steering
+    if not isinstance(steering, Steering):
+        raise InputError("steering", expected="a steering or a gate", got=type(steering).__name__)
+    known = _gated_layers(steering)
+    chosen = known[0] if layer is None and len(known) == 1 else layer
+    gate = None if chosen not in known else steering.gate_at(chosen)
+    if gate is None:
+        raise InputError("layer", expected=f"one of the layers with a gate, {known}", got=layer)
+    return gate

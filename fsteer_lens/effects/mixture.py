@@ -1,0 +1,240 @@
+"""What the experts are: the tokens that they promote, what goes missing without them, how prompts are routed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fsteer_lens.effects.answers import MARGIN, Effect, answer_margin
+from fsteer_lens.errors import InputError
+from fsteer_lens.estimates import Estimate, bootstrap
+from fsteer_lens.experts import Experts
+from fsteer_lens.linalg import require_width
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.progress import progress_bar
+from fsteer_lens.prompts import Contrast
+from fsteer_lens.scoring import last_activations
+from fsteer_lens.steering import FineSteer
+from fsteer_lens.tokens import prompt_ids, require_tokenizer
+
+
+@torch.no_grad()
+def expert_tokens(
+    model: SteerableModel, experts: Experts, *, top: int = 10
+) -> tuple[tuple[tuple[str, float], ...], ...]:
+    """The tokens that each expert's prototype promotes most, read through the unembedding.
+
+    A prototype c goes through the final normalisation and the unembedding by itself, as in the logit lens; what an
+    activation of zero gives is subtracted, and the mean over the vocabulary too: unembed(norm(c)) − unembed(norm(0)).
+    That is the direct path alone: what later layers make of the expert is not in it, so an expert that acts early, or
+    at the prompt, may promote tokens that say little.
+
+    Args:
+        model: the model that the experts were fitted on.
+        experts: the experts.
+        top: tokens per expert.
+
+    Returns:
+        For each expert its tokens with their logits, the largest first. Logits are relative to the vocabulary's mean,
+        for a direction scaled to the size that the final normalisation gives.
+
+    Raises:
+        InputError: `top` out of range.
+        ShapeError: experts of another width than the model's.
+    """
+    require_width(torch.empty(model.cfg.d_model), "the model's residual stream", experts.d_model)
+    tokenizer = require_tokenizer(model)
+    n_tokens = min(model.cfg.d_vocab, len(tokenizer))
+    if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= n_tokens:
+        raise InputError("top", expected=f"an int in 1..{n_tokens}", got=top)
+    parts: Any = model
+    weight = next(parts.unembed.parameters())
+    directions = torch.cat([experts.prototypes, torch.zeros_like(experts.prototypes[:1])]).to(weight)
+    logits = parts.unembed(parts.ln_final(directions.unsqueeze(0)))[0].float()
+    promoted = logits[:-1, :n_tokens] - logits[-1:, :n_tokens]
+    best = (promoted - promoted.mean(dim=-1, keepdim=True)).topk(top, dim=-1)
+    return tuple(
+        tuple(zip(tokenizer.batch_decode([[token] for token in ids]), values, strict=True))
+        for ids, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Knockout:
+    """What is lost when one expert is removed.
+
+    Attributes:
+        experts: numbers of the experts that were removed one by one, k of them.
+        labels: label of each contrast, n of them.
+        full: effect on each contrast with all experts, [n].
+        removed: effect on each contrast without each expert, [k n].
+        weights: weight α of each expert for each contrast, [k n].
+        effect_name: of the effect, with its unit.
+    """
+
+    experts: tuple[int, ...]
+    labels: tuple[str, ...]
+    full: Float[Tensor, " n"]
+    removed: Float[Tensor, "k n"]
+    weights: Float[Tensor, "k n"]
+    effect_name: str
+
+    def __repr__(self) -> str:
+        return f"Knockout({len(self.experts)} experts, {len(self.groups)} labels, {len(self.labels)} contrasts)"
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The labels that there are, in alphabetical order."""
+        return tuple(sorted(set(self.labels)))
+
+    @property
+    def loss(self) -> Float[Tensor, "k labels"]:
+        """Mean effect lost per expert and label; positive where the expert helped."""
+        return self._by_label(self.full - self.removed)
+
+    @property
+    def mean_weights(self) -> Float[Tensor, "k labels"]:
+        """Mean weight of each expert for the contrasts of each label, in [0, 1]."""
+        return self._by_label(self.weights)
+
+    def estimate(self, expert: int, label: str, *, seed: int = 0) -> Estimate:
+        """Effect lost on one label without one expert, with its 95 % paired bootstrap interval."""
+        if expert not in self.experts or label not in self.groups:
+            raise InputError("estimate", expected=f"experts {self.experts}, labels {self.groups}", got=(expert, label))
+        lost = (self.full - self.removed[self.experts.index(expert)])[self._has(label)]
+        return bootstrap(lost, seed=seed)
+
+    def _has(self, label: str) -> Tensor:
+        return torch.tensor([one == label for one in self.labels])
+
+    def _by_label(self, values: Float[Tensor, "k n"]) -> Float[Tensor, "k labels"]:
+        return torch.stack([values[:, self._has(label)].mean(dim=1) for label in self.groups], dim=1)
+
+
+def expert_knockout(
+    model: SteerableModel,
+    steering: FineSteer,
+    contrasts: Sequence[Contrast],
+    *,
+    layer: int | None = None,
+    effect: Effect | None = None,
+    chat: bool = False,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Knockout:
+    """Remove the experts one by one and see which label loses how much of the effect.
+
+    That an expert has a large weight for a label may only mean that it was trained to; that its removal costs the label
+    something shows that it matters.
+
+    Args:
+        model: the model that the steering was fitted on.
+        steering: the steering; experts that are switched off already are left out.
+        contrasts: prompts to be steered, held out from the fit, with labels.
+        layer: whose weights to show, of a steering with several layers; experts are removed at every layer.
+        effect: a number per contrast; None takes `answer_margin`, in nats per token.
+        chat, batch_size: as in `answer_margin`.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: no contrasts, fewer than two experts that are on, or an unknown layer.
+    """
+    where = steering.layers[0] if layer is None else layer
+    if where not in steering.layers or (layer is None and len(steering.layers) > 1):
+        raise InputError("layer", expected=f"one of the steered layers, {list(steering.layers)}", got=layer)
+    experts = steering.experts_at(where)
+    on = tuple(index for index, enabled in enumerate(experts.enabled) if enabled)
+    if len(on) < 2 or not len(contrasts):
+        raise InputError("expert_knockout", expected="contrasts, and at least two experts that are on", got=on)
+
+    def measured(one: FineSteer) -> Tensor:
+        if effect is None:
+            return answer_margin(model, one, contrasts, chat=chat, batch_size=batch_size)
+        return effect(model, one, contrasts)
+
+    ids = [prompt_ids(model, contrast.prompt, chat=chat) for contrast in contrasts]
+    queries = last_activations(model, ids, where, steering.site, batch_size=batch_size)
+    with progress_bar(1 + len(on), "removing experts", progress) as advance:
+        full = measured(steering)
+        removed = []
+        for index in on:
+            advance(1)
+            removed.append(measured(steering.without_expert(index)))
+    return Knockout(
+        on,
+        tuple(str(contrast.label) for contrast in contrasts),
+        full,
+        torch.stack(removed),
+        experts.route(queries).T[list(on)].cpu(),
+        MARGIN if effect is None else getattr(effect, "__name__", "effect").replace("_", " "),
+    )
+
+
+@dataclass(frozen=True)
+class RoutingReport:
+    """How experts share prompts among them.
+
+    Attributes:
+        agreement: share of prompts whose strongest expert is the one nearest, by cosine, to the prompt's own shift;
+            None without shifts.
+        nmi: normalised mutual information of strongest expert and label, 0 to 1; None without labels.
+        entropy: mean over prompts of the entropy of their weights, in nats; 0 where one expert takes all, log K where
+            all weigh the same.
+        usage_entropy: entropy of the mean weights, in nats; near 0 where the routing has collapsed on one expert.
+        dead: share of experts that are nobody's strongest.
+        prototype_share: mean of ‖C α‖ / ‖v‖, the prototypes' part of the vector.
+        residual_share: mean of ‖U β‖ / ‖v‖; the two need not add up to 1, since the parts may point apart.
+    """
+
+    agreement: float | None
+    nmi: float | None
+    entropy: float
+    usage_entropy: float
+    dead: float
+    prototype_share: float
+    residual_share: float
+
+
+def routing_report(
+    experts: Experts,
+    queries: Float[Tensor, "n d"],
+    *,
+    shifts: Float[Tensor, "n d"] | None = None,
+    labels: Sequence[str | None] | None = None,
+) -> RoutingReport:
+    """Describe the routing of prompts, as a rule of ones that the fit did not see.
+
+    Args:
+        experts: the experts.
+        queries: query activations, [n d].
+        shifts: the same prompts' own shifts, [n d], for the agreement.
+        labels: what each prompt is about, n of them, for the NMI.
+
+    Raises:
+        InputError: no queries, or another number of shifts or labels.
+        ShapeError: activations of another width than the experts'.
+    """
+    from sklearn.metrics import normalized_mutual_info_score
+
+    if not len(queries):
+        raise InputError("queries", expected="at least one row", got="none")
+    for name, given in (("shifts", shifts), ("labels", labels)):
+        if given is not None and len(given) != len(queries):
+            raise InputError(name, expected=f"one for each of {len(queries)} queries", got=len(given))
+    parts = experts.parts(queries)
+    strongest = parts.weights.argmax(dim=-1)
+    length = parts.vector.norm(dim=-1).clamp(min=1e-12)
+    on = sum(experts.enabled)
+    nmi = None if labels is None else normalized_mutual_info_score([str(one) for one in labels], strongest.tolist())
+    return RoutingReport(
+        agreement=None if shifts is None else float((strongest == experts.nearest(shifts)).float().mean()),
+        nmi=None if nmi is None else float(nmi),
+        entropy=float(torch.special.entr(parts.weights).sum(dim=-1).mean()),
+        usage_entropy=float(torch.special.entr(parts.weights.mean(dim=0)).sum()),
+        dead=1 - len(strongest.unique()) / on,
+        prototype_share=float((parts.prototype_part.norm(dim=-1) / length).mean()),
+        residual_share=float((parts.residual_part.norm(dim=-1) / length).mean()),
+    )

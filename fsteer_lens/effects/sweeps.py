@@ -1,0 +1,185 @@
+"""Effect, utility and KL at every strength, or at every layer."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fsteer_lens.activations import Activations, Shift, collect
+from fsteer_lens.effects.answers import MARGIN, Effect, Utility, answer_margin
+from fsteer_lens.errors import InputError
+from fsteer_lens.estimates import Estimate, Sweep, bootstrap
+from fsteer_lens.fitting import fit
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.progress import progress_bar
+from fsteer_lens.prompts import Contrast, Prompt
+from fsteer_lens.scoring import answer_divergences, answered
+from fsteer_lens.steering import Steering
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
+
+
+def strength_sweep(
+    model: SteerableModel,
+    methods: Steering | Mapping[str, Steering],
+    contrasts: Sequence[Contrast],
+    general: Sequence[Prompt],
+    *,
+    strengths: Sequence[float] = STRENGTHS,
+    answers: Sequence[str | Sequence[int]] | None = None,
+    effect: Effect | None = None,
+    utility: Utility | None = None,
+    chat: bool = False,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Sweep]:
+    """What every method does at every strength, each measure with its 95 % bootstrap interval.
+
+    Args:
+        model: the model that the methods were fitted on.
+        methods: steerings by name; a single one is called by its class. Their own strengths do not matter.
+        contrasts: prompts to be steered, held out from the fit, with both answers.
+        general: prompts to be left alone.
+        strengths: what to try.
+        answers: an answer to each general prompt, text or ids; KL is then their mean over the answer's tokens. None
+            looks at the first token alone, so that nothing is generated.
+        effect: a number per contrast; None takes `answer_margin`, in nats per token.
+        utility: a number per general prompt; None takes −KL(steered ‖ unsteered), in nats.
+        chat, batch_size: as in `answer_margin`.
+        seed: of the bootstrap.
+        progress: show a progress bar.
+
+    Returns:
+        {method: Sweep}, with `parameter="strength"`.
+
+    Raises:
+        InputError: no contrasts, general prompts, methods or strengths.
+        ContextLengthError, MismatchError: as in `answer_margin`.
+    """
+    named = {type(methods).__name__: methods} if isinstance(methods, Steering) else dict(methods)
+    wrong = [type(one).__name__ for one in named.values() if not isinstance(one, Steering)]
+    if not named or not len(strengths) or wrong:
+        raise InputError("strength_sweep", expected="at least one steering and one strength", got=wrong or "none")
+    tried = {
+        name: {float(strength): one.with_strength(float(strength)) for strength in strengths}
+        for name, one in named.items()
+    }
+    return _sweeps(
+        "strength", model, tried, contrasts, general, answers, effect, utility, chat, batch_size, seed, progress
+    )
+
+
+def layer_sweep(
+    model: SteerableModel,
+    train: Sequence[Contrast] | Mapping[int, Activations],
+    contrasts: Sequence[Contrast],
+    general: Sequence[Prompt],
+    *,
+    layers: Sequence[int] | None = None,
+    shift: Shift = "response_mean",
+    methods: Mapping[str, Callable[[Activations], Steering]] | None = None,
+    answers: Sequence[str | Sequence[int]] | None = None,
+    effect: Effect | None = None,
+    utility: Utility | None = None,
+    chat: bool = False,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> dict[str, Sweep]:
+    """Fit every method at every layer and measure what it does; activations of all layers come from one pass.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        train: contrasts to fit on, or what `collect` gave for them, {layer: Activations}.
+        contrasts, general, answers, effect, utility, chat, batch_size, seed, progress: as in `strength_sweep`.
+        layers: where to steer; None takes every layer (or those of `train`).
+        shift: as in `collect`; without effect where `train` is collected already.
+        methods: from the activations of one layer to a steering, by name; None is {"FineSteer": fit}.
+
+    Returns:
+        {method: Sweep}, with `parameter="layer"`.
+
+    Raises:
+        InputError: no layers or methods, or a layer that `train` lacks.
+        DataError, ContextLengthError: as in `collect`.
+    """
+    makers = {"FineSteer": fit} if methods is None else dict(methods)
+    if isinstance(train, Mapping):
+        chosen = sorted(train) if layers is None else list(layers)
+        missing = set(chosen) - set(train)
+        if missing:
+            raise InputError("layers", expected=f"layers among {sorted(train)}", got=sorted(missing))
+        collected = {layer: train[layer] for layer in chosen}
+    else:
+        chosen = list(range(model.cfg.n_layers)) if layers is None else list(layers)
+        options: Any = {"shift": shift, "chat": chat, "batch_size": batch_size, "progress": progress}
+        collected = collect(model, train, layer=chosen, **options) if chosen else {}
+    if not collected or not makers:
+        raise InputError("layer_sweep", expected="at least one layer and one method", got="none")
+    tried = {
+        name: {layer: make(activations) for layer, activations in collected.items()} for name, make in makers.items()
+    }
+    return _sweeps(
+        "layer", model, tried, contrasts, general, answers, effect, utility, chat, batch_size, seed, progress
+    )
+
+
+def _sweeps(
+    parameter: str,
+    model: SteerableModel,
+    tried: Mapping[str, Mapping[Any, Steering]],
+    contrasts: Sequence[Contrast],
+    general: Sequence[Prompt],
+    answers: Sequence[str | Sequence[int]] | None,
+    effect: Effect | None,
+    utility: Utility | None,
+    chat: bool,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> dict[str, Sweep]:
+    """Measure every steering; one unsteered pass over the general prompts serves them all."""
+    rows = answered(model, general, answers, chat=chat)
+    steerings = [steering for by_setting in tried.values() for steering in by_setting.values()]
+    measure = effect or partial(answer_margin, chat=chat, batch_size=batch_size)
+    effects, utilities = [], []
+    with progress_bar(len(steerings) + len(rows), f"sweeping {parameter}", progress) as advance:
+        found = answer_divergences(model, rows, steerings, batch_size=batch_size, advance=advance)
+        divergences = [torch.stack([one.mean() for one in by_row]) for by_row in found]
+        for steering, divergence in zip(steerings, divergences, strict=True):
+            effects.append(_each("effect", measure(model, steering, contrasts), len(contrasts)))
+            kept = -divergence if utility is None else utility(model, steering, general)
+            utilities.append(_each("utility", kept, len(general)))
+            advance(1)
+    effect_name = MARGIN if effect is None else _name(effect, "effect")
+    utility_name = "−KL(steered ‖ unsteered) (nats)" if utility is None else _name(utility, "utility")
+    measured = zip(*(_estimates(group, seed) for group in (effects, utilities, divergences)), strict=True)
+    return {
+        name: Sweep(
+            parameter,
+            tuple(by_setting),
+            *zip(*(next(measured) for _ in by_setting), strict=True),
+            effect_name=effect_name,
+            utility_name=utility_name,
+        )
+        for name, by_setting in tried.items()
+    }
+
+
+def _estimates(group: Sequence[Float[Tensor, " n"]], seed: int) -> list[Estimate]:
+    return [bootstrap(values, seed=seed) for values in group]
+
+
+def _each(what: str, values: Float[Tensor, " n"], n: int) -> Float[Tensor, " n"]:
+    if not isinstance(values, Tensor) or values.shape != (n,):
+        got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise InputError(f"what {what}= gave", expected=f"a tensor of {n} numbers, one for each", got=got)
+    return values
+
+
+def _name(measure: Any, otherwise: str) -> str:
+    return getattr(measure, "__name__", otherwise).replace("_", " ")
