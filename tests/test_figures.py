@@ -2,22 +2,19 @@
 
 import json
 import sys
-from html.parser import HTMLParser
-from importlib.util import find_spec
 
 import plotly.graph_objects as go
 import pytest
 import torch
 
-from fsteer_lens import MeanShift, figures, generate, tutor
+from fsteer_lens import figures
+from fsteer_lens.cli import find_browser
 from fsteer_lens.errors import InputError, MissingDependencyError, ShapeError
+from fsteer_lens.figures import saving
 from fsteer_lens.figures.gating import roc
 from fsteer_lens.figures.style import expert_colours
 from fsteer_lens.gates import EnergyGate, fit_gate
-from fsteer_lens.generation import Baseline, Generation, Generations
-from fsteer_lens.trace import Steps, Trace
-
-HOSTILE = ["</script>", "<img src=x onerror=alert(1)>", "a\nb", "🙂", "שלום", '"><b>', "\ud800", ""]
+from tests.figure_parts import trace_of
 
 
 @pytest.fixture(scope="module")
@@ -33,54 +30,6 @@ def groups():
 @pytest.fixture(scope="module")
 def gate(groups):
     return fit_gate(groups[0], rank=3, epsilon=0.1)
-
-
-@pytest.fixture(scope="module")
-def tutor_model():
-    return tutor.load()
-
-
-class Elements(HTMLParser):
-    """The elements of a piece of HTML, with their attributes, and its text."""
-
-    def __init__(self, body):
-        super().__init__()
-        self.found, self.text = [], ""
-        self.feed(body)
-
-    def handle_starttag(self, tag, attrs):
-        self.found.append((tag, dict(attrs)))
-
-    def handle_data(self, data):
-        self.text += data
-
-    def titled(self):
-        return [attributes for _, attributes in self.found if ": '" in attributes.get("title", "")]
-
-
-def trace_of(n_prompt=3, n_new=2, steered=(0, 1, 2), weights=None):
-    change = torch.zeros(1, n_prompt + n_new - 1)
-    change[0, list(steered)] = 0.5
-    nats = torch.tensor([[-0.1, -0.2]])
-    return Trace(
-        gate={4: torch.ones(1)},
-        weights={4: torch.tensor([[0.1, 0.9]]) if weights is None else weights},
-        change={4: change},
-        prompt_lengths=torch.tensor([n_prompt]),
-        first=torch.tensor([0]),
-        prompts=(tuple(f"p{i}" for i in range(n_prompt)),),
-        steps=Steps(
-            tokens=torch.tensor([[7, 8]]),
-            texts=(("n0", "<eos>"),),
-            logprobs=nats,
-            top_ids=torch.tensor([[[7, 1], [8, 2]]]),
-            top_logprobs=torch.tensor([[[-0.1, -3], [-0.2, -4]]]),
-            kl=torch.tensor([[4.0, 1.0]]),
-            baseline_logprobs=nats - 5,
-            baseline_top_ids=torch.tensor([[[1, 7], [8, 2]]]),
-            baseline_top_logprobs=torch.tensor([[[-0.3, -5.1], [-0.2, -4]]]),
-        ),
-    )
 
 
 # ------------------------------------------------------------------------------------------------------------ routing
@@ -119,7 +68,7 @@ def test_routing_refuses_what_does_not_fit():
         figures.expert_routing(torch.rand(2, 3), ["a"])
     with pytest.raises(InputError, match="every token"):
         figures.expert_routing(trace_of(weights=torch.rand(1, 5, 2)))
-    with pytest.raises(InputError, match=r"layers with expert weights, \[4\]"):
+    with pytest.raises(InputError, match=r"layers with weights, \[4\]"):
         figures.expert_routing(trace_of(), layer=2)
 
 
@@ -212,107 +161,6 @@ def test_rank_explorer_stays_small_and_refuses_what_does_not_fit(gate, groups):
         figures.rank_explorer(gate, {})
 
 
-# --------------------------------------------------------------------------------------------------------------- text
-
-
-def test_token_view_escapes_and_shows_every_token():
-    scores = torch.linspace(-1, 1, len(HOSTILE))
-    view = figures.token_scores(HOSTILE, scores, centred=True)
-    page = Elements(str(view))
-    assert {tag for tag, _ in page.found} <= {"div", "span", "wbr"}
-    assert not [key for _, attributes in page.found for key in attributes if key.startswith("on")]
-    for shown in ("</script>", "<img src=x onerror=alert(1)>", "a⏎b", "🙂", "שלום", "\ufffd"):
-        assert shown in page.text
-    str(view).encode()  # nothing that UTF-8 cannot hold
-    assert view._repr_html_() == str(view)
-
-
-def test_token_shades_follow_the_scores_and_nan_has_none():
-    view = figures.token_scores(list("abcd"), torch.tensor([-2.0, 0.0, float("nan"), 1.0]), centred=True)
-    styles = [attributes["style"] for attributes in Elements(str(view)).titled()]
-    assert "220,65,70,0.60" in styles[0] and "0.00" in styles[1] and "60,130,220,0.30" in styles[3]
-    assert "background" not in styles[2] and "nan" not in str(view).lower()
-    bounded = figures.token_scores(["a", "b"], torch.tensor([0.5, 9.0]), bounds=(0, 1))
-    assert [one["style"][-5:] for one in Elements(str(bounded)).titled()] == ["0.30)", "0.60)"]
-
-
-@pytest.mark.parametrize("steered", [(0, 1, 2), (2, 3), (0,), ()])
-def test_marks_of_a_trace_stand_at_the_steered_positions(steered):
-    titles = [one["title"] for one in Elements(str(figures.token_scores(trace_of(steered=steered)))).titled()]
-    assert [title.split("\n")[0] for title in titles] == ["0: 'p0'", "1: 'p1'", "2: 'p2'", "3: 'n0'", "4: '<eos>'"]
-    marked = [position for position, title in enumerate(titles) if "\nsteered" in title]
-    assert marked == list(steered)
-    assert [title.rsplit("\n", 1)[1] for title in titles] == ["prompt"] * 3 + ["generated"] * 2
-    assert "none" in titles[4]  # no forward pass went through the last token
-
-
-@pytest.mark.parametrize("scope", ["prompt", "generated", "all"])
-def test_marks_of_a_real_generation_stand_where_the_scope_says(tutor_model, scope):
-    prompts = ["<user>what is the capital of france?<tutor>", "<user>hi, how do you bake bread?<tutor>"]
-    steering = MeanShift(torch.full((128,), 0.1), layer=2, scope=scope)
-    trace = generate(tutor_model, prompts, steering, max_new_tokens=6, progress=False).trace
-    for row in range(2):
-        assert trace.prompts is not None and trace.steps is not None
-        n_prompt, n_new = len(trace.prompts[row]), len(trace.steps.texts[row])
-        titles = [one["title"] for one in Elements(str(figures.token_scores(trace, row=row))).titled()]
-        steered = [position for position, title in enumerate(titles) if "\nsteered" in title]
-        last = n_prompt + n_new - 1  # the last token predicts nothing
-        span = {"prompt": range(n_prompt), "generated": range(n_prompt - 1, last), "all": range(last)}[scope]
-        assert steered == list(span)
-        assert len(titles) == n_prompt + n_new
-
-
-def test_pads_are_struck_out_and_shift_the_prompts_end():
-    view = figures.token_scores(["<pad>", "a", "b", "c"], torch.ones(4), first=1, prompt_length=2)
-    page = Elements(str(view))
-    assert "padding" in page.titled()[0]["title"] and "line-through" in page.titled()[0]["style"]
-    assert ["prompt" in one["title"] for one in page.titled()] == [False, True, True, False]
-    body = str(view)
-    assert body.index("3: ") > body.index("the generated text begins here") > body.index("2: ")
-
-
-def test_token_view_refuses_what_does_not_fit():
-    with pytest.raises(InputError, match="one for each of 2 tokens"):
-        figures.token_scores(["a", "b"], torch.ones(3))
-    with pytest.raises(InputError, match="at least one"):
-        figures.token_scores([], torch.ones(0))
-    with pytest.raises(InputError, match="low < high"):
-        figures.token_scores(["a"], torch.ones(1), bounds=(1, 1))
-    with pytest.raises(InputError, match="token texts"):
-        figures.token_scores(Trace())
-
-
-def generations(texts=("n0",)):
-    return Generations(Generation(f"<b>{t}", t, (7, 8), trace_of(), Baseline("<i>plain", (1,))) for t in texts)
-
-
-def test_comparison_shows_both_texts_kl_and_log_probs():
-    class Tokenizer:
-        def decode(self, ids):
-            return f"<tok{ids[0]}>"
-
-    view = str(figures.steer_compare(generations(), tokenizer=Tokenizer(), titles=["<u>"]))
-    page = Elements(view)
-    for text in ("<b>n0", "<i>plain", "<u>", "gate 1.00 open", "expert 1 with weight 0.90", "<eos>"):
-        assert text in page.text
-    assert expert_colours(2)[1] in view
-    first, second = (one for _, one in page.found if "generated token" in one.get("title", ""))
-    assert "KL(steered ‖ unsteered) 4.00" in first["title"] and "-0.10 nats steered, -5.10 unsteered" in first["title"]
-    assert "-0.30  '<tok1>'" in first["title"]
-    assert ",0.6)" in first["style"] and ",0.15)" in second["style"]  # one scale, up to the largest KL
-    assert {tag for tag, _ in page.found} <= {"div", "table", "tbody", "tr", "th", "td", "span", "b"}
-    assert [tag for tag, _ in page.found].count("b") == 1  # the row's own title
-
-
-def test_comparison_takes_one_a_limit_and_refuses_what_has_no_twin():
-    assert str(figures.steer_compare(generations(list("abc")), limit=2)).count("plain") == 2
-    assert str(figures.steer_compare(generations()[0])).count("plain") == 1
-    with pytest.raises(InputError, match="compare=True"):
-        figures.steer_compare(Generation("p", "t", (1,), Trace()))
-    with pytest.raises(InputError, match="at least one"):
-        figures.steer_compare(Generations([]))
-
-
 # ------------------------------------------------------------------------------------------------------------- saving
 
 
@@ -332,11 +180,19 @@ def test_files_hold_the_figure_and_ask_for_nothing(tmp_path, gate, groups):
         figures.save(figure, tmp_path / "a.docx")
 
 
-@pytest.mark.skipif(find_spec("kaleido") is not None, reason="kaleido is installed")
-def test_a_picture_without_kaleido_says_what_to_install(tmp_path, gate, groups):
-    with pytest.raises(MissingDependencyError, match="pip install kaleido"):
+def test_a_picture_without_kaleido_says_what_to_install(tmp_path, gate, groups, monkeypatch):
+    monkeypatch.setattr(saving, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"fsteer-lens\[paper\]"):
         figures.save(figures.gate_separation(gate, *groups), tmp_path / "a.pdf")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(find_browser() is None, reason="no Chromium or Chrome on the path")
+def test_a_paper_figure_is_a_pdf(tmp_path, gate, groups):
+    pytest.importorskip("kaleido", reason="kaleido is not installed")
+    figures.save(figures.gate_separation(gate, *groups), tmp_path / "a.pdf")
+    data = (tmp_path / "a.pdf").read_bytes()
+    assert data.startswith(b"%PDF") and len(data) > 5000
 
 
 def test_no_figure_offers_to_upload_its_data_and_all_are_clear_on_dark_and_light(gate, groups):

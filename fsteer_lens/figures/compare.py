@@ -6,75 +6,111 @@ from typing import Any, Final
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.html import MONO, MUTED, Html, block, escape, span, visible
-from fsteer_lens.figures.style import GRID, accent, expert_colours, plain
+from fsteer_lens.figures.likeliest import Likely, likeliest
+from fsteer_lens.figures.rich import BOX, STYLE, circuitsvis_bundle, component_markup
+from fsteer_lens.figures.style import GRID, accent, expert_colours, one_line, plain
+from fsteer_lens.figures.tokens import title_of
 from fsteer_lens.gates import OPEN
 from fsteer_lens.generation import Generation, Generations
-from fsteer_lens.prompts import prompt_text
-from fsteer_lens.trace import Steps, Trace
+from fsteer_lens.steps import Steps
+from fsteer_lens.trace import Trace
 
 CELL: Final = f"padding:8px 12px;vertical-align:top;border-top:1px solid {GRID};text-align:left"
+FAINT: Final = "opacity:.45"
 SHADE: Final = 0.6
+UNKNOWN: Final = -100.0
+"""A log-probability for circuitsvis, which knows no gaps, where there is none."""
 
 
 def steer_compare(
-    generations: Generations | Generation, *, limit: int | None = 6, tokenizer: Any = None, titles: Sequence[str] = ()
+    generations: Generations | Generation | Trace,
+    *,
+    limit: int | None = 6,
+    titles: Sequence[str] = (),
+    rich: bool = False,
+    bundle: bool = True,
 ) -> Html:
     """Unsteered beside steered text, a row for each prompt, with what gate and experts decided.
 
     The shade of a steered token is KL(steered ‖ unsteered) of the distribution that it was drawn from, in nats, on one
-    scale for all rows; hovering tells its log-probability with and without steering and the likeliest tokens.
+    scale for all rows; hovering tells its log-probability with and without steering and the likeliest tokens. Tokens
+    that are not part of the text, such as the end of sequence, are faint.
 
     Args:
-        generations: from `generate(..., compare=True)`.
+        generations: from `generate(..., compare=True)`, or their trace, also one that was read from a file.
         limit: show this many of them, the first ones; None shows all.
-        tokenizer: the model's, which turns the ids of the likeliest tokens into text; None shows ids.
         titles: what to call each row.
+        rich: the `token_log_probs` of circuitsvis: the steered text twice, coloured by the log-probability that the
+            steered and the unsteered model give each token, with ranks among the likeliest tokens on hover; needs
+            scripts, so a notebook must be trusted.
+        bundle: put circuitsvis' 1.3 MB into a rich view; False where `circuitsvis_bundle()` is on the page already.
 
     Raises:
         InputError: none to show, or a generation without its unsteered twin.
     """
-    shown = [generations] if isinstance(generations, Generation) else list(generations)[:limit]
-    if not shown:
+    rows = _rows(generations)[:limit]
+    if not rows:
         raise InputError("generations", expected="at least one", got="none")
-    twins = [(item, item.baseline, item.trace.steps) for item in shown]
-    rows, most = [], 0.0
-    for item, baseline, steps in twins:
-        if baseline is None or steps is None or steps.kl is None:
-            raise InputError(repr(item), got="no unsteered twin", fix="Generate with compare=True.")
-        most = max([most, *(value for value in plain(steps.kl[0]) if value is not None)])
-    for index, (item, baseline, steps) in enumerate(twins):
-        assert baseline is not None and steps is not None
+    most = max((value or 0.0 for _, steps, _ in rows for value in _kl(steps)), default=0.0)
+    parts = []
+    for index, (trace, steps, unsteered) in enumerate(rows):
         title = f"<b>{escape(titles[index])}</b> " if index < len(titles) else ""
-        rows.append(
+        special = {text for number, text in enumerate(steps.texts[0]) if _is_special(steps, number)}
+        plainly = "".join(span(visible(text), FAINT if text in special else "") for text in unsteered)
+        parts.append(
             f'<tr><td colspan="2" style="{CELL};padding-bottom:0">{title}'
-            f'<span dir="auto" style="{MONO};font-size:13px">{visible(prompt_text(item.prompt))}</span>'
-            f"{_decision(item.trace)}</td></tr>"
-            f'<tr><td style="{CELL};border-top:0;width:50%"><span dir="auto">{visible(baseline.text)}</span></td>'
-            f'<td style="{CELL};border-top:0"><span dir="auto">{_tokens(item.text, steps, most, tokenizer)}</span></td>'
-            "</tr>"
+            f'<span dir="auto" style="{MONO};font-size:13px">{visible(title_of(trace, 0))}</span>'
+            f"{_decision(trace)}</td></tr>"
+            f'<tr><td style="{CELL};border-top:0;width:50%"><span dir="auto">{plainly}</span></td>'
+            f'<td style="{CELL};border-top:0"><span dir="auto">{_tokens(steps, most)}</span></td></tr>'
         )
+        if rich:
+            parts.append(f'<tr><td colspan="2" style="{CELL};border-top:0">{_rich(trace, steps)}</td></tr>')
     head = "".join(f'<th style="{CELL};border-top:0;{MUTED}">{name}</th>' for name in ("without steering", "steered"))
     table = (
         '<table style="border-collapse:collapse;width:100%;table-layout:fixed;color:inherit;font-size:14px;'
-        f'white-space:pre-wrap;overflow-wrap:anywhere"><tbody><tr>{head}</tr>{"".join(rows)}</tbody></table>'
+        f'white-space:pre-wrap;overflow-wrap:anywhere"><tbody><tr>{head}</tr>{"".join(parts)}</tbody></table>'
     )
-    return Html(block([table, _legend(most)]))
+    script = circuitsvis_bundle().body if rich and bundle else ""
+    return Html(script + block([table, _legend(most)]))
 
 
-def _tokens(answer: str, steps: Steps, most: float, tokenizer: Any) -> str:
-    """The steered tokens, shaded by KL, with log-probabilities on hover; those that the answer lacks are faint."""
-    assert steps.kl is not None
-    kl = plain(steps.kl[0])
+def _rows(generations: Generations | Generation | Trace) -> list[tuple[Trace, Steps, tuple[str, ...]]]:
+    """Trace, steps and unsteered tokens of each row."""
+    if isinstance(generations, Trace):
+        traces = [generations.row(index) for index in range(generations.n_rows)]
+    else:
+        items = [generations] if isinstance(generations, Generation) else generations
+        traces = [item.trace for item in items]
+    rows = []
+    for trace in traces:
+        steps, unsteered = trace.steps, trace.unsteered
+        if trace.prompts is None or steps is None or steps.kl is None or unsteered is None:
+            raise InputError(repr(trace), got="no unsteered twin", fix="Generate with compare=True.")
+        rows.append((trace, steps, unsteered[0]))
+    return rows
+
+
+def _tokens(steps: Steps, most: float) -> str:
+    """The steered tokens, shaded by KL, with log-probabilities on hover."""
     parts = []
-    for step, text in enumerate(steps.texts[0]):
-        value = kl[step]
+    for step, (text, value) in enumerate(zip(steps.texts[0], _kl(steps), strict=True)):
         shade = "" if value is None or most == 0 else f"background:{accent(SHADE * value / most)}"
-        style = shade if text in answer else f"{shade};opacity:.45"
-        parts.append(span(visible(text), style, _told(steps, step, tokenizer)))
+        style = f"{shade};{FAINT}" if _is_special(steps, step) else shade
+        parts.append(span(visible(text), style, _told(steps, step)))
     return "".join(parts)
 
 
-def _told(steps: Steps, step: int, tokenizer: Any) -> str:
+def _kl(steps: Steps) -> list[float | None]:
+    assert steps.kl is not None
+    return plain(steps.kl[0, : len(steps.texts[0])])
+
+
+def _is_special(steps: Steps, step: int) -> bool:
+    return steps.special is not None and bool(steps.special[0, step])
+
+
+def _told(steps: Steps, step: int) -> str:
     """What hovering over a token tells, in plain text."""
     assert steps.kl is not None
     lines = [
@@ -84,14 +120,12 @@ def _told(steps: Steps, step: int, tokenizer: Any) -> str:
     ]
     if steps.baseline_logprobs is not None:
         lines[-1] += f", {_number(steps.baseline_logprobs[0, step])} unsteered"
-    for name, ids, logprobs in (
-        ("steered", steps.top_ids, steps.top_logprobs),
-        ("unsteered", steps.baseline_top_ids, steps.baseline_top_logprobs),
+    for name, top in (
+        ("steered", likeliest(steps, "top", step)),
+        ("unsteered", likeliest(steps, "baseline_top", step)),
     ):
-        if ids is not None and logprobs is not None:
-            lines.append(f"likeliest {name}:")
-            pairs = zip(ids[0, step].tolist(), logprobs[0, step].tolist(), strict=True)
-            lines += [f"   {_number(value)}  {_name(token, tokenizer)}" for token, value in pairs if token >= 0]
+        lines += [f"likeliest {name}:"] * bool(top)
+        lines += [f"   {_number(one.logprob)}  {one.text!r}" for one in top]
     return "\n".join(lines)
 
 
@@ -99,8 +133,39 @@ def _number(value: Any) -> str:
     return f"{float(value):.2f}" if math.isfinite(float(value)) else "unknown"
 
 
-def _name(token: int, tokenizer: Any) -> str:
-    return f"id {token}" if tokenizer is None else repr(tokenizer.decode([token]))
+def _rich(trace: Trace, steps: Steps) -> str:
+    """The steered text under both models, as circuitsvis shows log-probabilities."""
+    assert trace.prompts is not None
+    parts = []
+    n = len(steps.texts[0])
+    for name, tops, logprobs in (
+        ("steered model", [likeliest(steps, "top", step) for step in range(n)], steps.logprobs),
+        ("unsteered model", [likeliest(steps, "baseline_top", step) for step in range(n)], steps.baseline_logprobs),
+    ):
+        if logprobs is None or not all(tops):
+            continue
+        ranks = [_rank(top, int(token)) for top, token in zip(tops, steps.tokens[0].tolist(), strict=False)]
+        before = trace.prompts[0][-1:] or ("",)
+        properties = {
+            "prompt": [one_line(text) or "·" for text in (*before, *steps.texts[0])],
+            "topKLogProbs": [[_known(one.logprob) for one in top] for top in tops],
+            "topKTokens": [[one_line(one.text) or "·" for one in top] for top in tops],
+            "correctTokenRank": ranks,
+            "correctTokenLogProb": [_known(value) for value in logprobs[0, :n].tolist()],
+        }
+        parts.append(f"<div>log-probabilities of the {name} (0 to −5 nats: red to white)</div>")
+        parts.append(component_markup("TokenLogProbs", properties))
+    return f'{STYLE}<div style="{BOX}">{"".join(parts)}</div>'
+
+
+def _rank(top: Sequence[Likely], token: int) -> int | str:
+    """Rank of a token among the likeliest, or that it comes after all of them."""
+    ids = [one.token for one in top]
+    return ids.index(token) if token in ids else f"{len(ids)} or later"
+
+
+def _known(value: float) -> float:
+    return value if math.isfinite(value) else UNKNOWN
 
 
 def _decision(trace: Trace) -> str:

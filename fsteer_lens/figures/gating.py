@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.figures.style import TEXT, group_colours, label_text, plain, styled
+from fsteer_lens.figures.style import CURVE, TEXT, group_colours, label_text, plain, styled
 from fsteer_lens.gates import Gate, SubspaceGate
 
 if TYPE_CHECKING:
@@ -135,7 +135,7 @@ def _add_roc(
             x=plain(100 * false_alarms),
             y=plain(100 * hits),
             mode="lines",
-            line={"color": "#832db6", "width": 2.5},
+            line={"color": CURVE, "width": 2.5},
             hovertemplate="%{y:.1f} % hit at %{x:.1f} % false alarms<extra></extra>",
             **shared,
         )
@@ -146,7 +146,7 @@ def _add_roc(
             x=[alarm],
             y=[hit],
             mode="markers",
-            marker={"color": "#832db6", "size": 11, "line": {"color": "#fff", "width": 1.5}},
+            marker={"color": CURVE, "size": 11, "line": {"color": "#fff", "width": 1.5}},
             hovertemplate="the gate's threshold<br>%{y:.1f} % hit, %{x:.1f} % false alarms<extra></extra>",
             **shared,
         )

@@ -32,7 +32,7 @@ class Html:
 
 def escape(text: str) -> str:
     """Text as HTML, in an element or in a quoted attribute; unpaired surrogates become U+FFFD."""
-    return html.escape(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+    return html.escape(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", ""))
 
 
 def visible(token: str) -> str:
@@ -51,4 +51,10 @@ def span(text: str, style: str = "", title: str = "") -> str:
 
 def block(parts: list[str], style: str = "") -> str:
     """A block in the reader's own text colour."""
-    return f'<div style="font-family:{FONT};line-height:1.5;{style}">{"".join(parts)}</div>'.replace("\0", "")
+    return f'<div style="font-family:{FONT};line-height:1.5;{style}">{"".join(parts)}</div>'
+
+
+def legend_line(parts: list[str]) -> str:
+    """Pieces of markup in a line below a view."""
+    items = "".join(f"<span style='display:inline-block;margin-right:1.6em'>{part}</span>" for part in parts)
+    return f"<div style='font-size:12px;margin-top:6px'>{items}</div>"

@@ -9,7 +9,17 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.figures.style import TEXT, accent, expert_colours, hover_prompt, label_text, plain, styled
+from fsteer_lens.figures.heatmaps import heatmap
+from fsteer_lens.figures.style import (
+    TEXT,
+    expert_colours,
+    expert_names,
+    expert_ticks,
+    hover_prompt,
+    label_text,
+    styled,
+)
+from fsteer_lens.figures.tokens import title_of
 from fsteer_lens.trace import Trace
 
 if TYPE_CHECKING:
@@ -42,7 +52,7 @@ def expert_routing(
 
     if isinstance(weights, Trace):
         prompts = _prompts(weights) if prompts is None else prompts
-        alpha = _weights(weights, layer)
+        alpha = weights_of(weights, layer)
     else:
         alpha = weights
     n_prompts, n_experts = alpha.shape
@@ -62,16 +72,13 @@ def expert_routing(
     ]
     colours = expert_colours(n_experts)
     figure = go.Figure(
-        go.Heatmap(
-            z=plain(ordered),
+        heatmap(
+            ordered,
+            "weight α (0 to 1)",
+            most=1.0,
             x=list(range(n_experts)),
-            zmin=0,
-            zmax=1,
-            colorscale=[[0, accent(0)], [1, accent(1)]],
-            colorbar={"title": {"text": "weight α (0 to 1)", "side": "right"}, "outlinewidth": 0, "thickness": 12},
             customdata=[[text] * n_experts for text in hover],
-            hovertemplate="%{x}: weight %{z:.3f}<br>%{customdata}<extra></extra>",
-            hoverongaps=False,
+            hovertemplate="expert %{x}: weight %{z:.3f}<br>%{customdata}<extra></extra>",
         )
     )
     figure.add_trace(
@@ -99,7 +106,7 @@ def _with_axes(
     styled(figure, title, height=min(640, max(300, 130 + 2 * n_prompts, 130 + 34 * len(groups))))
     figure.update_xaxes(
         tickvals=[*range(n_experts), n_experts - 0.15],
-        ticktext=[f'<span style="color:{c}">■</span> expert {i}' for i, c in enumerate(colours)] + ["strongest"],
+        ticktext=[*expert_ticks(expert_names(n_experts)), "strongest"],
         side="top",
         range=[-0.5, n_experts + 0.1],
         showgrid=False,
@@ -119,21 +126,18 @@ def _with_axes(
     return figure
 
 
-def _weights(trace: Trace, layer: int | None) -> Float[Tensor, "prompts experts"]:
-    known = sorted(trace.weights)
-    if layer is None and len(known) == 1:
-        layer = known[0]
-    if layer not in trace.weights:
-        raise InputError("layer", expected=f"one of the layers with expert weights, {known}", got=layer)
-    if trace.weights[layer].ndim != 2:
+def weights_of(trace: Trace, layer: int | None) -> Float[Tensor, "prompts experts"]:
+    """The mix of every row of a trace; those that the gate left alone have one too."""
+    weights = trace.weights[trace.layer_of("weights", layer)]
+    if weights.ndim != 2:
         raise InputError(
             "expert weights of the trace",
             expected="one row per prompt [prompts experts]",
-            got=list(trace.weights[layer].shape),
+            got=list(weights.shape),
             fix="A probe records every token: pick one, as in trace.weights[layer][:, -1].",
         )
-    return trace.weights[layer].float()
+    return weights.float()
 
 
 def _prompts(trace: Trace) -> list[str] | None:
-    return None if trace.prompts is None else ["".join(tokens) for tokens in trace.prompts]
+    return None if trace.prompts is None else [title_of(trace, row) for row in range(trace.n_rows)]

@@ -1,7 +1,7 @@
 """Writing a figure to a file."""
 
-import importlib.util
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -39,10 +39,10 @@ def save(figure: "plotly.graph_objects.Figure | Html", path: str | os.PathLike[s
     elif kind == ".json":
         data = figure.to_json()
     else:
-        if importlib.util.find_spec("kaleido") is None:
+        if find_spec("kaleido") is None:
             raise MissingDependencyError(
                 f"a {kind} picture needs kaleido",
-                fix="pip install kaleido, and have Chrome or Chromium; or save .html.",
+                fix='pip install "fsteer-lens[paper]", and have Chrome or Chromium; or save .html.',
             )
         data = bytes(figure.to_image(format=kind[1:], scale=2))
     write_atomically(target, data if isinstance(data, bytes) else str(data).encode())

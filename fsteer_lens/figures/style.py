@@ -3,10 +3,12 @@
 import html
 import math
 import textwrap
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor
 
+from fsteer_lens.errors import InputError
 from fsteer_lens.prompts import Prompt, prompt_text
 
 if TYPE_CHECKING:
@@ -33,6 +35,20 @@ GRID: Final = "rgba(127,127,127,.25)"
 ACCENT: Final = (8, 158, 160)
 """Red, green, blue of everything on a scale from 0 to 1; the scale is its opacity, so that 0 is the page."""
 
+POSITIVE: Final = (60, 130, 220)
+NEGATIVE: Final = (220, 65, 70)
+"""Red, green, blue of what is above and below zero, on a scale around zero."""
+
+RAISED: Final = "#4393c3"
+LOWERED: Final = "#d6604d"
+"""Bars above and below zero."""
+
+CURVE: Final = "#a55bd3"
+"""Of a curve that is no expert's and no group's; clear on white and on black."""
+
+STEERED_COLOUR: Final = "#f89c20"
+"""Of what was steered, in text views and figures."""
+
 FONT: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 CONFIG: Final = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["sendChartToCloud"]}
 """Plotly configuration for pages: no logo, and no button that uploads the data."""
@@ -52,6 +68,29 @@ def group_colours(n_groups: int) -> list[str]:
 def accent(opacity: float) -> str:
     """The sequential colour at an opacity in [0, 1]."""
     return "rgba({},{},{},{:.3g})".format(*ACCENT, opacity)
+
+
+def expert_names(n_experts: int, names: Sequence[str] | None = None) -> list[str]:
+    """What to call each expert, by default "expert 0", "expert 1", ..., as plain text."""
+    if names is None:
+        return [f"expert {index}" for index in range(n_experts)]
+    if len(names) != n_experts:
+        raise InputError("names", expected=f"one for each of {n_experts} experts", got=len(names))
+    return list(names)
+
+
+def expert_ticks(names: Sequence[str]) -> list[str]:
+    """Tick labels of experts, each after a square of its colour."""
+    colours = expert_colours(len(names))
+    return [f'<span style="color:{c}">■</span> {label_text(name)}' for c, name in zip(colours, names, strict=True)]
+
+
+def token_ticks(tokens: Sequence[str], most: int = 60, width: int = 12) -> dict[str, Any]:
+    """An axis whose ticks are tokens; of more than `most` tokens every second, third, ... gets one."""
+    step = -(-len(tokens) // most)
+    shown = range(0, len(tokens), step)
+    texts = [token if len(token) <= width else f"{token[: width - 1]}…" for token in (tokens[i] for i in shown)]
+    return {"tickvals": list(shown), "ticktext": [label_text(text) or "·" for text in texts]}
 
 
 def styled(figure: "plotly.graph_objects.Figure", title: str, height: int) -> "plotly.graph_objects.Figure":
@@ -87,6 +126,12 @@ def styled(figure: "plotly.graph_objects.Figure", title: str, height: int) -> "p
     return figure
 
 
+def panel_title(figure: "plotly.graph_objects.Figure", xref: str, text: str, yref: str = "paper", y: float = 1) -> None:
+    """A title above one panel of several, at its left edge."""
+    where = {"x": 0, "xref": xref, "xanchor": "left", "y": y, "yref": yref, "yanchor": "bottom", "yshift": 4}
+    figure.add_annotation(text=text, showarrow=False, font={"size": 13}, **where)
+
+
 def plain(values: Tensor, digits: int = 4) -> Any:
     """A tensor as nested lists, rounded, with None for NaN and infinity."""
 
@@ -98,13 +143,29 @@ def plain(values: Tensor, digits: int = 4) -> Any:
     return cleaned(values.detach().double().cpu().tolist())
 
 
+def finite(number: float) -> float | None:
+    """A number, or None for NaN and infinity."""
+    return number if math.isfinite(number) else None
+
+
 def label_text(text: str) -> str:
-    """Text for plotly, which reads markup: escaped, with line breaks as ⏎."""
-    return html.escape(text.replace("\r\n", "\n").replace("\n", "⏎"), quote=False)
+    """Text for plotly, which reads markup: escaped, with line breaks as ⏎, and nothing that UTF-8 cannot hold."""
+    return html.escape(one_line(text), quote=False)
+
+
+def one_line(text: str) -> str:
+    """Text without line breaks, which are shown as ⏎; unpaired surrogates become U+FFFD, and NUL goes."""
+    whole = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", "")
+    return whole.replace("\r\n", "\n").replace("\n", "⏎")
+
+
+def wrapped(text: str, width: int) -> str:
+    """Text for plotly in lines of at most `width` characters."""
+    return "<br>".join(html.escape(line, quote=False) for line in textwrap.wrap(one_line(text), width)) or " "
 
 
 def hover_prompt(prompt: Prompt, width: int = 60, limit: int = 400) -> str:
     """A prompt for a hover label: escaped, cut at `limit` characters, in lines of at most `width`."""
-    text = prompt_text(prompt).replace("\r\n", "\n").replace("\n", "⏎")
+    text = one_line(prompt_text(prompt))
     cut = text if len(text) <= limit else text[: limit - 1] + "…"
-    return "<br>".join(html.escape(line, quote=False) for line in textwrap.wrap(cut, width)) or " "
+    return wrapped(cut, width)

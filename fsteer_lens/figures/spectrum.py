@@ -1,0 +1,98 @@
+"""How many directions a subspace needs."""
+
+from typing import TYPE_CHECKING
+
+from jaxtyping import Float
+from torch import Tensor
+
+from fsteer_lens.errors import InputError
+from fsteer_lens.figures.style import CURVE, GROUPS, TEXT, plain, styled
+from fsteer_lens.linalg import require_rank
+from fsteer_lens.subspace import Subspace
+
+if TYPE_CHECKING:
+    import plotly.graph_objects
+
+
+def scree(
+    subspace: Subspace,
+    auroc: Float[Tensor, " r"] | None = None,
+    *,
+    rank: int | None = None,
+    title: str = "How many directions does the subspace need?",
+) -> "plotly.graph_objects.Figure":
+    """Explained variance by direction as bars, its cumulative share as a line, and below them AUROC by rank.
+
+    Args:
+        subspace: with all of its directions, r of them.
+        auroc: how well the energy ratio at each rank tells the two kinds of prompt apart, [r]; as
+            `auroc(ratios of the one kind, ratios of the other)` gives it.
+        rank: the gate's, marked by a line.
+        title: above the figure.
+
+    Raises:
+        InputError: another number of AUROCs than directions, or a rank that was not fitted.
+    """
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    r = subspace.rank
+    if auroc is not None and len(auroc) != r:
+        raise InputError("auroc", expected=f"one for each of {r} ranks", got=len(auroc))
+    if rank is not None:
+        require_rank(rank, r, "the ranks that were fitted")
+    ranks = list(range(1, r + 1))
+    rows = 1 if auroc is None else 2
+    heights = [1.0] if auroc is None else [0.6, 0.4]
+    figure = make_subplots(rows=rows, cols=1, shared_xaxes=True, row_heights=heights, vertical_spacing=0.09)
+    figure.add_trace(
+        go.Bar(
+            x=ranks,
+            y=plain(100 * subspace.explained),
+            name="of this direction",
+            marker={"color": GROUPS[1], "line": {"width": 0}},
+            hovertemplate="direction %{x}: %{y:.2f} % of the variance<extra></extra>",
+        ),
+        row=1,
+        col=1,
+    )
+    figure.add_trace(
+        go.Scatter(
+            x=ranks,
+            y=plain(100 * subspace.explained.cumsum(0)),
+            name="of all directions up to here",
+            mode="lines+markers",
+            marker={"size": 5},
+            line={"color": GROUPS[2], "width": 2},
+            hovertemplate="rank %{x}: %{y:.1f} % of the variance<extra></extra>",
+        ),
+        row=1,
+        col=1,
+    )
+    if auroc is not None:
+        figure.add_trace(
+            go.Scatter(
+                x=ranks,
+                y=plain(auroc),
+                mode="lines+markers",
+                marker={"size": 5},
+                line={"color": CURVE, "width": 2},
+                showlegend=False,
+                hovertemplate="rank %{x}: AUROC %{y:.4f}<extra></extra>",
+            ),
+            row=2,
+            col=1,
+        )
+    styled(figure, title, height=360 if auroc is None else 480)
+    figure.update_xaxes(range=[0.4, r + 0.6], showgrid=False)
+    figure.update_xaxes(title="direction, rank r", row=rows, col=1)
+    figure.update_yaxes(title="variance of the queries (%)", range=[0, 104], row=1, col=1)
+    if auroc is not None:
+        figure.update_yaxes(title={"text": "AUROC", "standoff": 15}, row=2, col=1)
+    if rank is not None:
+        line = {"color": TEXT, "width": 2, "dash": "dash"}
+        figure.add_shape(type="line", x0=rank, x1=rank, y0=0, y1=1, yref="paper", line=line)
+        side = "right" if rank > 0.7 * r else "left"
+        place = {"x": rank, "y": 0.5, "yref": "y domain", "xanchor": side, "xshift": -5 if side == "right" else 5}
+        figure.add_annotation(text=f"the gate's rank {rank}", showarrow=False, **place)
+    return figure

@@ -1,0 +1,136 @@
+"""What steering does at every strength, or at every layer."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from fsteer_lens.errors import InputError
+from fsteer_lens.estimates import Estimate, Sweep
+from fsteer_lens.figures.style import expert_colours, finite, label_text, panel_title, styled, wrapped
+
+if TYPE_CHECKING:
+    import plotly.graph_objects
+
+TRADE_OFF = "trade-off"
+HEADINGS = {"kl": "KL", TRADE_OFF: "effect against utility"}
+MARKERS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
+
+
+def strength_sweep(
+    sweeps: Sweep | Mapping[str, Sweep], *, title: str = "What more strength brings, and what it costs"
+) -> "plotly.graph_objects.Figure":
+    """Effect and KL by strength, and effect against utility, with 95 % intervals; several methods in their own colours.
+
+    In the last panel a method runs from its first strength to its last; up and to the right is better.
+
+    Args:
+        sweeps: of one method, or {method: sweep}.
+        title: above the figure.
+
+    Raises:
+        InputError: no sweep, one without settings, or sweeps of different things.
+    """
+    return _panels(sweeps, title, ("effect", "kl", TRADE_OFF), is_layer=False)
+
+
+def layer_sweep(
+    sweeps: Sweep | Mapping[str, Sweep], *, title: str = "At which layer does steering work?"
+) -> "plotly.graph_objects.Figure":
+    """Effect, utility and KL by steered layer, side by side, with 95 % intervals; arguments as for `strength_sweep`.
+
+    Where the utility is −KL, as it is by default, it has no panel of its own.
+    """
+    every = [sweeps] if isinstance(sweeps, Sweep) else list(sweeps.values())
+    pairs = [pair for one in every for pair in zip(one.utility, one.kl, strict=False)]
+    mirrored = all(utility.value == -kl.value for utility, kl in pairs)
+    return _panels(sweeps, title, ("effect", "kl") if mirrored else ("effect", "utility", "kl"), is_layer=True)
+
+
+def _panels(
+    sweeps: Sweep | Mapping[str, Sweep], title: str, panels: Sequence[str], *, is_layer: bool
+) -> "plotly.graph_objects.Figure":
+    import plotly.graph_objects as go
+    from plotly.subplots import make_subplots
+
+    named = {"": sweeps} if isinstance(sweeps, Sweep) else dict(sweeps)
+    first = _checked(named, is_layer)
+    meanings = {"effect": first.effect_name, "utility": first.utility_name, "kl": "KL(steered ‖ unsteered) (nats)"}
+    figure = make_subplots(rows=1, cols=len(panels), horizontal_spacing=0.12)
+    for index, (method, colour) in enumerate(zip(named, expert_colours(len(named)), strict=True)):
+        sweep = named[method]
+        about = f"{label_text(method)}<br>" if method else ""
+        for column, panel in enumerate(panels, 1):
+            measure = "effect" if panel == TRADE_OFF else panel
+            estimates: Sequence[Estimate] = getattr(sweep, measure)
+            across = {"x": list(sweep.settings)}
+            if panel == TRADE_OFF:
+                across = {"x": [finite(one.value) for one in sweep.utility], "error_x": _bars(sweep.utility)}
+            said = [f"{label_text(sweep.parameter)} {setting:g}" for setting in sweep.settings]
+            figure.add_trace(
+                go.Scatter(
+                    **across,
+                    y=[finite(one.value) for one in estimates],
+                    error_y=_bars(estimates),
+                    mode="lines+markers",
+                    name=label_text(method),
+                    legendgroup=str(index),
+                    showlegend=bool(method) and column == 1,
+                    line={"color": colour, "width": 2},
+                    marker={"color": colour, "size": 8, "symbol": MARKERS[index % len(MARKERS)]},
+                    text=said,
+                    customdata=[[f"{one.interval[0]:.3g} to {one.interval[1]:.3g}"] for one in estimates],
+                    hovertemplate=f"{about}%{{text}}<br>{label_text(meanings[measure])}: %{{y:.3g}}"
+                    "<br>95 %: %{customdata[0]}<extra></extra>",
+                ),
+                row=1,
+                col=column,
+            )
+    styled(figure, title, height=400)
+    for column, panel in enumerate(panels, 1):
+        place: dict[str, Any] = {"row": 1, "col": column}
+        trade_off = panel == TRADE_OFF
+        figure.update_xaxes(
+            title=wrapped(meanings["utility"], 32) if trade_off else label_text(first.parameter), **place
+        )
+        figure.update_yaxes(title=wrapped(meanings["effect" if trade_off else panel], 32), **place)
+        if panel == "kl":
+            figure.update_yaxes(rangemode="tozero", **place)
+        panel_title(figure, f"x{column if column > 1 else ''} domain", HEADINGS.get(panel, panel))
+    if is_layer:
+        figure.update_xaxes(dtick=1)
+    below = {"orientation": "h", "y": 1.1, "yanchor": "bottom", "x": 0}
+    figure.update_layout(legend=below, margin={"t": 120 if len(named) > 1 else 75})
+    return figure
+
+
+def _checked(named: Mapping[str, Sweep], is_layer: bool) -> Sweep:
+    """The first of the sweeps, after a check that they belong into one figure."""
+    if not named:
+        raise InputError("sweeps", expected="at least one", got="none")
+    first = next(iter(named.values()))
+    for name, sweep in named.items():
+        if not sweep.settings:
+            raise InputError(f"sweep {name!r}", expected="at least one setting", got="none")
+        for what in ("effect", "utility", "kl"):
+            if len(getattr(sweep, what)) != len(sweep.settings):
+                got, expected = len(getattr(sweep, what)), f"{len(sweep.settings)}, one for each setting"
+                raise InputError(f"{what} of sweep {name!r}", expected=expected, got=got)
+        for what in ("parameter", "effect_name", "utility_name"):
+            if getattr(sweep, what) != getattr(first, what):
+                raise InputError(f"{what} of sweep {name!r}", expected=repr(getattr(first, what)), got=repr(sweep))
+    if first.parameter.startswith("layer") != is_layer:
+        draw = "strength_sweep" if is_layer else "layer_sweep"
+        expected = "a sweep over layers" if is_layer else "a sweep over strengths"
+        raise InputError("sweeps", expected=expected, got=repr(first), fix=f"Draw it with {draw}.")
+    return first
+
+
+def _bars(estimates: Sequence[Estimate]) -> dict[str, Any]:
+    """Error bars from the value to the ends of its interval; none where an end is not finite."""
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": [finite(one.interval[1] - one.value) for one in estimates],
+        "arrayminus": [finite(one.value - one.interval[0]) for one in estimates],
+        "thickness": 1.5,
+        "width": 4,
+    }

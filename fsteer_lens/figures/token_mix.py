@@ -1,0 +1,133 @@
+"""Which experts act on which token."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from fsteer_lens.errors import InputError
+from fsteer_lens.figures.html import Html, block, escape, legend_line
+from fsteer_lens.figures.rich import rich_view
+from fsteer_lens.figures.style import GRID, expert_colours, expert_names, plain
+from fsteer_lens.figures.tokens import tokens_of_text, tokens_of_trace
+from fsteer_lens.trace import Marks, Trace
+
+STRIP = 7
+"""Height of a token's strip, in pixels."""
+
+
+def token_experts(
+    tokens: Sequence[str] | Trace,
+    weights: Float[Tensor, "s k"] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    steered: Bool[Tensor, " s"] | None = None,
+    prompt_length: int | None = None,
+    first: int = 0,
+    bos: bool = False,
+    marks: Marks | None = None,
+    layer: int | None = None,
+    row: int = 0,
+    legend: bool = True,
+    rich: bool = False,
+    bundle: bool = True,
+) -> Html:
+    """Tokens of one text, each above a strip that is divided among the experts by weight; the numbers on hover.
+
+    Of a steering's trace the strips are the mix that was added at each steered position: the prompt's own, or with
+    refresh="step" that of the step; tokens that were not steered have none. Of an `ExpertProbe`'s they are what each
+    token would get. Lines, frame and bar are those of `token_scores`.
+
+    Args:
+        tokens: text of every token, [s], or a trace of `generate`.
+        weights: of every expert at every token, [s k]; NaN, or all 0, draws no strip.
+        names: of the experts.
+        steered, prompt_length, first, bos, marks: what each token is, as for `token_scores`.
+        layer: of the trace; needed where it holds several.
+        row: of the trace or the marks.
+        legend: say below what colours and marks mean.
+        rich: the `colored_tokens_multi` of circuitsvis, where a click chooses the expert; needs scripts, so a notebook
+            must be trusted.
+        bundle: put circuitsvis' 1.3 MB into this view; False where `circuitsvis_bundle()` is on the page already.
+
+    Raises:
+        InputError: no tokens or experts, another number of weights or marks than tokens, or a trace without either.
+    """
+    if isinstance(tokens, Trace):
+        steered_layer = layer if tokens.change else None  # a probe's trace has no steered positions
+        shown = tokens_of_trace(tokens, steered_layer, row)
+        weights = _acting(tokens, layer, row, len(shown)) if weights is None else weights
+    else:
+        shown = tokens_of_text(
+            tokens, steered=steered, prompt_length=prompt_length, first=first, bos=bos, marks=marks, row=row
+        )
+    if weights is None:
+        raise InputError("weights", expected=f"a row for each of {len(shown)} tokens", got=None)
+    if len(weights) != len(shown) or weights.shape[1] == 0:
+        expected = f"a row for each of {len(shown)} tokens, a column for each expert"
+        raise InputError("weights", expected=expected, got=list(weights.shape))
+    called = expert_names(weights.shape[1], names)
+    values = plain(weights)
+    if rich:
+        return rich_view(
+            "ColoredTokensMulti",
+            {
+                "tokens": shown.glyphed(),
+                "values": [[weight or 0.0 for weight in row_] for row_ in values],
+                "labels": called,
+                "positiveBounds": [1.0] * len(called),
+                "negativeBounds": [-1.0] * len(called),
+            },
+            note="weight α of the expert that is chosen (0 to 1); the numbers of all of them on hover",
+            marked=shown,
+            bundle=bundle,
+        )
+    colours = expert_colours(len(called))
+    text = shown.html([_strip(row_, colours) for row_ in values], [_told(row_, called) for row_ in values])
+    items = [f"<span style='color:{c}'>■</span> {escape(n)}" for c, n in zip(colours, called, strict=True)]
+    return Html(block([text, legend_line([*items, *shown.legend()]) if legend else ""]))
+
+
+def _acting(trace: Trace, layer: int | None, row: int, n_tokens: int) -> Float[Tensor, "s k"]:
+    """The mix that was added at each token of a row, or that a probe read there; NaN where there is none."""
+    layer = trace.layer_of("weights", layer)
+    one = trace.row(row)
+    weights = one.weights[layer]
+    if weights.ndim == 3:  # a probe's: every token has its own
+        acting = torch.full((n_tokens, weights.shape[2]), torch.nan)
+        read = weights[0, :n_tokens].float()
+        acting[: len(read)] = read
+        return acting
+    acting = weights[0].float().expand(n_tokens, -1).clone()
+    if layer in one.step_weights:
+        by_step = one.step_weights[layer][0, :n_tokens].float()
+        known = ~by_step.isnan().any(dim=1)
+        acting[: len(by_step)][known] = by_step[known]
+    steered = one.marks(layer).steered[0, :n_tokens]
+    acting[: len(steered)][~steered] = torch.nan
+    acting[len(steered) :] = torch.nan
+    return acting
+
+
+def _strip(weights: Sequence[float | None], colours: Sequence[str]) -> str:
+    """Style of a token: a strip below it with a part for each expert."""
+    shape = f"display:inline-block;min-width:10px;max-width:100%;line-height:1.5;padding-bottom:{STRIP}px;margin:0 1px"
+    total = sum(weight for weight in weights if weight is not None and weight > 0)
+    if total == 0:
+        return f"{shape};background:linear-gradient({GRID},{GRID}) bottom/100% 1px no-repeat"
+    stops, start = [], 0.0
+    for weight, colour in zip(weights, colours, strict=True):
+        end = start + 100 * max(weight or 0.0, 0.0) / total
+        if end - start > 0.5:
+            stops.append(f"{colour} {start:.1f}% {end:.1f}%")
+        start = end
+    return f"{shape};background:linear-gradient(90deg,{','.join(stops)}) bottom/100% {STRIP}px no-repeat"
+
+
+def _told(weights: Sequence[float | None], names: Sequence[str]) -> str:
+    if all(weight is None for weight in weights):
+        return "no expert acts"
+    return "\n".join(
+        f"{name}: {'none' if weight is None else f'{weight:.3f}'}" for name, weight in zip(names, weights, strict=True)
+    )
