@@ -15,6 +15,8 @@ from fsteer_lens.subspace import Subspace, fit_subspace
 from fsteer_lens.timing import Schedule, Window
 from fsteer_lens.trace import Trace
 
+from fsteer_lens.explorer import Explorer, explore  # isort: skip
+from fsteer_lens.report import Report, steering_report  # isort: skip
 from fsteer_lens import effects, errors, figures, models, tutor  # isort: skip  (they import from the modules above)
 
 __version__ = "0.1.0"
@@ -28,6 +30,7 @@ __all__ = [
     "EnergyGate",
     "ExpertProbe",
     "Experts",
+    "Explorer",
     "FineSteer",
     "FitReport",
     "Gate",
@@ -37,6 +40,7 @@ __all__ = [
     "MeanShift",
     "Parts",
     "QuantileGate",
+    "Report",
     "Schedule",
     "StepRecord",
     "Subspace",
@@ -52,6 +56,7 @@ __all__ = [
     "collect_queries",
     "effects",
     "errors",
+    "explore",
     "figures",
     "fit",
     "fit_experts",
@@ -62,6 +67,7 @@ __all__ = [
     "load",
     "models",
     "save",
+    "steering_report",
     "stream",
     "tutor",
 ]

@@ -144,7 +144,13 @@ def divergences(
 
 
 def last_activations(
-    model: SteerableModel, rows: Sequence[Sequence[int]], layer: int, site: str, *, batch_size: int = 16
+    model: SteerableModel,
+    rows: Sequence[Sequence[int]],
+    layer: int,
+    site: str,
+    *,
+    batch_size: int = 16,
+    advance: Advance = lambda steps: None,
 ) -> Float[Tensor, "n d"]:
     """Activations of the unsteered model at the last token of each row of ids, in float32 on the CPU."""
     name = site_name(model, layer, site)
@@ -157,4 +163,5 @@ def last_activations(
 
         with unsteered(model):
             run_up_to(model, batch.tokens, batch.mask, layer, [(name, keep)])
+        advance(len(chosen))
     return found

@@ -1,0 +1,272 @@
+"""`explore` and what it returns: the widget's other half in the kernel."""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from fsteer_lens import figures, tutor
+from fsteer_lens.errors import FsteerError, InputError
+from fsteer_lens.explorer.pictured import Pictured, grouped, read, shown
+from fsteer_lens.explorer.settings import Settings, Subject
+from fsteer_lens.explorer.widget import make_widget
+from fsteer_lens.explorer.words import is_tutor, parts
+from fsteer_lens.gates import OPEN
+from fsteer_lens.generation import Generation, generate
+from fsteer_lens.hooks import SubspaceAblation
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.prompts import Prompt, check_prompt
+from fsteer_lens.steering import FineSteer
+
+if TYPE_CHECKING:
+    import plotly.graph_objects
+
+Unknown = Callable[[str], Mapping[str, Sequence[str]]]
+Wrap = Callable[[str], str]
+
+
+class Explorer:
+    """A steering under sliders and switches; shows itself in Jupyter. `explore` makes one.
+
+    Attributes:
+        error: what the latest generation failed on, None where it did not; the widget shows it as text.
+    """
+
+    def __init__(
+        self,
+        subject: Subject,
+        model: SteerableModel,
+        pictured: Pictured,
+        *,
+        max_new_tokens: int,
+        chat: bool,
+        title: str,
+        unknown: Unknown | None,
+        wrap: Wrap | None,
+    ) -> None:
+        self._subject, self._model, self._pictured = subject, model, pictured
+        self._options = {"max_new_tokens": max_new_tokens, "chat": chat}
+        self._unknown, self._wrap, self._title = unknown, wrap, title
+        self._settings = subject.start()
+        self.error: BaseException | None = None
+        self._widget = make_widget(data=self._data(), settings=self._settings.message())
+        if self._widget is not None:
+            self._widget.observe(self._take_settings, names="settings")
+            self._widget.on_msg(self._take_message)
+
+    def __repr__(self) -> str:
+        return f"Explorer({self._subject.steering!r}, {len(self._pictured.prompts)} prompts, {self._settings})"
+
+    def _repr_mimebundle_(self, **options: Any) -> Any:
+        """The widget, or the static figure where anywidget is not installed."""
+        if self._widget is not None:
+            return self._widget._repr_mimebundle_(**options)
+        import plotly.io
+
+        bundle = self.figure._repr_mimebundle_(**options)  # of the renderer that is set: none, outside of notebooks
+        return bundle or plotly.io.renderers["plotly_mimetype"].to_mimebundle(self.figure.to_plotly_json())
+
+    @property
+    def settings(self) -> Settings:
+        """Where the controls stand."""
+        return self._settings
+
+    @property
+    def state(self) -> FineSteer | SubspaceAblation:
+        """What the settings amount to: a steering as if made by `at_rank`, `at_threshold`, `with_gate(None)`,
+        `with_strength`, `without_expert` and `without_residual`; in ablation mode the `SubspaceAblation`."""
+        return self._subject.state(self._settings)
+
+    @property
+    def widget(self) -> Any | None:
+        """The anywidget, None where that is not installed."""
+        return self._widget
+
+    @cached_property
+    def figure(self) -> "plotly.graph_objects.Figure":
+        """A static figure, for where widgets cannot run: `figures.rank_explorer`, without a gate the routing."""
+        gate, shown_prompts = self._subject.gate, {group.name: group.prompts for group in self._pictured.groups}
+        if gate is None:
+            labels = [group.name for group in self._pictured.groups for _ in group.prompts]
+            weights = self._pictured.logits.softmax(dim=-1)
+            return figures.expert_routing(weights, labels, self._pictured.prompts, title=self._title)
+        ranks = None  # all, thinned out, but the leaves of a composed gate need not have as many
+        if len({leaf.subspace.rank for leaf in gate.leaves}) > 1:
+            ranks = range(1, self._subject.ranks + 1)
+        return figures.rank_explorer(gate, self._pictured.by_group, shown_prompts, ranks=ranks, title=self._title)
+
+    def choose(self, **changes: Any) -> "Explorer":
+        """Set controls from Python, by the names of `Settings`; the widget follows.
+
+        Raises:
+            InputError: no such control, or a value that does not fit the steering.
+        """
+        self._settings = self._subject.checked({**vars(self._settings), **changes})
+        self._show(settings=self._settings.message())
+        return self
+
+    def generate(self, prompt: int | str = 0) -> Generation:
+        """Generate with and without what the settings amount to, and show both texts in the widget.
+
+        Args:
+            prompt: number of a prompt that is shown, or a text of one's own, which goes through `wrap=`.
+
+        Raises:
+            InputError: no such prompt, or no text; and what `fsteer_lens.generate` raises.
+        """
+        asked: Prompt
+        if isinstance(prompt, str):
+            check_prompt(prompt)
+            asked = self._wrap(prompt) if self._wrap else prompt
+        else:
+            prompts = self._pictured.prompts
+            if isinstance(prompt, bool) or not isinstance(prompt, int) or not 0 <= prompt < len(prompts):
+                raise InputError("prompt", expected=f"a text, or an int in 0..{len(prompts) - 1}", got=repr(prompt))
+            asked = prompts[prompt]
+        made = generate(self._model, [asked], self.state, compare=True, progress=False, **self._options)[0]
+        assert made.baseline is not None
+        texts = {"unsteered": made.baseline.text, "steered": made.text, "decision": self._decision(made)}
+        self._answer("done", prompt, **texts)
+        return made
+
+    # ------------------------------------------------------------------------------------------------ with the browser
+
+    def _data(self) -> dict[str, Any]:
+        """What the browser needs to know and never changes."""
+        subject, strength = self._subject, self._subject.steering.strength
+        most = max(3.0, 2 * abs(strength))
+        return {
+            **self._pictured.message(),
+            "title": shown(self._title),
+            "composed": subject.gate is not None and not subject.has_threshold,
+            "strengths": [-most if strength < 0 else 0.0, most],
+            "marks_words": self._unknown is not None,
+        }
+
+    def _take_settings(self, change: Any) -> None:
+        """Follow the browser; what does not fit is put back there."""
+        try:
+            self._settings = self._subject.checked(change["new"])
+        except InputError as error:
+            self.error = error
+            self._show(settings=self._settings.message())
+
+    def _take_message(self, _: Any, message: Any, buffers: Any) -> None:
+        """Do what the browser asks for: mark the words of a text, or generate."""
+        if message.get("kind") == "mark":
+            self._mark(str(message.get("text", "")))
+        elif message.get("kind") == "generate":
+            self._generate_for(message)
+
+    def _mark(self, text: str) -> None:
+        try:
+            unknown = self._unknown(text) if self._unknown else {}
+        except Exception as error:  # of the caller's function, and no reason not to generate
+            self.error, unknown = error, {}
+        self._show(words={"text": shown(text), "parts": parts(shown(text), unknown)})
+
+    def _generate_for(self, message: Mapping[str, Any]) -> None:
+        """Generate for the browser: what fails is shown there, and kept in `error`."""
+        prompt = message.get("prompt")
+        self.error = None
+        self._answer("running", prompt)
+        try:
+            self._settings = self._subject.checked(message.get("settings"))
+            self._show(settings=self._settings.message())
+            self.generate(prompt)  # pyright: ignore[reportArgumentType]
+        except BaseException as error:
+            self.error = error
+            told = str(error) if isinstance(error, FsteerError) else f"{type(error).__name__}: {error}"
+            self._answer("failed", prompt, error=shown(told))
+            if not isinstance(error, Exception):  # an interrupt is shown, and stays one
+                raise
+
+    def _answer(self, status: str, prompt: Any, **more: Any) -> None:
+        prompt = shown(prompt) if isinstance(prompt, str) else prompt
+        self._show(answer={"status": status, "prompt": prompt, "settings": self._settings.message(), **more})
+
+    def _show(self, **values: Any) -> None:
+        if self._widget is not None:
+            for name, value in values.items():
+                setattr(self._widget, name, value)
+
+    def _decision(self, made: Generation) -> str:
+        """What gate and experts decided for one text, in words."""
+        settings, subject = self._settings, self._subject
+        if settings.mode == "ablation":
+            return f"the subspace of rank {settings.rank} taken out of every token at layer {subject.gate_layer}"
+        gate = float(made.trace.gate[subject.layer][0])
+        weights = made.trace.weights[subject.layer][0]
+        best = int(weights.argmax())
+        told = f"gate {gate:.2f}, {'open' if gate >= OPEN else 'closed'}" if settings.gate else "always open"
+        return f"{told} · strongest expert {best} with weight {float(weights[best]):.2f}"
+
+
+def explore(
+    steering: FineSteer,
+    model: SteerableModel,
+    prompts: Mapping[str, Sequence[Prompt]] | Sequence[Prompt],
+    *,
+    layer: int | None = None,
+    max_new_tokens: int = 32,
+    chat: bool = False,
+    limit: int | None = 250,
+    title: str | None = None,
+    unknown: Unknown | None = None,
+    wrap: Wrap | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Explorer:
+    """Explore a steering in Jupyter: who is steered, by which experts, and what the model then says.
+
+    Rank, threshold, strength, gate, experts and residual are under sliders and switches; pictures follow at once, text
+    is generated on demand, and `.state` is the steering that the controls amount to. The rank's second meaning,
+    "ablation", takes the gate's subspace at that rank out of every token (`SubspaceAblation`) *instead of* steering, so
+    that the texts show what the model loses with it; the other controls then have no effect.
+
+    Args:
+        steering: where there are several layers, everything but the strength is changed at one of them alone.
+        model: the model that it was fitted on.
+        prompts: groups of prompts {name: prompts}, those that need steering first: it is told from all others in the
+            ROC curve. A plain sequence is one group, without such a curve.
+        layer: which layer's gate and experts; None takes the first. With `gate_layer=` that layer's gate is explored.
+        max_new_tokens: of the texts.
+        chat: apply the tokenizer's chat template to string prompts.
+        limit: this many prompts of each group are shown, the first ones, and the widget says so; None shows all.
+        title: above the widget.
+        unknown: words of a text that the model does not know, with the nearest that it knows; they are marked in the
+            reader's own prompts. None: `tutor.unknown` for the tutor, else nothing is marked.
+        wrap: makes model input of the reader's own prompt. None: `tutor.chat` for the tutor without `chat=True`, else
+            the prompt is taken as it is.
+        batch_size: prompts per forward pass.
+        progress: show a progress bar while the prompts are read.
+
+    Raises:
+        InputError: no FineSteer, no model, no prompts, a layer that is not steered, or options that do not fit.
+        MismatchError: the steering was fitted on another model.
+    """
+    if not isinstance(steering, FineSteer):
+        fix = "Other methods have no experts to explore."
+        raise InputError("explore", expected="a FineSteer", got=type(steering).__name__, fix=fix)
+    if not isinstance(model, SteerableModel):
+        raise InputError("explore", expected="a model of TransformerLens", got=type(model).__name__)
+    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+        raise InputError("max_new_tokens", expected="an int >= 1", got=repr(max_new_tokens))
+    for name, function in (("unknown", unknown), ("wrap", wrap)):
+        if function is not None and not callable(function):
+            raise InputError(name, expected="a function or None", got=repr(function))
+    subject = Subject(steering, steering.layers[0] if layer is None else layer)
+    groups = grouped(prompts, limit)
+    steering.session_on(model)  # a steering of another model is refused before anything is read
+    if is_tutor(model):
+        unknown = unknown or tutor.unknown
+        wrap = wrap or (None if chat else tutor.chat)
+    return Explorer(
+        subject,
+        model,
+        read(subject, model, groups, chat=chat, batch_size=batch_size, progress=progress),
+        max_new_tokens=max_new_tokens,
+        chat=chat,
+        title=f"What does steering at layer {subject.layer} do?" if title is None else title,
+        unknown=unknown,
+        wrap=wrap,
+    )

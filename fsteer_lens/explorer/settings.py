@@ -1,0 +1,186 @@
+"""What the explorer's controls are set to, and the steering that this amounts to."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from fsteer_lens.errors import InputError
+from fsteer_lens.experts import Experts
+from fsteer_lens.gates import Gate, SubspaceGate
+from fsteer_lens.hooks import SubspaceAblation
+from fsteer_lens.steering import FineSteer
+
+Mode = Literal["gate", "ablation"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where the controls stand.
+
+    Attributes:
+        rank: of the gate's subspace; None for a steering without a gate.
+        threshold: energy ratio from which on the gate is open; None is the gate's own calibration at this rank.
+        strength: λ.
+        experts: which experts are on; at least one.
+        residual: whether U β(h) is added.
+        gate: False is always open.
+        mode: what the rank is of: "gate", or "ablation" of the subspace in the steering's stead.
+    """
+
+    rank: int | None
+    threshold: float | None
+    strength: float
+    experts: tuple[bool, ...]
+    residual: bool
+    gate: bool
+    mode: Mode = "gate"
+
+    def message(self) -> dict[str, Any]:
+        """The settings as the browser has them."""
+        return {**vars(self), "experts": list(self.experts)}
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """The layer of a steering that is explored, and what can be changed there.
+
+    Everything that is changed is changed at this layer alone, and at the layer whose gate decides for it; only the
+    strength is one for all layers.
+
+    Attributes:
+        steering: as it was given.
+        layer: one of its layers.
+    """
+
+    steering: FineSteer
+    layer: int
+
+    def __post_init__(self) -> None:
+        layers = self.steering.layers
+        if isinstance(self.layer, bool) or self.layer not in layers:
+            raise InputError("layer", expected=f"a steered layer, one of {list(layers)}", got=repr(self.layer))
+
+    @property
+    def gate_layer(self) -> int:
+        """The layer whose gate decides."""
+        return self.layer if self.steering.gate_layer is None else self.steering.gate_layer
+
+    @property
+    def gate(self) -> Gate | None:
+        """The gate that decides; None is always open."""
+        return self.steering.gate_at(self.gate_layer)
+
+    @property
+    def experts(self) -> Experts:
+        """The layer's experts."""
+        return self.steering.experts_at(self.layer)
+
+    @property
+    def ranks(self) -> int:
+        """The largest rank that every leaf of the gate has; 0 without a gate."""
+        return 0 if self.gate is None else min(leaf.subspace.rank for leaf in self.gate.leaves)
+
+    @property
+    def has_threshold(self) -> bool:
+        """Whether the gate has one threshold; composed gates have none."""
+        return isinstance(self.gate, SubspaceGate)
+
+    def start(self) -> Settings:
+        """The steering's own settings. The leaves of a composed gate are explored at one rank: the first leaf's."""
+        gate, experts = self.gate, self.experts
+        return Settings(
+            rank=None if gate is None else min(gate.leaves[0].rank, self.ranks),
+            threshold=None,
+            strength=float(self.steering.strength),
+            experts=experts.enabled,
+            residual=experts.use_residual,
+            gate=gate is not None,
+        )
+
+    def checked(self, values: Any) -> Settings:
+        """The settings that a browser, or `Explorer.choose`, gives as a mapping; the experts are any sequence.
+
+        Raises:
+            InputError: they are none, or do not fit this steering.
+        """
+        names = set(Settings.__dataclass_fields__)
+        if not isinstance(values, Mapping) or set(values) != names:
+            raise InputError("settings", expected=f"a mapping of {sorted(names)}", got=repr(values)[:200])
+        self._require_gate_settings(**{name: values[name] for name in ("rank", "threshold", "gate", "mode")})
+        _require(_is_number(values["strength"]), "strength", "a finite number", values["strength"])
+        _require(isinstance(values["residual"], bool), "residual", "True or False", values["residual"])
+        on, n_experts = values["experts"], self.experts.n_experts
+        switches = isinstance(on, Sequence) and all(isinstance(one, bool) for one in on)
+        fits = switches and len(on) == n_experts and any(on)
+        _require(fits, "experts", f"{n_experts} switches, at least one of them on", on)
+        return Settings(**{**values, "experts": tuple(on)})
+
+    def _require_gate_settings(self, rank: Any, threshold: Any, gate: Any, mode: Any) -> None:
+        _require(isinstance(gate, bool), "gate", "True or False", gate)
+        _require(mode in ("gate", "ablation"), "mode", "'gate' or 'ablation'", mode)
+        if self.gate is None:
+            fits = rank is None and threshold is None and not gate and mode == "gate"
+            got = {"rank": rank, "threshold": threshold, "gate": gate, "mode": mode}
+            _require(fits, "a steering without a gate", "rank=None, threshold=None, gate=False, mode='gate'", got)
+            return
+        _require(_is_rank(rank, self.ranks), "rank", f"an int in 1..{self.ranks}", rank)
+        if threshold is not None:
+            _require(self.has_threshold, "threshold", "None: a composed gate has no single one", threshold)
+            _require(_is_number(threshold), "threshold", "a finite number or None", threshold)
+
+    def state(self, settings: Settings) -> FineSteer | SubspaceAblation:
+        """The steering, or the ablation of the gate's subspace, that these settings amount to."""
+        gate, steering = self.gate, self.steering.with_strength(settings.strength)
+        if settings.mode == "ablation":
+            assert gate is not None and settings.rank is not None
+            return SubspaceAblation(
+                gate.subspace,
+                layer=self.gate_layer,
+                rank=settings.rank,
+                site=steering.site,
+                fingerprint=steering.fingerprint,
+            )
+        steering = self._with_experts(steering, settings)
+        if gate is None:
+            return steering
+        if not settings.gate:
+            return self._always_open(steering)
+        assert settings.rank is not None
+        gate = gate.at_rank(settings.rank)
+        if settings.threshold is not None and isinstance(gate, SubspaceGate):
+            gate = gate.at_threshold(settings.threshold)
+        return self._with_gate(steering, gate)
+
+    def _with_experts(self, steering: FineSteer, settings: Settings) -> FineSteer:
+        changed = replace(self.experts, enabled=settings.experts, use_residual=settings.residual)
+        whole = steering.experts
+        return replace(steering, experts={**whole, self.layer: changed} if isinstance(whole, Mapping) else changed)
+
+    def _with_gate(self, steering: FineSteer, gate: Gate) -> FineSteer:
+        if len(steering.hooked_layers) == 1:
+            return steering.with_gate(gate)
+        return steering.with_gate({**self._gates(), self.gate_layer: gate})
+
+    def _always_open(self, steering: FineSteer) -> FineSteer:
+        """Without the gate; where it decided for all layers, all of them are open."""
+        others = {layer: gate for layer, gate in self._gates().items() if layer != self.gate_layer}
+        return steering.with_gate(others if others and steering.gate_layer is None else None)
+
+    def _gates(self) -> dict[int, Gate]:
+        """The gate of every layer that has one."""
+        gates = {layer: self.steering.gate_at(layer) for layer in self.steering.hooked_layers}
+        return {layer: gate for layer, gate in gates.items() if gate is not None}
+
+
+def _require(fits: bool, what: str, expected: str, got: Any) -> None:
+    if not fits:
+        raise InputError(what, expected=expected, got=repr(got))
+
+
+def _is_rank(rank: Any, most: int) -> bool:
+    return isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= most
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,28 @@
+"""Words of the reader's own prompt that the model does not know."""
+
+import re
+from collections.abc import Mapping, Sequence
+
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.tutor import world
+
+
+def is_tutor(model: SteerableModel) -> bool:
+    """Whether this is the tutor, whatever file it came from: its tokenizer has the tags of the tutor's world."""
+    tags = {world.SAFE, world.HONEST, world.USER, world.TUTOR}
+    return model.tokenizer is not None and tags <= set(model.tokenizer.get_vocab())
+
+
+def parts(text: str, unknown: Mapping[str, Sequence[str]]) -> list[tuple[str, list[str] | None]]:
+    """A text in parts: (part, None), or for an unknown word (word, the nearest known ones); joined they are the text.
+
+    Args:
+        text: as it was typed.
+        unknown: {word: nearest known words}, in whichever case.
+    """
+    if not unknown:
+        return [(text, None)] if text else []
+    nearest = {word.lower(): list(known) for word, known in unknown.items()}
+    longest_first = sorted(map(re.escape, nearest), key=len, reverse=True)
+    pieces = re.split(rf"(?<!\w)({'|'.join(longest_first)})(?!\w)", text, flags=re.IGNORECASE)
+    return [(piece, nearest.get(piece.lower()) if index % 2 else None) for index, piece in enumerate(pieces) if piece]
