@@ -15,7 +15,7 @@ PEERS := .venv-peers
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tl4 test-peers check format lint types imports notebooks notebook-outputs pictures lock clean
+.PHONY: help demo test test-tl4 test-peers check format lint types imports notebooks notebook-outputs pictures gallery lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -53,6 +53,9 @@ notebook-outputs: $(DEV) ## run the notebooks and store their outputs, with pict
 
 pictures: $(DEV) ## draw the pictures of README (needs Chromium)
 	$(BIN)/python docs/pictures.py
+
+gallery: $(DEV) ## draw every figure from the tutor and write docs/gallery.md (needs Chromium)
+	$(BIN)/python docs/gallery.py
 
 format: $(DEV) ## let ruff format and mend what it can
 	$(BIN)/ruff format

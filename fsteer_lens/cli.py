@@ -18,6 +18,7 @@ from fsteer_lens.errors import DataError, FsteerError, InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fsteer_lens import ContrastSet
     from fsteer_lens.trace import Trace
 
 REQUIRED = (
@@ -31,7 +32,7 @@ REQUIRED = (
     "jaxtyping",
 )
 REQUIRED += ("scikit-learn", "plotly", "circuitsvis", "rich")
-OPTIONAL = ("pandas", "ipykernel", "jupyterlab")
+OPTIONAL = ("pandas", "ipykernel", "jupyterlab", "anywidget")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 
 
@@ -102,6 +103,18 @@ def _parser() -> argparse.ArgumentParser:
     option("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
     option("--temperature", type=float, help="with --sample (default: 1)")
     option("--seed", type=int, help="with --sample (default: 0)")
+
+    report = commands.add_parser("report", parents=[model], help="write a page on what a saved steering does")
+    report.set_defaults(run=_report)
+    option = report.add_argument
+    option("--steering", type=Path, required=True, help="a file that 'fit' wrote")
+    option("--data", type=Path, required=True, help=".jsonl or .csv as for 'fit', best of prompts that it did not see")
+    option("--general", type=Path, help="prompts to leave alone: .txt or .jsonl")
+    option("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
+    option("--max-new-tokens", type=int, default=32)
+    option("--seed", type=int, default=0, help="of the bootstrap intervals")
+    option("--limit", type=int, help="take at most so many contrasts, and so many general prompts, evenly spread")
+    option("--no-sweep", action="store_true", help="leave out the other strengths")
     return parser
 
 
@@ -129,15 +142,13 @@ def _load_model(args: argparse.Namespace) -> Any:
 
 
 def _fit(args: argparse.Namespace) -> int:
-    from fsteer_lens import ContrastSet, collect, collect_queries, fit, save
+    from fsteer_lens import collect, collect_queries, fit, save
 
     always = args.gate == "none"
     if always and (args.rank or args.general):
         raise InputError("--rank and --general have no effect with --gate none", fix="Leave them out.")
-    if not args.out.parent.is_dir():  # found out now, not after minutes of fitting
-        raise InputError(f"cannot write {args.out}", expected="an existing folder", got=args.out.parent)
-    read = ContrastSet.from_csv if args.data.suffix.lower() == ".csv" else ContrastSet.from_jsonl
-    contrasts = read(args.data)
+    _require_folder(args.out)
+    contrasts = _read_contrasts(args.data)
     general_prompts = None if args.general is None else _read_prompts(args.general)
     model = _load_model(args)
     run = {"layer": args.layer, "chat": args.chat, "batch_size": args.batch_size}
@@ -152,6 +163,52 @@ def _fit(args: argparse.Namespace) -> int:
         f"{steering}\nfitted to {len(contrasts)} contrasts, saved as {args.out}", markup=False, soft_wrap=True
     )
     return 0
+
+
+def _report(args: argparse.Namespace) -> int:
+    from fsteer_lens import load
+    from fsteer_lens.report import steering_report
+
+    _require_folder(args.out)
+    contrasts = _spread(_read_contrasts(args.data), args.limit)
+    general = [] if args.general is None else _spread(_read_prompts(args.general), args.limit)
+    model = _load_model(args)
+    report = steering_report(
+        model,
+        load(args.steering, model=model),
+        contrasts,
+        general,
+        title=f"What {args.steering.stem} did",
+        max_new_tokens=args.max_new_tokens,
+        chat=args.chat,
+        batch_size=args.batch_size,
+        seed=args.seed,
+        sweep=not args.no_sweep,
+    )
+    path = report.write(args.out)
+    _console().print(f"the report, {path.stat().st_size / 2**20:.1f} MB: {path}", markup=False, soft_wrap=True)
+    return 0
+
+
+def _require_folder(path: Path) -> None:
+    """Raise `InputError` where a file cannot be written: found out now, not after minutes of work."""
+    if not path.parent.is_dir():
+        raise InputError(f"cannot write {path}", expected="an existing folder", got=path.parent)
+
+
+def _read_contrasts(path: Path) -> "ContrastSet":
+    from fsteer_lens import ContrastSet
+
+    return ContrastSet.from_csv(path) if path.suffix.lower() == ".csv" else ContrastSet.from_jsonl(path)
+
+
+def _spread(items: Sequence[Any], limit: int | None) -> list[Any]:
+    """At most `limit` items, evenly spread over all of them."""
+    if limit is None or len(items) <= limit:
+        return list(items)
+    if limit < 1:
+        raise InputError("--limit", expected="at least 1", got=limit)
+    return [items[index * len(items) // limit] for index in range(limit)]
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:

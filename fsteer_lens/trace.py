@@ -5,10 +5,13 @@ elsewhere. What `generate` returns is on the CPU; under `.on` and `.attach` a tr
 that the way of running could not know is None.
 """
 
+import gzip
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -241,14 +244,20 @@ class Trace:
             parts=tuple(cls._of_record(part, length) for part in record.get("parts", ())),
         )
 
+    def json_lines(self) -> str:
+        """The records as text, one JSON object a line."""
+        return "".join(json.dumps(record, allow_nan=False) + "\n" for record in self.to_records())
+
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
-        """Write one JSON object a row, atomically; `from_jsonl` reads them back, and figures draw from that.
+        """Write one JSON object a row, atomically, compressed where the name ends in .gz.
+
+        `from_jsonl` reads them back, and figures draw from that as from this trace.
 
         Raises:
             InputError: the folder does not exist.
         """
-        lines = (json.dumps(record, allow_nan=False) + "\n" for record in self.to_records())
-        write_atomically(path, "".join(lines).encode())
+        data = self.json_lines().encode()
+        write_atomically(path, gzip.compress(data) if Path(path).suffix == ".gz" else data)
 
     @classmethod
     def from_jsonl(cls, path: str | os.PathLike[str]) -> "Trace":
@@ -258,8 +267,10 @@ class Trace:
             DataError: no such file, or no trace in it.
         """
         try:
-            return cls.from_records([json.loads(line) for line in read_text(path).split("\n") if line.strip()])
-        except (json.JSONDecodeError, DataError) as error:
+            zipped = Path(path).suffix == ".gz"
+            text = gzip.decompress(Path(path).read_bytes()).decode() if zipped else read_text(path)
+            return cls.from_records([json.loads(line) for line in text.split("\n") if line.strip()])
+        except (OSError, EOFError, zlib.error, ValueError, DataError) as error:
             raise DataError(f"{path}", expected="a trace that to_jsonl wrote", got=str(error)) from error
 
     def to_frame(self) -> Any:

@@ -14,6 +14,7 @@ import json, sys, torch
 from dataclasses import replace
 import fsteer_lens as fl
 from fsteer_lens import models, tutor
+from fsteer_lens.report import steering_report
 from fsteer_lens.tokens import pad, prompt_ids
 
 model = tutor.load()
@@ -91,6 +92,27 @@ cases = {
     "token ids outside the vocabulary": lambda: fl.generate(model, [[5, 100000]]),
     "chat template missing": lambda: prompt_ids(Bare(), "hello", chat=True),
     "unknown behaviour": lambda: tutor.data("rude"),
+    "margin of texts": lambda: fl.effects.answer_margin(model, steer, ["hello"]),
+    "margin of nothing": lambda: fl.effects.answer_margin(model, None, []),
+    "margin under experts": lambda: fl.effects.answer_margin(model, steer.experts, train[:2]),
+    "margin in batches of none": lambda: fl.effects.answer_margin(model, None, train[:2], batch_size=0),
+    "divergence of one text": lambda: fl.effects.general_divergence(model, steer, "hello"),
+    "sweep of a number": lambda: fl.effects.strength_sweep(model, 1.5, train[:2], ["hello"]),
+    "sweep over a layer that is not there": lambda: fl.effects.layer_sweep(
+        model, train[:2], train[:2], ["a"], layers=[9]),
+    "sweep whose effect is a number": lambda: fl.effects.strength_sweep(
+        model, steer, train[:2], ["hello"], effect=lambda *_: 1.0, progress=False),
+    "ranks of a tensor": lambda: fl.effects.rank_sweep(h, h, h),
+    "counterfactual with an answer too few": lambda: fl.effects.counterfactual(model, steer, ["a", "b"], ["c"]),
+    "propagation of a gate": lambda: fl.effects.propagation(model, steer.gate, "hello"),
+    "explaining experts": lambda: fl.effects.explain_gate(model, steer.experts, "hello"),
+    "tokens of a steering": lambda: fl.effects.expert_tokens(model, steer),
+    "routing with a shift too few": lambda: fl.effects.routing_report(steer.experts, h, shifts=d[:3]),
+    "threshold that is a word": lambda: steer.gate.at_threshold("0.5"),
+    "trace of no records": lambda: fl.Trace.from_records([]),
+    "trace of other records": lambda: fl.Trace.from_records([{"text": "hello"}]),
+    "report on a chain": lambda: steering_report(model, fl.chain(steer, steer), train[:2]),
+    "report on nothing": lambda: steering_report(model, steer, []),
     "saving what is no steering": lambda: fl.save("steering", "x.safetensors"),
 }
 found = {}

@@ -140,6 +140,28 @@ def test_fit_and_generate_on_the_tutor(tmp_path: Path, capsys: Output) -> None:
     assert "KL(steered || unsteered): " in printed
 
 
+def test_report_on_a_saved_steering(
+    tmp_path: Path, tutor_model: SteerableModel, steering: FineSteer, capsys: Output
+) -> None:
+    told = tutor.data("safe")
+    save(steering, tmp_path / "safe.safetensors", model=tutor_model)
+    told.test.to_jsonl(tmp_path / "test.jsonl")
+    (tmp_path / "general.txt").write_text("\n".join(t.prompt for t in told.general_test[:50]), encoding="utf-8")
+    common = ["--model", "tutor", "--steering", tmp_path / "safe.safetensors", "--data", tmp_path / "test.jsonl"]
+    options = ["--general", tmp_path / "general.txt", "--limit", 5, "--max-new-tokens", 6]
+    assert run("report", *common, *options, "--out", tmp_path / "page.html") == 0
+    assert "the report, " in capsys.readouterr().out
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<h1>What safe did</h1>" in page and "All 10 prompts" in page and "without its gate" in page
+    assert run("report", *common, "--no-sweep", "--limit", 2, "--out", tmp_path / "small.html") == 0
+    assert "How much: strength" not in (tmp_path / "small.html").read_text(encoding="utf-8")
+    capsys.readouterr()
+    for wrong, says in ((["--limit", 0], "at least 1"), (["--out", tmp_path / "no" / "x.html"], "existing folder")):
+        assert run("report", *common, *wrong) == 2
+        assert says in capsys.readouterr().err
+    assert cli._spread(list(range(10)), 4) == [0, 2, 5, 7]
+
+
 @needs_stories
 @pytest.mark.parametrize("gate", ["quantile", "logistic", "none"])
 def test_fit_and_generate_on_a_model_from_a_folder(gate: str, tmp_path: Path, capsys: Output) -> None:

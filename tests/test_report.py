@@ -1,7 +1,6 @@
 """The report is one file that renders without network, in light and dark, and whose sliders move what they should."""
 
 import re
-import shutil
 
 import pytest
 import torch
@@ -14,10 +13,9 @@ from fsteer_lens.evaluation import DEFAULT, GATED_MEAN_SHIFT, NO_STEERING, PAPER
 from fsteer_lens.generation import Generations
 from fsteer_lens.report import Report
 from fsteer_lens.report.chapters import findings, table_of
+from tests.browser.chromium import launched
+from tests.browser.chromium import opened as opened_page
 
-CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-)
 HOSTILE = "</script><img src=x onerror=document.title='hacked'> <b>&amp; \u2067\u05e9\u05dc \u05d0 🙂"
 
 
@@ -118,35 +116,26 @@ def test_the_table_says_for_every_method_what_was_measured():
 
 @pytest.fixture(scope="module")
 def chromium():
-    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium or Chrome on the path")
-    quiet = ["no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking"]
-    with api.sync_playwright() as playwright:
-        options = [f"--{option}" for option in [*quiet, "disable-component-update", "disable-sync"]]
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=options)
+    with launched() as browser:
         yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module", params=["light", "dark"])
 def opened(chromium, report, tmp_path_factory, request):
-    """The report in a browser without network, with what went wrong there."""
-    troubles = []
-    context = chromium.new_context(offline=True, color_scheme=request.param, viewport={"width": 1280, "height": 900})
-    page = context.new_page()
-    page.on("console", lambda message: troubles.append(message.text))
-    page.on("pageerror", lambda error: troubles.append(str(error)))
-    page.on("request", lambda one: troubles.append(one.url) if not one.url.startswith(("file:", "data:")) else None)
-    page.goto(report.write(tmp_path_factory.mktemp("page") / "report.html").as_uri())
-    page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 6")
-    yield page, request.param, troubles
-    context.close()
+    """The report in a browser without network, with what it said and asked for."""
+    path = report.write(tmp_path_factory.mktemp("page") / "report.html")
+    with opened_page(chromium, path, request.param, viewport={"width": 1280, "height": 900}) as (page, heard):
+        page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 6")
+        yield page, request.param, heard
+
+
+def quiet(heard):
+    return heard.errors == [] and all(url.startswith(("file:", "data:")) for url in heard.requests)
 
 
 def test_the_page_renders_quietly_and_text_stays_text(opened):
-    page, scheme, troubles = opened
-    assert troubles == []
+    page, scheme, heard = opened
+    assert quiet(heard)
     assert page.evaluate("document.title").startswith("Report </script><img")
     assert page.locator("img").count() == 0
     assert page.evaluate("document.documentElement.scrollWidth") <= 1280
@@ -160,7 +149,7 @@ def test_the_page_renders_quietly_and_text_stays_text(opened):
 
 
 def test_the_slider_moves_prompts_marks_threshold_and_counts(opened, gate_and_queries):
-    page, _, troubles = opened
+    page, _, heard = opened
     gate, queries = gate_and_queries
     state = """() => { const {data, layout} = document.querySelector('.js-plotly-plot');
         return [data.slice(0, 3).map(t => t.x), data.slice(0, 2).map(t => t.marker.symbol), layout.yaxis.ticktext]; }"""
@@ -179,7 +168,7 @@ def test_the_slider_moves_prompts_marks_threshold_and_counts(opened, gate_and_qu
         assert [symbol == 0 for symbol in after[1][index]] == is_open.tolist()
         assert f"{int(is_open.sum())} of {len(rows)} steered" in after[2][index]
     assert after[0][2][0] == pytest.approx(gate.at_rank(rank).threshold, abs=1e-4)
-    assert troubles == []
+    assert quiet(heard)
 
 
 def test_a_single_figure_opens_by_itself(chromium, tmp_path):

@@ -1,5 +1,6 @@
 """The trace by itself: its way through JSON lines, and what each of its positions is."""
 
+import gzip
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,13 @@ def test_a_trace_goes_through_json_lines_and_back(
     other = steering.with_gate(None).with_scope("generated")
     for one in (steering, replace(other, refresh="step"), chain(steering, other)):
         trace = generate(model, prompts, one, max_new_tokens=24, compare=True, progress=False).trace
-        trace.to_jsonl(tmp_path / "trace.jsonl")
-        again = Trace.from_jsonl(tmp_path / "trace.jsonl")
-        require_same(trace, again)
+        sizes = []
+        for name in ("trace.jsonl.gz", "trace.jsonl"):
+            trace.to_jsonl(tmp_path / name)
+            again = Trace.from_jsonl(tmp_path / name)
+            require_same(trace, again)
+            sizes.append((tmp_path / name).stat().st_size)
+        assert sizes[0] < sizes[1] / 3
         assert len(again.parts) == len(trace.parts)
         for part, whole in zip(again.parts, trace.parts, strict=True):
             require_same(whole, part)
@@ -53,6 +58,10 @@ def test_what_is_no_trace_is_refused(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(DataError, match="trace"):
             Trace.from_jsonl(path)
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"row": 0}' * 99)[:-9])
+    for missing in ("cut.jsonl.gz", "nowhere.jsonl.gz", "nowhere.jsonl"):
+        with pytest.raises(DataError, match="trace that to_jsonl wrote"):
+            Trace.from_jsonl(tmp_path / missing)
     with pytest.raises(InputError, match="existing folder"):
         Trace(prompt_lengths=torch.tensor([1])).to_jsonl(tmp_path / "nowhere" / "a.jsonl")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from fsteer_lens.decoding import TOP
 from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
-from fsteer_lens.prompts import Contrast, Prompt
+from fsteer_lens.prompts import Contrast, ContrastSet, Prompt
 from fsteer_lens.scoring import (
     Answered,
     answer_divergences,
@@ -51,12 +51,14 @@ def answer_margin(
         batch_size: rows per forward pass; a contrast is two rows.
 
     Raises:
+        DataError: something else than contrasts.
         InputError: no contrasts, or an answer without a token.
         ContextLengthError: a prompt with an answer does not fit into the context.
         MismatchError: the steering was fitted on another model.
     """
-    prompts = [contrast.prompt for contrast in contrasts]
-    sides = [contrast.preferred for contrast in contrasts] + [contrast.undesired for contrast in contrasts]
+    known = ContrastSet(contrasts)
+    prompts = known.prompts
+    sides = [contrast.preferred for contrast in known] + [contrast.undesired for contrast in known]
     rows = answered(model, prompts + prompts, sides, chat=chat)
     means = torch.stack([one.mean() for one in answer_logprobs(model, rows, steering, batch_size=batch_size)])
     return means[: len(prompts)] - means[len(prompts) :]

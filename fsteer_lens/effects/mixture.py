@@ -42,9 +42,12 @@ def expert_tokens(
         for a direction scaled to the size that the final normalisation gives.
 
     Raises:
-        InputError: `top` out of range.
+        InputError: `top` out of range, or a steering instead of its experts.
         ShapeError: experts of another width than the model's.
     """
+    if not isinstance(experts, Experts):
+        fix = "Give steering.experts_at(layer)."
+        raise InputError("expert_tokens", expected="Experts", got=type(experts).__name__, fix=fix)
     require_width(torch.empty(model.cfg.d_model), "the model's residual stream", experts.d_model)
     tokenizer = require_tokenizer(model)
     n_tokens = min(model.cfg.d_vocab, len(tokenizer))

@@ -60,7 +60,7 @@ def strength_sweep(
         InputError: no contrasts, general prompts, methods or strengths.
         ContextLengthError, MismatchError: as in `answer_margin`.
     """
-    named = {type(methods).__name__: methods} if isinstance(methods, Steering) else dict(methods)
+    named = dict(methods) if isinstance(methods, Mapping) else {type(methods).__name__: methods}
     wrong = [type(one).__name__ for one in named.values() if not isinstance(one, Steering)]
     if not named or not len(strengths) or wrong:
         raise InputError("strength_sweep", expected="at least one steering and one strength", got=wrong or "none")

@@ -1,10 +1,6 @@
 """What the demonstration's report says: a chapter for each behaviour of the tutor, and the settings."""
 
-import platform
 from collections.abc import Sequence
-from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Final
 
 import torch
@@ -112,7 +108,7 @@ def add_chapter(
     report.add_heading(f"{TITLES[comparison.behaviour]} ({tutor.BEHAVIOURS[comparison.behaviour]})")
     report.add_text(findings(comparison)).add_text(TABLE_TEXT).add_table(columns, rows, marked=marked)
     report.add_heading("Six prompts, side by side", 3)
-    report.add_figure(figures.steer_compare(examples, tokenizer=model.tokenizer, titles=titles), CAPTIONS["compare"])
+    report.add_figure(figures.steer_compare(examples, titles=titles), CAPTIONS["compare"])
     report.add_heading("When: the gate", 3)
     others = torch.cat([queries[near], queries[general]])
     separation = figures.gate_separation(gate, queries[wanted], others, names=(wanted, "all others"))
@@ -141,27 +137,3 @@ def _token_view(
         view = figures.token_scores(item.trace, ratios, name=name, bounds=(0.0, 1.0), legend=not views)
         views.append(f"<p><b>{escape(titles[index])}</b></p>{view}")
     return Html("".join(views))
-
-
-def add_settings(report: Report, compared: Sequence[Comparison], limit: int | None) -> None:
-    """Add what it takes to get the same numbers again; `limit` is that of the test prompts, None for all."""
-    packages = ("fsteer-lens", "torch", "transformer-lens", "transformers", "plotly")
-    rows = [
-        ["written", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC"],
-        [
-            "versions",
-            ", ".join(f"{name} {version(name)}" for name in packages) + f", Python {platform.python_version()}",
-        ],
-        ["machine", f"{platform.system()} {platform.machine()}, torch with {torch.get_num_threads()} threads"],
-        ["test prompts", "all" if limit is None else f"at most {limit} of each kind"],
-    ]
-    for comparison in compared:
-        steering, name = comparison.steering, comparison.behaviour
-        gate = steering.gate_at(steering.layers[0])
-        rows.append([f"{name}: steering", f"{steering}, {gate}, {steering.experts_at(steering.layers[0])}"])
-        rows.append([f"{name}: seed", str(comparison.seed)])
-        if steering.fingerprint is not None:
-            told = {key: value for key, value in asdict(steering.fingerprint).items() if key != "probe"}
-            rows.append([f"{name}: model", ", ".join(f"{key} {value}" for key, value in told.items())])
-    report.add_heading("Settings").add_text("With these the same numbers come out again.")
-    report.add_table(["what", "value"], rows, words=True)

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Final
 from fsteer_lens import tutor
 from fsteer_lens.evaluation import DEFAULT, Comparison, compare_on_tutor
 from fsteer_lens.generation import Generations, generate
-from fsteer_lens.report.chapters import GROUPS, INTRO, TITLES, add_chapter, add_settings, findings, table_of
+from fsteer_lens.report.chapters import GROUPS, INTRO, TITLES, add_chapter, findings, table_of
 from fsteer_lens.report.page import Report
+from fsteer_lens.report.settings import add_settings, machine_rows, steering_rows
 
 if TYPE_CHECKING:
     import rich.console
@@ -58,7 +59,11 @@ def demo(
         print_comparison(console, comparison, titles, examples)
         add_chapter(report, model, comparison, titles, examples)
         compared.append(comparison)
-    add_settings(report, compared, None if full else SAMPLE)
+    settings = [*machine_rows(), ["test prompts", "all" if full else f"at most {SAMPLE} of each kind"]]
+    for comparison in compared:
+        settings += steering_rows(comparison.steering, comparison.behaviour)
+        settings.append([f"{comparison.behaviour}: seed", str(comparison.seed)])
+    add_settings(report, settings)
     path = report.write(out).resolve()
     console.print(f"\nThe report, with pictures; it opens without network:\n{path}", markup=False, soft_wrap=True)
     if open_browser:

@@ -1,5 +1,6 @@
 """A report of one HTML file that opens without network."""
 
+import base64
 import os
 from collections.abc import Sequence
 from importlib.resources import files
@@ -45,7 +46,13 @@ class Report:
         return self._add("".join(f"<p>{escape(part.strip())}</p>" for part in text.split("\n\n") if part.strip()))
 
     def add_table(
-        self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, marked: Sequence[int] = (), words: bool = False
+        self,
+        columns: Sequence[str],
+        rows: Sequence[Sequence[str]],
+        *,
+        marked: Sequence[int] = (),
+        words: bool = False,
+        folded: str = "",
     ) -> "Report":
         """Add a table; what follows a line break in a cell is set small below it.
 
@@ -54,6 +61,7 @@ class Report:
             rows: cells, a row name first.
             marked: numbers of the rows to bring out.
             words: cells hold words, not numbers.
+            folded: fold the table away under this line.
 
         Raises:
             InputError: a row with another number of cells than there are columns.
@@ -66,7 +74,8 @@ class Report:
             f"<tr{_MARKED if index in marked else ''}>{''.join(map(_cell, row))}</tr>" for index, row in enumerate(rows)
         )
         kind = "data words" if words else "data"
-        return self._add(f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>')
+        table = f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        return self._add(f"<details><summary>{escape(folded)}</summary>{table}</details>" if folded else table)
 
     def add_figure(self, figure: "plotly.graph_objects.Figure | Html", caption: str = "") -> "Report":
         """Add a figure with its explanation above it."""
@@ -78,6 +87,12 @@ class Report:
             self._has_plot = True
         above = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
         return self._add(f'<figure class="{kind}">{above}{drawn}</figure>')
+
+    def add_download(self, text: str, name: str, data: bytes) -> "Report":
+        """Add a file that the page carries inside, to be saved under `name`, with a line of text before it."""
+        inside = base64.b64encode(data).decode()
+        link = f'<a download="{escape(name)}" href="data:application/octet-stream;base64,{inside}">{escape(name)}</a>'
+        return self._add(f"<p>{escape(text)} {link} ({len(data) / 1024:,.0f} KB)</p>")
 
     def html(self) -> str:
         """The page; plotly is inside once, where a figure needs it."""

@@ -1,0 +1,297 @@
+"""A report of what one steering did to a model: table, figures, texts, trace, settings."""
+
+import gzip
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from fsteer_lens import effects, figures
+from fsteer_lens.errors import InputError
+from fsteer_lens.estimates import Proportion, bootstrap
+from fsteer_lens.gates import OPEN, SubspaceGate
+from fsteer_lens.generation import Generation, Generations, generate
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.prompts import Contrast, Prompt, prompt_text
+from fsteer_lens.report.page import Report
+from fsteer_lens.report.settings import add_settings, machine_rows, steering_rows
+from fsteer_lens.scoring import last_activations
+from fsteer_lens.steering import FineSteer, Steering
+from fsteer_lens.tokens import prompt_ids
+
+GENERAL: Final = "general prompts"
+UNLABELLED: Final = "to steer"
+COLUMNS: Final = (
+    "prompts", "number", "text changed", "gate open", "KL (nats per token)", "margin without", "margin with steering",
+)  # fmt: skip
+
+CAPTIONS: Final = {
+    "compare": "The same prompts without and with steering. The stronger a word's shade, the further its distribution "
+    "moved; point at it for the likeliest words on both sides.",
+    "separation": "How much of each prompt's activation lies in the gate's subspace. Prompts right of the dashed line "
+    "are steered.",
+    "ranks": "Drag the slider to give the subspace more directions: who would be steered then?",
+    "scree": "What each direction adds, and at which rank the two kinds of prompt are told apart.",
+    "carried": "Which tokens of one prompt carried its energy ratio: how much it falls (blue) or rises (red) when the "
+    "token is left out. Parts of tokens do not add up.",
+    "routing": "Which expert's direction was used for which prompt.",
+    "knockout": "The same experts taken out one by one. A large weight may be habit; a loss shows that it matters.",
+    "geometry": "Cosines between the experts' prototypes.",
+    "tokens": "Tokens that each prototype promotes by the direct path, through the last normalisation and the "
+    "unembedding. What later layers make of it is not in this table.",
+    "timeline": "Gate, size of the change and distance from the unsteered model, token by token of one answer.",
+    "position": "Size of the steering change in the residual stream after each layer and at each token of that answer.",
+    "logprobs": "Generated tokens that steering made likelier than they were, and less likely, over all prompts.",
+    "strength": "The same prompts at other strengths, by the probabilities of the given answers: nothing is generated. "
+    "Utility and distance are measured on the general prompts, at the first token of an answer.",
+}
+
+
+def steering_report(
+    model: SteerableModel,
+    steering: Steering,
+    contrasts: Sequence[Contrast],
+    general: Sequence[Prompt] = (),
+    *,
+    title: str = "What steering did",
+    max_new_tokens: int = 32,
+    chat: bool = False,
+    batch_size: int = 16,
+    seed: int = 0,
+    examples: int = 8,
+    sweep: bool = True,
+    progress: bool = True,
+) -> Report:
+    """Generate with and without steering, measure, draw, and put it all into one page.
+
+    Args:
+        model: the model that the steering was fitted on.
+        steering: a FineSteer or a baseline.
+        contrasts: prompts to be steered, best ones that the fit did not see, with both answers.
+        general: prompts to be left alone; without them, nothing is said about what steering costs.
+        title: of the page.
+        max_new_tokens: tokens per answer at most.
+        chat: send string prompts through the chat template.
+        batch_size: rows per forward pass.
+        seed: of the bootstrap intervals; texts are greedy.
+        examples: prompts to show side by side; all of them are in a table further down.
+        sweep: measure ten strengths too, by teacher forcing; needs general prompts.
+        progress: show progress bars.
+
+    Returns:
+        The page; `.write(path)` writes it.
+
+    Raises:
+        InputError: no contrasts, or a hook object that is no steering.
+        ContextLengthError, MismatchError: as in `generate`.
+    """
+    if not isinstance(steering, Steering):
+        fix = "Report on each link of a chain by itself."
+        raise InputError("steering", expected="a FineSteer or a baseline", got=type(steering).__name__, fix=fix)
+    if not len(contrasts):
+        raise InputError("contrasts", expected="at least one", got="none")
+    prompts = [contrast.prompt for contrast in contrasts] + list(general)
+    groups = [contrast.label or UNLABELLED for contrast in contrasts] + [GENERAL] * len(general)
+    run: dict[str, Any] = {"chat": chat, "batch_size": batch_size}
+    made = generate(model, prompts, steering, max_new_tokens=max_new_tokens, compare=True, progress=progress, **run)
+    report = Report(title)
+    columns, rows = _table(model, steering, contrasts, made, groups, run, seed)
+    report.add_text(_findings(made, len(contrasts))).add_table(columns, rows)
+    chosen = _examples(made, groups, examples)
+    report.add_figure(
+        figures.steer_compare(Generations(made[index] for index in chosen), titles=[groups[index] for index in chosen]),
+        CAPTIONS["compare"],
+    )
+    ids = [prompt_ids(model, prompt, chat=chat) for prompt in prompts]
+    most = max(range(len(contrasts)), key=lambda index: float(_kl(made[index]).sum()))
+    for layer in steering.hooked_layers:
+        queries = last_activations(model, ids, layer, steering.site, batch_size=batch_size)
+        where = "" if len(steering.hooked_layers) == 1 else f", layer {layer}"
+        _add_gate(report, model, steering, layer, where, queries, prompts, len(contrasts), most, run)
+        _add_experts(report, model, steering, layer, where, queries, contrasts, run, progress)
+    _add_generation(report, model, steering, made, most, chat)
+    if sweep and len(general):
+        methods: dict[str, Steering] = {"as it is": steering}
+        if isinstance(steering, FineSteer) and steering.gate is not None:
+            methods["without its gate"] = steering.with_gate(None)
+        found = effects.strength_sweep(model, methods, contrasts, general, seed=seed, progress=progress, **run)
+        report.add_heading("How much: strength").add_figure(figures.strength_sweep(found), CAPTIONS["strength"])
+    _add_texts(report, made, groups)
+    settings = {"answers": f"greedy, at most {max_new_tokens} tokens", "chat template": chat, "seed": seed}
+    add_settings(report, [*machine_rows(), *([k, str(v)] for k, v in settings.items()), *steering_rows(steering)])
+    return report
+
+
+def _kl(item: Generation) -> Tensor:
+    assert item.trace.steps is not None and item.trace.steps.kl is not None
+    return item.trace.steps.kl[0]
+
+
+def _changed(item: Generation) -> bool:
+    assert item.baseline is not None
+    return item.text != item.baseline.text
+
+
+def _gate(item: Generation) -> float:
+    """The largest gate value over the layers."""
+    return max(float(value[0]) for value in item.trace.gate.values())
+
+
+def _share(hits: Sequence[bool]) -> str:
+    share = Proportion(sum(hits), len(hits))
+    low, high = share.interval
+    return f"{share.value:.2f}\n{low:.2f} to {high:.2f}"
+
+
+def _mean(values: Tensor, seed: int) -> str:
+    estimate = bootstrap(values, seed=seed)
+    return f"{estimate.value:.3f}\n{estimate.interval[0]:.3f} to {estimate.interval[1]:.3f}"
+
+
+def _table(
+    model: SteerableModel,
+    steering: Steering,
+    contrasts: Sequence[Contrast],
+    made: Generations,
+    groups: Sequence[str],
+    run: Mapping[str, Any],
+    seed: int,
+) -> tuple[list[str], list[list[str]]]:
+    """A row per group of prompts; shares with Wilson intervals, means with bootstrap intervals, 95 % each."""
+    margins = [effects.answer_margin(model, one, contrasts, **run) for one in (None, steering)]
+    rows = []
+    for group in dict.fromkeys(groups):
+        own = [index for index, name in enumerate(groups) if name == group]
+        items = [made[index] for index in own]
+        answered = ["–", "–"] if own[0] >= len(contrasts) else [_mean(margin[own], seed) for margin in margins]
+        kl = torch.stack([_kl(item).mean() for item in items])
+        open_ = [_gate(item) >= OPEN for item in items]
+        rows.append(
+            [group, str(len(own)), _share(list(map(_changed, items))), _share(open_), _mean(kl, seed), *answered]
+        )
+    return list(COLUMNS), rows
+
+
+def _findings(made: Generations, n_contrasts: int) -> str:
+    """The main numbers in words."""
+
+    def told(items: Sequence[Generation]) -> str:
+        return f"{sum(map(_changed, items))} of {len(items)}"
+
+    kept = f", and of {told(made[n_contrasts:])} general ones" if len(made) > n_contrasts else ""
+    return (
+        f"Steering changed the text of {told(made[:n_contrasts])} prompts that it is for{kept}. A share is given with"
+        " its 95 % Wilson interval, a mean with its 95 % bootstrap interval. KL(steered ‖ unsteered) tells how far each"
+        " token's distribution moved. The margin is the mean log-probability per token of the preferred answer minus"
+        " that of the undesired one, in nats, with both answers given: above zero the model prefers what is wanted."
+    )
+
+
+def _examples(made: Generations, groups: Sequence[str], limit: int) -> list[int]:
+    """Prompts to show: of each group in turn, the last one first, and in each the ones that changed most."""
+    order = sorted(range(len(made)), key=lambda index: -float(_kl(made[index]).sum()))
+    names = dict.fromkeys([groups[-1], *groups])
+    queues = {group: [index for index in order if groups[index] == group] for group in names}
+    turns = [queue[turn] for turn in range(limit) for queue in queues.values() if turn < len(queue)]
+    return sorted(turns[:limit])
+
+
+def _add_gate(
+    report: Report,
+    model: SteerableModel,
+    steering: Steering,
+    layer: int,
+    where: str,
+    queries: Tensor,
+    prompts: Sequence[Prompt],
+    n_contrasts: int,
+    example: int,
+    run: Mapping[str, Any],
+) -> None:
+    gate = steering.gate_at(layer)
+    if gate is None:
+        return
+    report.add_heading(f"When: the gate{where}")
+    parts = {UNLABELLED: slice(0, n_contrasts)}
+    if len(prompts) > n_contrasts:
+        parts[GENERAL] = slice(n_contrasts, None)
+    by_group = {name: queries[part] for name, part in parts.items()}
+    auroc = None
+    if GENERAL in by_group:
+        auroc = effects.rank_sweep(gate, by_group[UNLABELLED], by_group[GENERAL]).auroc
+        if isinstance(gate, SubspaceGate):
+            figure = figures.gate_separation(gate, *by_group.values(), names=(UNLABELLED, GENERAL))
+            report.add_figure(figure, CAPTIONS["separation"])
+    shown = {name: prompts[part] for name, part in parts.items()}
+    report.add_figure(figures.rank_explorer(gate, by_group, shown), CAPTIONS["ranks"])
+    report.add_figure(figures.scree(gate.subspace, auroc, rank=gate.leaves[0].rank), CAPTIONS["scree"])
+    if isinstance(gate, SubspaceGate):
+        found = effects.explain_gate(model, steering, prompts[example], layer=layer, **run)
+        name = f"energy ratio {found.ratio:.3f} (threshold {found.threshold:.3f}) minus that without the token"
+        report.add_figure(
+            figures.token_scores(found.tokens, found.carried, name=name, centred=True), CAPTIONS["carried"]
+        )
+
+
+def _add_experts(
+    report: Report,
+    model: SteerableModel,
+    steering: Steering,
+    layer: int,
+    where: str,
+    queries: Tensor,
+    contrasts: Sequence[Contrast],
+    run: Mapping[str, Any],
+    progress: bool,
+) -> None:
+    if not isinstance(steering, FineSteer) or layer not in steering.layers:
+        return
+    experts = steering.experts_at(layer)
+    report.add_heading(f"How: the experts{where}")
+    labels = [contrast.label for contrast in contrasts]
+    prompts = [contrast.prompt for contrast in contrasts]
+    routing = figures.expert_routing(experts.route(queries[: len(contrasts)]), labels, prompts)
+    report.add_figure(routing, CAPTIONS["routing"])
+    if sum(experts.enabled) > 1:
+        found = effects.expert_knockout(model, steering, contrasts, layer=layer, progress=progress, **run)
+        names = [f"expert {index}" for index in found.experts]
+        figure = figures.expert_knockout(found.loss, found.groups, found.mean_weights, names=names)
+        report.add_figure(figure, CAPTIONS["knockout"])
+    report.add_figure(figures.expert_geometry(experts), CAPTIONS["geometry"])
+    report.add_figure(figures.expert_tokens(effects.expert_tokens(model, experts)), CAPTIONS["tokens"])
+
+
+def _add_generation(
+    report: Report, model: SteerableModel, steering: Steering, made: Generations, example: int, chat: bool
+) -> None:
+    """One answer from the inside, and the tokens of all of them."""
+    item = made[example]
+    report.add_heading("Inside generation")
+    for layer in steering.layers:
+        report.add_figure(figures.trace_timeline(item.trace, layer=layer), CAPTIONS["timeline"])
+    path = effects.propagation(model, steering, item.prompt, item.tokens, chat=chat)
+    report.add_figure(
+        figures.layer_position(
+            path.size, path.tokens, steered_layers=path.edited_layers, prompt_length=path.prompt_length
+        ),
+        CAPTIONS["position"],
+    )
+    report.add_figure(figures.logprob_change(made.trace), CAPTIONS["logprobs"])
+
+
+def _add_texts(report: Report, made: Generations, groups: Sequence[str]) -> None:
+    """Every text, folded, and the trace to take away."""
+    rows = []
+    for item, group in zip(made, groups, strict=True):
+        assert item.baseline is not None
+        kl = f"{float(_kl(item).mean()):.3f}"
+        rows.append([prompt_text(item.prompt), group, item.baseline.text, item.text, f"{_gate(item):.2f}", kl])
+    columns = ["prompt", "group", "without steering", "steered", "gate", "KL (nats per token)"]
+    report.add_heading("Every text and the trace")
+    report.add_table(columns, rows, words=True, folded=f"All {len(rows)} prompts with both texts")
+    report.add_download(
+        "The whole trace, as JSON lines: Trace.from_jsonl reads it, and every figure draws from it without the model.",
+        "trace.jsonl.gz",
+        gzip.compress(made.trace.json_lines().encode(), mtime=0),
+    )

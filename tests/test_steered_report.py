@@ -1,0 +1,142 @@
+"""The report on one steering says what was measured, and carries all of it."""
+
+import base64
+import gzip
+import json
+import re
+from html.parser import HTMLParser
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fsteer_lens import Contrast, FineSteer, Trace, effects, figures, fit, fit_mean_shift, generate, tutor
+from fsteer_lens.errors import InputError
+from fsteer_lens.estimates import Proportion, bootstrap
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.report import Report, steering_report
+from tests.running import LAYER
+
+Read = tuple[str, list[list[list[str]]]]
+
+
+class Tables(HTMLParser):
+    """The cells of every table of class "data", and all text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.cell: list[str] | None = None
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr" and self.tables:
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.cell = []
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag in ("td", "th") and self.cell is not None:
+            self.tables[-1][-1].append("|".join(self.cell))
+            self.cell = None
+
+    def handle_data(self, data: str) -> None:
+        if self.cell is not None:
+            self.cell.append(data)
+
+
+def trace_in(page: str) -> Trace:
+    """The trace that a page carries."""
+    data = re.search(r'download="trace.jsonl.gz" href="data:application/octet-stream;base64,([^"]+)"', page)
+    assert data is not None
+    lines = gzip.decompress(base64.b64decode(data[1])).decode().splitlines()
+    return Trace.from_records([json.loads(line) for line in lines])
+
+
+@pytest.fixture(scope="module")
+def contrasts() -> list[Contrast]:
+    return list(tutor.data("safe").test[::3][:100])
+
+
+@pytest.fixture(scope="module")
+def general() -> list[str]:
+    return [task.prompt for task in tutor.data("safe").general_test][:100]
+
+
+@pytest.fixture(scope="module")
+def report(tutor_model: SteerableModel, steering: FineSteer, contrasts: list[Contrast], general: list[str]) -> Report:
+    return steering_report(
+        tutor_model, steering, contrasts, general, max_new_tokens=16, batch_size=64, sweep=False, progress=False
+    )
+
+
+def test_two_hundred_prompts_stay_below_eight_megabytes(report: Report, tmp_path: Path) -> None:
+    assert report.write(tmp_path / "report.html").stat().st_size < 8e6
+
+
+def test_the_table_is_what_was_measured(
+    report: Report, tutor_model: SteerableModel, steering: FineSteer, contrasts: list[Contrast], general: list[str]
+) -> None:
+    rows = Tables(report.html()).tables[0]
+    assert [row[0] for row in rows] == [
+        "prompts", *dict.fromkeys(str(contrast.label) for contrast in contrasts), "general prompts"
+    ]  # fmt: skip
+    label = rows[1][0]
+    own = [contrast for contrast in contrasts if contrast.label == label]
+    made = generate(
+        tutor_model, [c.prompt for c in own], steering, max_new_tokens=16, compare=True, progress=False, batch_size=64
+    )
+    changed = Proportion(sum(one.text != one.baseline.text for one in made), len(own))  # type: ignore[union-attr]
+    low, high = changed.interval
+    assert rows[1][1:3] == [str(len(own)), f"{changed.value:.2f}|{low:.2f} to {high:.2f}"]
+    kl = bootstrap(torch.stack([one.trace.steps.kl.mean() for one in made]))  # type: ignore[union-attr]
+    assert rows[1][4].split("|")[0] == f"{kl.value:.3f}"
+    margin = effects.answer_margin(tutor_model, steering, own).mean()
+    assert float(rows[1][6].split("|")[0]) == pytest.approx(float(margin), abs=2e-3)
+    assert rows[-1][5:] == ["–", "–"] and rows[-1][1] == str(len(general))
+
+
+def test_the_page_carries_every_text_and_the_whole_trace(
+    report: Report, tutor_model: SteerableModel, steering: FineSteer, contrasts: list[Contrast], general: list[str]
+) -> None:
+    page = report.html()
+    texts = next(table for table in Tables(page).tables if table[0][:2] == ["prompt", "group"])
+    prompts = [str(contrast.prompt) for contrast in contrasts] + general
+    assert [row[0] for row in texts[1:]] == prompts
+    trace = trace_in(page)
+    assert trace.n_rows == len(prompts) and trace.steps is not None
+    alone = generate(tutor_model, prompts[3], steering, max_new_tokens=16, compare=True, progress=False)[0]
+    assert texts[4][3] == alone.text and texts[4][2] == alone.baseline.text  # type: ignore[union-attr]
+    assert trace.row(3).steps.texts == alone.trace.steps.texts  # type: ignore[union-attr]
+    assert float(trace.gate[LAYER][3]) == pytest.approx(float(alone.trace.gate[LAYER][0]), abs=1e-4)
+    assert "n0" not in str(figures.steer_compare(trace.row(3)))
+    assert alone.trace.steps.texts[0][0] in str(figures.steer_compare(trace.row(3)))  # type: ignore[union-attr]
+
+
+def test_the_settings_name_versions_seed_and_fingerprint(report: Report, steering: FineSteer) -> None:
+    rows = dict(row for row in Tables(report.html()).tables[-1] if len(row) == 2)
+    assert (
+        f"torch {version('torch')}" in rows["versions"] and f"fsteer-lens {version('fsteer-lens')}" in rows["versions"]
+    )
+    assert rows["seed"] == "0" and rows["steering"] == repr(steering)
+    assert steering.fingerprint is not None and steering.fingerprint.tokenizer in rows["model"]
+    assert not re.findall(r"/(?:root|home|tmp|work)/", report.html())
+
+
+def test_it_takes_several_layers_baselines_and_no_general_prompts(
+    tutor_model: SteerableModel, trained: Any, steering: FineSteer, contrasts: list[Contrast]
+) -> None:
+    few, options = contrasts[:4], {"max_new_tokens": 4, "progress": False}
+    layered = fit({layer: trained[layer] for layer in (3, 4)}, epochs=5)
+    page = steering_report(tutor_model, layered, few, **options).html()
+    assert "When: the gate, layer 3" in page and "How: the experts, layer 4" in page
+    page = steering_report(tutor_model, fit_mean_shift(trained[4]), few, ["<user>hi<tutor>"], **options)
+    assert "How: the experts" not in page.html() and "How much: strength" in page.html()
+    composed = steering.with_gate(~steering.gate_at(LAYER) | steering.gate_at(LAYER))  # type: ignore[operator]
+    assert "When: the gate" in steering_report(tutor_model, composed.only_expert(0), few, **options).html()
+    with pytest.raises(InputError, match="at least one"):
+        steering_report(tutor_model, steering, [])
