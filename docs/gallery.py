@@ -125,9 +125,8 @@ ENTRIES: Final = (
         "layer_position",
         "Size of the steering change after every layer and at every token: where it grows, where it dies.",
         "path = effects.propagation(model, steering, made[0].prompt, made[0].tokens)\n"
-        "figures.layer_position(\n"
-        "    path.size, path.tokens, steered_layers=path.edited_layers, prompt_length=path.prompt_length\n"
-        ")",
+        "figures.layer_position(path.size, path.tokens, steered_layers=path.edited_layers, "
+        "prompt_length=path.prompt_length)",
     ),
     Entry(
         "strength_sweep",
