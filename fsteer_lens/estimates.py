@@ -82,10 +82,11 @@ def auroc(positive: Float[Tensor, "n *r"], negative: Float[Tensor, "m *r"]) -> F
     """Probability that a positive scores above a negative, ties counted half; of every column at once.
 
     Raises:
-        InputError: one of the groups is empty.
+        InputError: one of the groups is empty, or a score is NaN.
     """
-    if not len(positive) or not len(negative):
-        raise InputError("scores", expected="at least one in each group", got=(len(positive), len(negative)))
+    if not len(positive) or not len(negative) or bool(positive.isnan().any() or negative.isnan().any()):
+        got = f"{len(positive)} and {len(negative)}"
+        raise InputError("scores", expected="at least one in each group, and no NaN", got=got)
     above = positive.double().reshape(len(positive), -1).T.contiguous()
     below = negative.to(above).reshape(len(negative), -1).T.sort(dim=1).values.contiguous()
     beaten = torch.searchsorted(below, above) + torch.searchsorted(below, above, right=True)

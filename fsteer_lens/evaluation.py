@@ -17,8 +17,7 @@ from torch import Tensor
 from fsteer_lens import tutor
 from fsteer_lens.activations import Activations, collect, collect_queries
 from fsteer_lens.baselines import MeanShift, fit_mean_shift
-from fsteer_lens.effects import Knockout, RoutingReport, routing_report
-from fsteer_lens.effects import expert_knockout as knock_out
+from fsteer_lens.effects import Knockout, RoutingReport, expert_knockout, routing_report
 from fsteer_lens.errors import InputError
 from fsteer_lens.estimates import Estimate, Proportion, auroc, bootstrap
 from fsteer_lens.gates import OPEN
@@ -220,7 +219,7 @@ def _share(hits: Tensor) -> Proportion:
     return Proportion(int(hits.sum()), len(hits))
 
 
-def expert_knockout(model: SteerableModel, comparison: Comparison, *, progress: bool = True) -> Knockout:
+def answers_lost(model: SteerableModel, comparison: Comparison, *, progress: bool = True) -> Knockout:
     """What removing each expert costs in right answers, per category."""
 
     def right_answers(model: SteerableModel, steering: HookObject | None, contrasts: Sequence[Contrast]) -> Tensor:
@@ -234,4 +233,4 @@ def expert_knockout(model: SteerableModel, comparison: Comparison, *, progress: 
         )
         return torch.tensor([float(a.text == c.preferred) for a, c in zip(texts, contrasts, strict=True)])
 
-    return knock_out(model, comparison.steering, comparison.contrasts, effect=right_answers, progress=progress)
+    return expert_knockout(model, comparison.steering, comparison.contrasts, effect=right_answers, progress=progress)

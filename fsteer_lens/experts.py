@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fsteer_lens.controller import Controller, train_controller
@@ -138,8 +138,7 @@ class Experts:
         """Weight α of each expert: dense, non-negative, summing to 1 over the enabled ones."""
         require_width(h, "activation", self.d_model)
         logits = self.controller.logits(h.to(self.prototypes), self.prototypes)
-        off = torch.tensor([not on for on in self.enabled], device=logits.device)
-        return logits.masked_fill(off, -math.inf).softmax(dim=-1)
+        return logits.masked_fill(self._off(logits.device), -math.inf).softmax(dim=-1)
 
     def parts(self, h: Float[Tensor, "*batch d"]) -> Parts:
         """The steering vector of each query activation with its parts, in the experts' dtype."""
@@ -154,8 +153,9 @@ class Experts:
         return self.parts(h).vector
 
     def nearest(self, shifts: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch"]:
-        """The expert whose prototype has the largest cosine with each shift."""
-        return (shifts.to(self.prototypes) @ F.normalize(self.prototypes, dim=-1).T).argmax(dim=-1)
+        """The expert, of those that are on, whose prototype has the largest cosine with each shift."""
+        cosines = shifts.to(self.prototypes) @ F.normalize(self.prototypes, dim=-1).T
+        return cosines.masked_fill(self._off(cosines.device), -math.inf).argmax(dim=-1)
 
     def without_expert(self, index: int) -> "Experts":
         """The same experts with one switched off: its logit is masked and the other weights renormalised."""
@@ -174,6 +174,9 @@ class Experts:
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> "Experts":
         """The same experts on another device or in another dtype."""
         return move(self, device, dtype)
+
+    def _off(self, device: torch.device) -> Bool[Tensor, " k"]:
+        return torch.tensor([not on for on in self.enabled], device=device)
 
     def _switched(self, enabled: tuple[bool, ...]) -> "Experts":
         self._require_switches(enabled)

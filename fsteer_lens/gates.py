@@ -173,6 +173,11 @@ class SubspaceGate(Gate):
         """Gate value for energy ratios at this gate's rank."""
 
     @property
+    def opens_above(self) -> bool:
+        """Whether the gate opens from its threshold upwards; a logistic gate with a falling slope opens below it."""
+        return True
+
+    @property
     @abstractmethod
     def threshold(self) -> float:
         """The energy ratio at which the gate opens (reaches 0.5); may lie outside [0, 1] where it never does."""
@@ -255,6 +260,11 @@ class LogisticGate(SubspaceGate):
     def gate_of_ratio(self, ratio: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """σ(a·s + b)."""
         return torch.sigmoid(self.slopes[self.rank - 1] * ratio + self.intercepts[self.rank - 1])
+
+    @property
+    def opens_above(self) -> bool:
+        """Whether the slope rises."""
+        return bool(self.slopes[self.rank - 1] > 0)
 
     @property
     def threshold(self) -> float:

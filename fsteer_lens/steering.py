@@ -333,6 +333,14 @@ class FineSteer(Steering):
         """The same steering behind another gate; None is always open."""
         return replace(self, gate=gate, gate_layer=None if gate is None else self.gate_layer)
 
+    def with_experts(self, experts: Experts, layer: int | None = None) -> "FineSteer":
+        """The same steering with other experts at one layer; `layer=None` is the only one."""
+        where = self.layers[0] if layer is None and len(self.layers) == 1 else layer
+        if where not in self.layers:
+            raise InputError("layer", expected=f"one of the steered layers, {list(self.layers)}", got=layer)
+        whole = self.experts
+        return replace(self, experts={**whole, where: experts} if isinstance(whole, Mapping) else experts)
+
     def without_expert(self, index: int) -> "FineSteer":
         """The same steering with one expert switched off, at every layer."""
         return replace(self, experts=_each(self.experts, lambda experts: experts.without_expert(index)))

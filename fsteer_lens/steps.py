@@ -76,7 +76,7 @@ class Steps:
         records = []
         for step, text in enumerate(self.texts[0]):
             record: dict[str, Any] = {"step": step, "token": int(self.tokens[0, step]), "text": text}
-            record["logprob"] = plain(self.logprobs[0, step])
+            record["logprob"] = jsonable(self.logprobs[0, step])
             for name, value in (
                 ("special", self.special),
                 ("kl", self.kl),
@@ -84,7 +84,7 @@ class Steps:
                 ("logprob_change", change),
             ):
                 if value is not None:
-                    record[name] = plain(value[0, step])
+                    record[name] = jsonable(value[0, step])
             for name in ("top", "baseline_top"):
                 ids = getattr(self, f"{name}_ids")
                 if ids is not None:
@@ -95,7 +95,7 @@ class Steps:
     def _top(self, name: str, step: int) -> list[dict[str, Any]]:
         """The likeliest tokens of one step of the first row."""
         ids, logprobs = (getattr(self, f"{name}_{what}")[0, step] for what in ("ids", "logprobs"))
-        found = [{"token": int(token), "logprob": plain(p)} for token, p in zip(ids, logprobs, strict=True)]
+        found = [{"token": int(token), "logprob": jsonable(p)} for token, p in zip(ids, logprobs, strict=True)]
         texts = getattr(self, f"{name}_texts")
         if texts is not None:
             found = [{**one, "text": text} for one, text in zip(found, texts[0][step], strict=True)]
@@ -134,10 +134,10 @@ class Steps:
         return cls(**{**empty, **known, **tops("top"), **tops("baseline_top")})  # pyright: ignore[reportArgumentType]
 
 
-def plain(value: Tensor) -> Any:
+def jsonable(value: Tensor) -> Any:
     """A tensor as nested lists with None for NaN and infinity."""
     if value.ndim:
-        return [plain(item) for item in value]
+        return [jsonable(item) for item in value]
     number = value.item()
     return number if math.isfinite(number) else None
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import DataError, InputError, MissingDependencyError
 from fsteer_lens.files import read_text, write_atomically
-from fsteer_lens.steps import Steps, plain, stack, tensor
+from fsteer_lens.steps import Steps, jsonable, stack, tensor
 
 PerLayer = dict[int, Tensor]
 
@@ -137,6 +137,17 @@ class Trace:
             parts=tuple(part._cut(rows, columns, None) for part in self.parts),
         )
 
+    def link(self, index: int) -> "Trace":
+        """The trace of one link of a chain, with the prompts and the texts that all links share.
+
+        Raises:
+            InputError: no such link, or no chain's trace.
+        """
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self.parts):
+            raise InputError("link", expected=f"one of {len(self.parts)} links of a chain", got=index)
+        shared = {name: getattr(self, name) for name in ("bos", "prompts", "steps", "unsteered")}
+        return replace(self.parts[index], **shared)
+
     def cpu(self) -> "Trace":
         """The same trace with every tensor on the CPU."""
         held = {name: {layer: value.cpu() for layer, value in getattr(self, name).items()} for name in PER_LAYER}
@@ -170,7 +181,7 @@ class Trace:
         known = sorted(getattr(self, name))
         chosen = known[0] if layer is None and len(known) == 1 else layer
         if chosen is None or chosen not in known:
-            fix = "The links of a chain have traces of their own: trace.parts." if self.parts else None
+            fix = "The links of a chain have traces of their own: trace.link(0)." if self.parts else None
             raise InputError("layer", expected=f"one of the layers with {name}, {known}", got=layer, fix=fix)
         return chosen
 
@@ -202,7 +213,7 @@ class Trace:
         """What is known of the first row, per layer."""
         known = {name: getattr(self, name) for name in PER_LAYER}
         return {
-            layer: {name: plain(values[layer][0]) for name, values in known.items() if layer in values}
+            layer: {name: jsonable(values[layer][0]) for name, values in known.items() if layer in values}
             for layer in sorted({layer for values in known.values() for layer in values})
         }
 

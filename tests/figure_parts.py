@@ -46,6 +46,7 @@ def trace_of(
     nats = -0.1 * torch.arange(1, n_new + 1).float().unsqueeze(0)
     texts = (texts * n_new)[:n_new] if len(texts) != n_new else texts
     known: dict[str, Any] = {
+        "ser": {4: torch.tensor([[0.8, 0.9]])},
         "gate": {4: torch.ones(1)},
         "weights": {4: torch.tensor([[0.1, 0.9]]) if weights is None else weights},
         "coefficients": {4: torch.tensor([[3.0, 4.0]])},

@@ -105,6 +105,7 @@ cases = {
     "ranks of a tensor": lambda: fl.effects.rank_sweep(h, h, h),
     "counterfactual with an answer too few": lambda: fl.effects.counterfactual(model, steer, ["a", "b"], ["c"]),
     "propagation of a gate": lambda: fl.effects.propagation(model, steer.gate, "hello"),
+    "explaining a gate": lambda: fl.effects.explain_gate(model, steer.gate, "hello"),
     "explaining experts": lambda: fl.effects.explain_gate(model, steer.experts, "hello"),
     "tokens of a steering": lambda: fl.effects.expert_tokens(model, steer),
     "routing with a shift too few": lambda: fl.effects.routing_report(steer.experts, h, shifts=d[:3]),

@@ -27,7 +27,7 @@ from fsteer_lens import (
 from fsteer_lens.effects import sweeps as sweeps_module
 from fsteer_lens.errors import InputError, ShapeError
 from fsteer_lens.estimates import bootstrap
-from fsteer_lens.gates import EnergyGate
+from fsteer_lens.gates import EnergyGate, LogisticGate
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.tokens import answer_ids, prompt_ids
 from tests import made_up
@@ -377,6 +377,13 @@ def test_rank_sweep_is_every_rank_by_itself(tutor_model: SteerableModel, steerin
     both = (~gate).at_rank(5) & EnergyGate(gate.subspace, 5)
     assert float(composed.gate_rate[4]) == pytest.approx(float((both.gate(queries) >= 0.5).float().mean()))
     assert len(composed.ranks) == 7
+    broken = torch.cat([queries, torch.full_like(queries[:3], torch.nan)])
+    torch.testing.assert_close(effects.rank_sweep(gate, broken, general).auroc, found.auroc)
+    with pytest.raises(InputError, match="5 numbers"):
+        effects.rank_sweep(
+            steering, queries, general, ranks=[2], model=tutor_model, contrasts=contrasts[:5],
+            effect=lambda *_: torch.ones(1),
+        )  # fmt: skip
     with pytest.raises(InputError, match="FineSteer, model="):
         effects.rank_sweep(gate, queries, general, ranks=[2])
     with pytest.raises(InputError, match="layers with a gate"):
@@ -428,6 +435,14 @@ def test_explanation_refuses_what_it_cannot_explain(tutor_model: SteerableModel,
         effects.explain_gate(tutor_model, steering.with_gate(~gate), "<user>hi<tutor>")
     with pytest.raises(InputError, match="layers with a gate"):
         effects.explain_gate(tutor_model, steering.with_gate(None), "<user>hi<tutor>")
+    few = effects.explain_gate(tutor_model, steering, "<user>how do i bake bread?<tutor>", limit=2)
+    every = effects.explain_gate(tutor_model, steering, "<user>how do i bake bread?<tutor>")
+    assert few.without[:-2].isnan().all() and torch.equal(few.without[-2:], every.without[-2:])
+    falling = LogisticGate(
+        gate.subspace, 8, torch.full((gate.subspace.rank,), -20.0), torch.full((gate.subspace.rank,), 9.0)
+    )
+    below = effects.explain_gate(tutor_model, steering.with_gate(falling), "<user>hi<tutor>")
+    assert not falling.opens_above and below.is_open == (below.margin > 0) == (below.ratio < falling.threshold)
     alone = effects.explain_gate(tutor_model, steering, [5])
     assert alone.without.isnan().all() and len(alone.tokens) == 1
 
@@ -458,12 +473,28 @@ def test_knockout_is_the_margin_lost_without_each_expert(
         effect=lambda model, one, items: torch.tensor([float(one.experts.enabled[2])] * len(items)),
     )  # fmt: skip
     assert 1 not in fewer.experts
-    assert fewer.loss[fewer.experts.index(2)].tolist() == [1.0] * len(labels)
-    assert float(fewer.loss.sum()) == len(labels)
+    assert fewer.loss[2].tolist() == [1.0] * len(labels)
+    assert float(fewer.loss.nan_to_num(0).sum()) == len(labels)
+    assert fewer.loss[1].isnan().all()  # expert 1 was off already
     with pytest.raises(InputError, match="two experts"):
         effects.expert_knockout(tutor_model, steering.only_expert(0), contrasts)
     with pytest.raises(InputError, match="steered layers"):
         effects.expert_knockout(tutor_model, steering, contrasts, layer=1)
+
+
+def test_knockout_of_one_layer_leaves_the_others_alone(tutor_model: SteerableModel, contrasts: ContrastSet) -> None:
+    fewer = replace(made_up.experts(1), prototypes=made_up.experts(1).prototypes[:3], enabled=(True,) * 3)
+    both = FineSteer({2: fewer, 3: made_up.experts(2)})
+    found = {layer: effects.expert_knockout(tutor_model, both, contrasts, layer=layer) for layer in (2, 3)}
+    assert [len(one.loss) for one in found.values()] == [3, 4]
+    less = both.with_experts(both.experts_at(3).without_expert(3), 3)
+    assert less.experts_at(2) is fewer
+    lost = effects.answer_margin(tutor_model, both, contrasts) - effects.answer_margin(tutor_model, less, contrasts)
+    torch.testing.assert_close(found[3].full - found[3].removed[3], lost)
+    with pytest.raises(InputError, match="steered layers"):
+        both.with_experts(fewer)
+    with pytest.raises(InputError, match="5 numbers"):
+        effects.expert_knockout(tutor_model, both, contrasts, layer=2, effect=lambda *_: torch.ones(1))
 
 
 def test_expert_tokens_are_those_of_the_unembedding(model: Any, steering: FineSteer) -> None:
@@ -512,7 +543,7 @@ def test_routing_report_by_hand() -> None:
         strongest.append(int(parts.weights.argmax()))
         entropies.append(-sum(w * math.log(w) for w in parts.weights.tolist()))
         shares.append(float(parts.prototype_part.norm() / parts.vector.norm()))
-        residuals.append(float(parts.residual_part.norm() / parts.vector.norm()))
+        residuals.append(float(parts.residual_part.norm() / (parts.residual_part.norm() + parts.prototype_part.norm())))
         cosines = [float(torch.cosine_similarity(shift, one, dim=0)) for one in experts.prototypes]
         agree += strongest[-1] == max(range(4), key=cosines.__getitem__)
         mean += parts.weights / 30
@@ -527,6 +558,15 @@ def test_routing_report_by_hand() -> None:
     assert (one.agreement, one.nmi, one.entropy, one.dead) == (None, None, 0.0, 0.0)  # control: all prompts on one
     with pytest.raises(InputError, match="one for each of 30"):
         effects.routing_report(experts, queries, labels=["a"])
+    half = [label if i % 2 else None for i, label in enumerate(labels)]
+    wanted = normalized_mutual_info_score(labels[1::2], strongest[1::2])
+    assert effects.routing_report(experts, queries, labels=half).nmi == pytest.approx(wanted)
+    assert effects.routing_report(experts, queries, labels=[None] * 30).nmi is None
+    off = experts.without_expert(0)
+    agreed = effects.routing_report(off, queries, shifts=experts.prototypes[:1].expand(30, -1)).agreement
+    cosines = [float(torch.cosine_similarity(experts.prototypes[0], one, dim=0)) for one in experts.prototypes[1:]]
+    nearest = 1 + max(range(3), key=cosines.__getitem__)
+    assert agreed == pytest.approx(float((off.route(queries).argmax(dim=1) == nearest).float().mean()))
 
 
 def test_effects_leave_no_hook_behind_when_something_raises(

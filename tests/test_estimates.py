@@ -55,8 +55,9 @@ def test_auroc_of_every_column_equals_sklearn_with_ties() -> None:
         scores = torch.cat([positive[:, column], negative[:, column]])
         assert float(found[column]) == pytest.approx(roc_auc_score(labels, scores), abs=1e-12)
     assert auroc(positive[:, 0], negative[:, 0]) == found[0]
-    with pytest.raises(InputError, match="each group"):
-        auroc(positive, negative[:0])
+    for broken in (negative[:0], torch.full_like(negative, math.nan)):
+        with pytest.raises(InputError, match="each group"):
+            auroc(positive, broken)
 
 
 def test_a_sweep_becomes_flat_records() -> None:

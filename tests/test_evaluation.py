@@ -13,8 +13,8 @@ from fsteer_lens.evaluation import (
     NO_STEERING,
     TAG,
     Comparison,
+    answers_lost,
     compare_on_tutor,
-    expert_knockout,
 )
 from fsteer_lens.models import SteerableModel
 
@@ -92,8 +92,8 @@ def test_experts_of_safe_route_by_category(comparisons: dict[int, Comparison], t
     layer = first.steering.layers[0]
     strongest = first.row(DEFAULT).answers.trace.weights[layer].argmax(dim=1).tolist()
     labels = [str(contrast.label) for contrast in first.contrasts]
-    found = expert_knockout(tutor_model, first, progress=False)
-    for expert, losses in zip(found.experts, found.loss.tolist(), strict=True):
+    found = answers_lost(tutor_model, first, progress=False)
+    for expert, losses in enumerate(found.loss.tolist()):
         lost = dict(zip(found.groups, losses, strict=True))
         own = {
             label: sum(s == expert for s, one in zip(strongest, labels, strict=True) if one == label) for label in lost

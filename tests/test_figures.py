@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 
 import plotly.graph_objects as go
 import pytest
@@ -13,7 +14,7 @@ from fsteer_lens.errors import InputError, MissingDependencyError, ShapeError
 from fsteer_lens.figures import saving
 from fsteer_lens.figures.gating import roc
 from fsteer_lens.figures.style import expert_colours
-from fsteer_lens.gates import EnergyGate, fit_gate
+from fsteer_lens.gates import EnergyGate, LogisticGate, fit_gate
 from tests.figure_parts import trace_of
 
 
@@ -213,3 +214,28 @@ def test_importing_figures_does_not_import_plotly():
 
     code = "import sys, fsteer_lens.figures; sys.exit('plotly' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_gate_whose_parts_are_at_ranks_of_their_own_is_first_shown_as_it_is(gate, groups):
+    parts = EnergyGate(gate.subspace, 6) & EnergyGate(gate.subspace.at_rank(5), 2)
+    figure = figures.rank_explorer(parts, {"ir": groups[0], "other": groups[1]})
+    slider = figure.layout.sliders[0]
+    assert [step.label for step in slider.steps] == ["as it is", *map(str, range(1, 6))] and slider.active == 0
+    filled = [symbol == 0 for symbol in figure.data[0].marker.symbol]
+    assert filled == (parts.gate(groups[0]) >= 0.5).tolist()
+    assert filled != (parts.at_rank(5).gate(groups[0]) >= 0.5).tolist()
+
+
+def test_a_gate_that_opens_below_its_threshold_is_drawn_so(gate, groups):
+    ranks = gate.subspace.rank
+    falling = LogisticGate(gate.subspace, 3, torch.full((ranks,), -20.0), torch.full((ranks,), 12.0))
+    figure = figures.gate_separation(falling, *groups)
+    shares = [100 * float((falling.gate(rows) >= 0.5).float().mean()) for rows in groups]
+    assert [figure.data[-1].y[0], figure.data[-1].x[0]] == pytest.approx(shares, abs=1e-4)
+    assert "opens below" in figure.layout.annotations[0].text
+
+
+def test_a_prompt_cannot_reach_into_a_hover_template():
+    trace = replace(trace_of(), prompts=(("%{y}", "<b>", "%{x}"),))
+    assert "%{x}" not in figures.expert_mix(trace).data[0].hovertemplate
+    assert figures.expert_routing(torch.rand(2, 2), title="<b>%{x}").layout.title.text == "&lt;b&gt;%&#123;x}"

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fsteer_lens import MeanShift, Window, figures, generate
+from fsteer_lens import MeanShift, Window, chain, figures, generate
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.rich import harmless
 from fsteer_lens.figures.style import expert_colours
@@ -324,3 +324,29 @@ def test_strips_of_a_probe_are_the_weights_that_it_read():
     for title, (first, second) in zip(titles[:4], weights[0].tolist(), strict=True):
         assert f"expert 0: {first:.3f}" in title and f"expert 1: {second:.3f}" in title and "steered" not in title
     assert "no expert acts" in titles[4]
+
+
+def test_marks_beside_a_trace_and_scores_without_a_scale_are_refused():
+    for view in (figures.token_scores, figures.token_experts):
+        for given in ({"prompt_length": 1}, {"bos": True}, {"first": 2}, {"steered": torch.ones(5, dtype=torch.bool)}):
+            with pytest.raises(InputError, match="beside a trace"):
+                view(trace_of(), **given)
+    with pytest.raises(InputError, match="centred=True"):
+        figures.token_scores(["a", "b"], torch.tensor([-3.0, -1.0]))
+    assert "my name" in str(figures.token_scores(trace_of(), name="my name"))
+
+
+def test_a_link_of_a_chain_is_drawn_with_the_chains_texts(tutor_model, steering):
+    both = chain(steering, MeanShift(torch.full((128,), 0.1), layer=2, scope="all"))
+    trace = generate(tutor_model, ["<user>hi, how do you bake bread?<tutor>"], both, max_new_tokens=5, compare=True,
+                     progress=False).trace  # fmt: skip
+    first, second = trace.link(0), trace.link(1)
+    assert figures.trace_timeline(first).data and "expert 0" in str(figures.token_experts(first))
+    steered = [one for one in Elements(str(figures.token_scores(second))).titled() if "\nsteered" in one["title"]]
+    assert len(steered) == len(trace.prompts[0]) + 4
+    shown = str(figures.steer_compare(trace))
+    assert "layer 4: gate" in shown and "layer 2: always steered" in shown
+    with pytest.raises(InputError, match=r"trace\.link"):
+        figures.token_experts(trace, layer=4)
+    with pytest.raises(InputError, match="one of 2 links"):
+        trace.link(2)

@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib.metadata import version
 from pathlib import Path
@@ -12,11 +13,25 @@ from typing import Any
 import pytest
 import torch
 
-from fsteer_lens import Contrast, FineSteer, Trace, effects, figures, fit, fit_mean_shift, generate, tutor
+from fsteer_lens import (
+    Contrast,
+    EnergyGate,
+    Experts,
+    FineSteer,
+    Trace,
+    effects,
+    figures,
+    fit,
+    fit_mean_shift,
+    generate,
+    tutor,
+)
 from fsteer_lens.errors import InputError
 from fsteer_lens.estimates import Proportion, bootstrap
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.report import Report, steering_report
+from tests import made_up
+from tests.browser.chromium import launched, opened
 from tests.running import LAYER
 
 Read = tuple[str, list[list[list[str]]]]
@@ -57,6 +72,12 @@ def trace_in(page: str) -> Trace:
     return Trace.from_records([json.loads(line) for line in lines])
 
 
+def smaller() -> Experts:
+    """Three experts."""
+    whole = made_up.experts(2)
+    return replace(whole, prototypes=whole.prototypes[:3], enabled=(True,) * 3)
+
+
 @pytest.fixture(scope="module")
 def contrasts() -> list[Contrast]:
     return list(tutor.data("safe").test[::3][:100])
@@ -69,9 +90,7 @@ def general() -> list[str]:
 
 @pytest.fixture(scope="module")
 def report(tutor_model: SteerableModel, steering: FineSteer, contrasts: list[Contrast], general: list[str]) -> Report:
-    return steering_report(
-        tutor_model, steering, contrasts, general, max_new_tokens=16, batch_size=64, sweep=False, progress=False
-    )
+    return steering_report(tutor_model, steering, contrasts, general, batch_size=64, progress=False)
 
 
 def test_two_hundred_prompts_stay_below_eight_megabytes(report: Report, tmp_path: Path) -> None:
@@ -88,7 +107,7 @@ def test_the_table_is_what_was_measured(
     label = rows[1][0]
     own = [contrast for contrast in contrasts if contrast.label == label]
     made = generate(
-        tutor_model, [c.prompt for c in own], steering, max_new_tokens=16, compare=True, progress=False, batch_size=64
+        tutor_model, [c.prompt for c in own], steering, max_new_tokens=32, compare=True, progress=False, batch_size=64
     )
     changed = Proportion(sum(one.text != one.baseline.text for one in made), len(own))  # type: ignore[union-attr]
     low, high = changed.interval
@@ -109,11 +128,10 @@ def test_the_page_carries_every_text_and_the_whole_trace(
     assert [row[0] for row in texts[1:]] == prompts
     trace = trace_in(page)
     assert trace.n_rows == len(prompts) and trace.steps is not None
-    alone = generate(tutor_model, prompts[3], steering, max_new_tokens=16, compare=True, progress=False)[0]
+    alone = generate(tutor_model, prompts[3], steering, max_new_tokens=32, compare=True, progress=False)[0]
     assert texts[4][3] == alone.text and texts[4][2] == alone.baseline.text  # type: ignore[union-attr]
     assert trace.row(3).steps.texts == alone.trace.steps.texts  # type: ignore[union-attr]
     assert float(trace.gate[LAYER][3]) == pytest.approx(float(alone.trace.gate[LAYER][0]), abs=1e-4)
-    assert "n0" not in str(figures.steer_compare(trace.row(3)))
     assert alone.trace.steps.texts[0][0] in str(figures.steer_compare(trace.row(3)))  # type: ignore[union-attr]
 
 
@@ -127,6 +145,46 @@ def test_the_settings_name_versions_seed_and_fingerprint(report: Report, steerin
     assert not re.findall(r"/(?:root|home|tmp|work)/", report.html())
 
 
+def test_general_prompts_are_among_the_examples_and_a_label_may_have_their_name(
+    tutor_model: SteerableModel, steering: FineSteer, contrasts: list[Contrast], general: list[str]
+) -> None:
+    named = [replace(contrast, label="general prompts") for contrast in contrasts[:3]]
+    options = {"max_new_tokens": 3, "sweep": False, "progress": False}
+    page = steering_report(tutor_model, steering, named, general[:5], examples=7, **options).html()
+    tables = Tables(page).tables
+    assert [row[:2] for row in tables[0][1:]] == [["general prompts", "3"], ["general prompts (to be left alone)", "5"]]
+    shown = page[page.index("<figure") : page.index("</figure>")]
+    assert shown.count("<b>general prompts</b>") == 3 and shown.count("<b>general prompts (to be left alone)</b>") == 4
+    for wrong in ({"examples": 0}, {"general": "hello"}):
+        with pytest.raises(InputError, match="expected"):
+            steering_report(tutor_model, steering, **{"contrasts": named, "general": [], **wrong})  # type: ignore[arg-type]
+
+
+def test_a_hostile_report_stays_text_on_screen_and_on_paper(
+    tutor_model: SteerableModel, steering: FineSteer, contrasts: list[Contrast], tmp_path: Path
+) -> None:
+    attack = "</script><img src=x onerror=alert(1)>%{x}<b>"
+    few = [replace(one, prompt=f"{one.prompt}{attack}", label=f"{one.label}{attack}") for one in contrasts[:40:5]]
+    options = {"max_new_tokens": 4, "progress": False, "title": attack}
+    path = steering_report(tutor_model, steering, few, [f"<user>{attack}<tutor>"], **options).write(tmp_path / "a.html")
+    with launched() as browser:
+        for scheme in ("light", "dark"):
+            with opened(browser, path, scheme, viewport={"width": 1200, "height": 900}) as (page, heard):
+                page.wait_for_selector(".js-plotly-plot .main-svg")
+                page.wait_for_timeout(500)
+                assert page.locator("img, h1 b, details b, svg.main-svg a").count() == 0
+                assert page.locator("h1").inner_text() == attack
+                assert page.evaluate("document.documentElement.scrollWidth") <= 1200
+                page.locator("summary").click()
+                texts = page.locator("details table")
+                assert texts.is_visible() and attack in texts.inner_text()
+                page.emulate_media(media="print")
+                assert texts.is_visible() and page.locator(".modebar:visible").count() == 0
+                assert page.evaluate("getComputedStyle(document.body).color") == "rgb(0, 0, 0)"
+                assert heard.errors == []
+                assert all(url.startswith(("file:", "data:")) for url in heard.requests)
+
+
 def test_it_takes_several_layers_baselines_and_no_general_prompts(
     tutor_model: SteerableModel, trained: Any, steering: FineSteer, contrasts: list[Contrast]
 ) -> None:
@@ -136,7 +194,11 @@ def test_it_takes_several_layers_baselines_and_no_general_prompts(
     assert "When: the gate, layer 3" in page and "How: the experts, layer 4" in page
     page = steering_report(tutor_model, fit_mean_shift(trained[4]), few, ["<user>hi<tutor>"], **options)
     assert "How: the experts" not in page.html() and "How much: strength" in page.html()
-    composed = steering.with_gate(~steering.gate_at(LAYER) | steering.gate_at(LAYER))  # type: ignore[operator]
-    assert "When: the gate" in steering_report(tutor_model, composed.only_expert(0), few, **options).html()
+    gate = steering.gate_at(LAYER)
+    composed = steering.with_gate(gate | EnergyGate(gate.subspace.at_rank(7), 3))  # type: ignore[operator,union-attr]
+    page = steering_report(tutor_model, composed.only_expert(0), few, ["<user>hi<tutor>"], **options).html()
+    assert "When: the gate" in page and "as it is" in page
+    uneven = FineSteer({2: made_up.experts(1), 3: smaller()}, {2: made_up.steering().gate})  # type: ignore[dict-item]
+    assert "How: the experts, layer 3" in steering_report(tutor_model, uneven, few, **options).html()
     with pytest.raises(InputError, match="at least one"):
         steering_report(tutor_model, steering, [])

@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fsteer_lens.decoding import TOP
+from fsteer_lens.errors import InputError
 from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts import Contrast, ContrastSet, Prompt
@@ -164,3 +165,16 @@ def _known(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "1 n"]) -> tupl
     """Log-probabilities of the tokens, and the likeliest tokens with theirs, on the CPU."""
     logprobs = logits.float().log_softmax(dim=-1).cpu().unsqueeze(0)
     return logprobs.gather(2, tokens.unsqueeze(2)).squeeze(2), logprobs.topk(min(TOP, logprobs.shape[-1]), dim=-1)
+
+
+def one_each(what: str, values: Any, n: int) -> Float[Tensor, " n"]:
+    """What a caller's measure gave, checked: a number for each of n items."""
+    if not isinstance(values, Tensor) or values.shape != (n,):
+        got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
+        raise InputError(f"what {what}= gave", expected=f"a tensor of {n} numbers, one for each", got=got)
+    return values
+
+
+def name_of(measure: Any, otherwise: str) -> str:
+    """What to call a caller's measure."""
+    return getattr(measure, "__name__", otherwise).replace("_", " ")

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.effects.answers import Effect, answer_margin
+from fsteer_lens.effects.answers import Effect, answer_margin, one_each
 from fsteer_lens.errors import InputError
 from fsteer_lens.estimates import Estimate, auroc, bootstrap
 from fsteer_lens.gates import OPEN, Gate, SubspaceGate
@@ -28,7 +29,7 @@ class RankSweep:
         general_ser: of those to be left alone, [m r].
         gate_rate: share of the former for which the gate is open (g ≥ 0.5), [r].
         general_gate_rate: share of the latter, [r].
-        auroc: of the energy ratio, the former against the latter, [r].
+        auroc: of the energy ratio, the former against the latter, [r]; queries that are not finite are left out.
         effect: effect at the ranks that were asked for, with 95 % bootstrap intervals, {rank: estimate}.
     """
 
@@ -54,6 +55,8 @@ def rank_sweep(
     model: SteerableModel | None = None,
     contrasts: Sequence[Contrast] = (),
     effect: Effect | None = None,
+    chat: bool = False,
+    batch_size: int = 16,
     seed: int = 0,
 ) -> RankSweep:
     """Energy ratios, gate rates and AUROC at every fitted rank from one product, and the effect at given ranks.
@@ -63,14 +66,16 @@ def rank_sweep(
         queries: activations of prompts that need steering, [n d].
         general: activations of prompts to be left alone, [m d].
         layer: whose gate, of a steering with several layers.
-        ranks: measure the effect at these; needs a FineSteer, `model` and `contrasts`.
+        ranks: measure the effect with all gates of the steering at these; needs a FineSteer, `model` and `contrasts`.
         model: the model that the steering was fitted on.
         contrasts: prompts to be steered, held out from the fit, with both answers.
         effect: a number per contrast; None takes `answer_margin`, in nats per token.
+        chat, batch_size: as in `answer_margin`.
         seed: of the bootstrap.
 
     Raises:
-        InputError: no gate, a rank that was not fitted, or something missing for the effect.
+        InputError: no gate, no finite query of either kind, a rank that was not fitted, or something missing for the
+            effect.
         ShapeError: activations of another width than the gate's.
     """
     gate = _gate_of(steering, layer)
@@ -81,17 +86,22 @@ def rank_sweep(
     opened, general_opened = (gate.gates(rows) >= OPEN for rows in (queries, general))
     r = opened.shape[-1]
     ser, general_ser = (gate.subspace.energy_ratios(rows)[:, :r] for rows in (queries, general))
+    finite, general_finite = (rows[rows.isfinite().all(dim=1)] for rows in (ser, general_ser))
+    area = auroc(finite, general_finite)
+    measure = effect or partial(answer_margin, chat=chat, batch_size=batch_size)
+    variants = {rank: steering.at_rank(rank) for rank in ranks if isinstance(steering, FineSteer)}
     measured = {}
-    for rank in ranks:
-        assert isinstance(steering, FineSteer) and model is not None
-        measured[rank] = bootstrap((effect or answer_margin)(model, steering.at_rank(rank), contrasts), seed=seed)
+    for rank, variant in variants.items():
+        assert model is not None
+        values = one_each("effect", measure(model, variant, contrasts), len(contrasts))
+        measured[rank] = bootstrap(values, seed=seed)
     return RankSweep(
         tuple(range(1, r + 1)),
         ser,
         general_ser,
         opened.float().mean(dim=0),
         general_opened.float().mean(dim=0),
-        auroc(ser, general_ser),
+        area,
         measured,
     )
 
@@ -106,13 +116,15 @@ class GateExplanation:
         gate: gate value g.
         is_open: whether g ≥ 0.5.
         threshold: energy ratio at which the gate opens.
-        margin: s minus the threshold; the decision flips where the threshold is moved past s.
+        margin: how far s is on the open side of the threshold, s minus it for a gate that opens above; negative where
+            the gate is closed.
         flip_rank: the smallest fitted rank at which the decision is the other one; None where there is none.
-        flip_threshold: the threshold from which on the decision is the other one: s itself. An open gate closes above
-            it, a closed one opens from it downwards.
+        flip_threshold: the threshold at which the decision flips: s itself. A gate that opens above its threshold
+            closes when that is moved above s, and opens when it is moved down to s.
         directions: share of ‖h − μ‖² along each PCA direction, [r]; the first `rank` of them add up to s.
         tokens: the prompt's tokens as text, s of them.
-        without: energy ratio of the prompt with one token left out, [s]; NaN where no token would be left.
+        without: energy ratio of the prompt with one token left out, [s]; NaN where no token would be left, and before
+            the last `limit` tokens.
         carried: s minus that: how much of the ratio goes with the token, [s].
     """
 
@@ -142,8 +154,11 @@ def explain_gate(
     layer: int | None = None,
     chat: bool = False,
     batch_size: int = 16,
+    limit: int | None = 256,
 ) -> GateExplanation:
     """Tell which directions and which tokens of a prompt carried a gate's energy ratio, and what would flip it.
+
+    Takes a forward pass of the prompt for every token that is left out.
 
     A token's part is found by leaving it out: the prompt is run once more without it. That is what the decision would
     have been on that shorter prompt; parts of tokens do not add up, and two tokens that say the same cover for each
@@ -156,11 +171,14 @@ def explain_gate(
         layer: whose gate; None takes the only one.
         chat: send a string prompt through the chat template.
         batch_size: shortened prompts per forward pass.
+        limit: leave out at most so many tokens one by one, the last ones of the prompt; None takes all.
 
     Raises:
-        InputError: no gate, one that is composed (explain one of its leaves, `steering.with_gate(leaf)`), or an
-            ambiguous layer.
+        InputError: no steering, no gate, one that is composed (explain one of its leaves, `steering.with_gate(leaf)`),
+            or an ambiguous layer.
     """
+    if not isinstance(steering, Steering):
+        raise InputError("explain_gate", expected="a steering with a gate", got=type(steering).__name__)
     gate = _gate_of(steering, layer)
     if not isinstance(gate, SubspaceGate):
         raise InputError(
@@ -172,10 +190,14 @@ def explain_gate(
     where = layer if layer is not None else _gated_layers(steering)[0]
     steering.session_on(model)  # was it fitted on this model?
     ids = tuple(prompt_ids(model, prompt, chat=chat))
-    shorter = [ids[:place] + ids[place + 1 :] for place in range(len(ids))] if len(ids) > 1 else []
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+        raise InputError("limit", expected="an int >= 0 or None", got=repr(limit))
+    first = 0 if limit is None else max(0, len(ids) - limit)
+    shorter = [ids[:place] + ids[place + 1 :] for place in range(first, len(ids))] if len(ids) > 1 else []
     h = last_activations(model, [ids, *shorter], where, steering.site, batch_size=batch_size)
     ratios = gate.subspace.energy_ratio(h, gate.rank).cpu()
-    ratio, without = float(ratios[0]), ratios[1:] if shorter else torch.full((1,), torch.nan)
+    ratio, without = float(ratios[0]), torch.full((len(ids),), torch.nan)
+    without[len(ids) - len(shorter) :] = ratios[1:]
     gates = gate.gates(h[0]).cpu()
     is_open = bool(gates[gate.rank - 1] >= OPEN)
     other = [rank for rank, value in enumerate(gates.tolist(), 1) if (value >= OPEN) != is_open]
@@ -187,7 +209,7 @@ def explain_gate(
         gate=float(gates[gate.rank - 1]),
         is_open=is_open,
         threshold=gate.threshold,
-        margin=ratio - gate.threshold,
+        margin=(ratio - gate.threshold) * (1 if gate.opens_above else -1),
         flip_rank=min(other, default=None),
         flip_threshold=ratio,
         directions=(coordinates.square() / total).cpu(),

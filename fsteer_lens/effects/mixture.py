@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.effects.answers import MARGIN, Effect, answer_margin
+from fsteer_lens.effects.answers import MARGIN, Effect, answer_margin, name_of, one_each
 from fsteer_lens.errors import InputError
 from fsteer_lens.estimates import Estimate, bootstrap
 from fsteer_lens.experts import Experts
@@ -70,10 +71,10 @@ class Knockout:
     """What is lost when one expert is removed.
 
     Attributes:
-        experts: numbers of the experts that were removed one by one, k of them.
+        experts: numbers of the experts that were removed one by one; those that are switched off are not among them.
         labels: label of each contrast, n of them.
         full: effect on each contrast with all experts, [n].
-        removed: effect on each contrast without each expert, [k n].
+        removed: effect on each contrast without each of all k experts, [k n]; NaN for one that was off already.
         weights: weight α of each expert for each contrast, [k n].
         effect_name: of the effect, with its unit.
     """
@@ -107,7 +108,7 @@ class Knockout:
         """Effect lost on one label without one expert, with its 95 % paired bootstrap interval."""
         if expert not in self.experts or label not in self.groups:
             raise InputError("estimate", expected=f"experts {self.experts}, labels {self.groups}", got=(expert, label))
-        lost = (self.full - self.removed[self.experts.index(expert)])[self._has(label)]
+        lost = (self.full - self.removed[expert])[self._has(label)]
         return bootstrap(lost, seed=seed)
 
     def _has(self, label: str) -> Tensor:
@@ -137,7 +138,7 @@ def expert_knockout(
         model: the model that the steering was fitted on.
         steering: the steering; experts that are switched off already are left out.
         contrasts: prompts to be steered, held out from the fit, with labels.
-        layer: whose weights to show, of a steering with several layers; experts are removed at every layer.
+        layer: whose experts, of a steering with several layers; the other layers keep theirs.
         effect: a number per contrast; None takes `answer_margin`, in nats per token.
         chat, batch_size: as in `answer_margin`.
         progress: show a progress bar.
@@ -153,26 +154,26 @@ def expert_knockout(
     if len(on) < 2 or not len(contrasts):
         raise InputError("expert_knockout", expected="contrasts, and at least two experts that are on", got=on)
 
+    measure = effect or partial(answer_margin, chat=chat, batch_size=batch_size)
+
     def measured(one: FineSteer) -> Tensor:
-        if effect is None:
-            return answer_margin(model, one, contrasts, chat=chat, batch_size=batch_size)
-        return effect(model, one, contrasts)
+        return one_each("effect", measure(model, one, contrasts), len(contrasts))
 
     ids = [prompt_ids(model, contrast.prompt, chat=chat) for contrast in contrasts]
     queries = last_activations(model, ids, where, steering.site, batch_size=batch_size)
     with progress_bar(1 + len(on), "removing experts", progress) as advance:
         full = measured(steering)
-        removed = []
+        removed = torch.full((experts.n_experts, len(contrasts)), torch.nan)
         for index in on:
             advance(1)
-            removed.append(measured(steering.without_expert(index)))
+            removed[index] = measured(steering.with_experts(experts.without_expert(index), where))
     return Knockout(
         on,
         tuple(str(contrast.label) for contrast in contrasts),
         full,
-        torch.stack(removed),
-        experts.route(queries).T[list(on)].cpu(),
-        MARGIN if effect is None else getattr(effect, "__name__", "effect").replace("_", " "),
+        removed,
+        experts.route(queries).T.cpu(),
+        MARGIN if effect is None else name_of(effect, "effect"),
     )
 
 
@@ -183,13 +184,14 @@ class RoutingReport:
     Attributes:
         agreement: share of prompts whose strongest expert is the one nearest, by cosine, to the prompt's own shift;
             None without shifts.
-        nmi: normalised mutual information of strongest expert and label, 0 to 1; None without labels.
+        nmi: normalised mutual information of strongest expert and label, 0 to 1, over the prompts that have one; None
+            without labels.
         entropy: mean over prompts of the entropy of their weights, in nats; 0 where one expert takes all, log K where
             all weigh the same.
         usage_entropy: entropy of the mean weights, in nats; near 0 where the routing has collapsed on one expert.
         dead: share of experts that are nobody's strongest.
         prototype_share: mean of ‖C α‖ / ‖v‖, the prototypes' part of the vector.
-        residual_share: mean of ‖U β‖ / ‖v‖; the two need not add up to 1, since the parts may point apart.
+        residual_share: mean of ‖U β‖ / (‖C α‖ + ‖U β‖), as `figures.expert_mix` shows it for one prompt.
     """
 
     agreement: float | None
@@ -231,7 +233,12 @@ def routing_report(
     strongest = parts.weights.argmax(dim=-1)
     length = parts.vector.norm(dim=-1).clamp(min=1e-12)
     on = sum(experts.enabled)
-    nmi = None if labels is None else normalized_mutual_info_score([str(one) for one in labels], strongest.tolist())
+    known = [
+        (str(label), one) for label, one in zip(labels or (), strongest.tolist(), strict=False) if label is not None
+    ]
+    nmi = normalized_mutual_info_score(*zip(*known, strict=True)) if known else None
+    beside = parts.residual_part.norm(dim=-1)
+    whole = (parts.prototype_part.norm(dim=-1) + beside).clamp(min=1e-12)
     return RoutingReport(
         agreement=None if shifts is None else float((strongest == experts.nearest(shifts)).float().mean()),
         nmi=None if nmi is None else float(nmi),
@@ -239,5 +246,5 @@ def routing_report(
         usage_entropy=float(torch.special.entr(parts.weights.mean(dim=0)).sum()),
         dead=1 - len(strongest.unique()) / on,
         prototype_share=float((parts.prototype_part.norm(dim=-1) / length).mean()),
-        residual_share=float((parts.residual_part.norm(dim=-1) / length).mean()),
+        residual_share=float((beside / whole).mean()),
     )

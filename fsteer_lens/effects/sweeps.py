@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.activations import Activations, Shift, collect
-from fsteer_lens.effects.answers import MARGIN, Effect, Utility, answer_margin
+from fsteer_lens.effects.answers import MARGIN, Effect, Utility, answer_margin, name_of, one_each
 from fsteer_lens.errors import InputError
 from fsteer_lens.estimates import Estimate, Sweep, bootstrap
 from fsteer_lens.fitting import fit
@@ -151,12 +151,12 @@ def _sweeps(
         found = answer_divergences(model, rows, steerings, batch_size=batch_size, advance=advance)
         divergences = [torch.stack([one.mean() for one in by_row]) for by_row in found]
         for steering, divergence in zip(steerings, divergences, strict=True):
-            effects.append(_each("effect", measure(model, steering, contrasts), len(contrasts)))
+            effects.append(one_each("effect", measure(model, steering, contrasts), len(contrasts)))
             kept = -divergence if utility is None else utility(model, steering, general)
-            utilities.append(_each("utility", kept, len(general)))
+            utilities.append(one_each("utility", kept, len(general)))
             advance(1)
-    effect_name = MARGIN if effect is None else _name(effect, "effect")
-    utility_name = "−KL(steered ‖ unsteered) (nats)" if utility is None else _name(utility, "utility")
+    effect_name = MARGIN if effect is None else name_of(effect, "effect")
+    utility_name = "−KL(steered ‖ unsteered) (nats)" if utility is None else name_of(utility, "utility")
     measured = zip(*(_estimates(group, seed) for group in (effects, utilities, divergences)), strict=True)
     return {
         name: Sweep(
@@ -172,14 +172,3 @@ def _sweeps(
 
 def _estimates(group: Sequence[Float[Tensor, " n"]], seed: int) -> list[Estimate]:
     return [bootstrap(values, seed=seed) for values in group]
-
-
-def _each(what: str, values: Float[Tensor, " n"], n: int) -> Float[Tensor, " n"]:
-    if not isinstance(values, Tensor) or values.shape != (n,):
-        got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
-        raise InputError(f"what {what}= gave", expected=f"a tensor of {n} numbers, one for each", got=got)
-    return values
-
-
-def _name(measure: Any, otherwise: str) -> str:
-    return getattr(measure, "__name__", otherwise).replace("_", " ")

@@ -89,10 +89,7 @@ class Explorer:
             labels = [group.name for group in self._pictured.groups for _ in group.prompts]
             weights = self._pictured.logits.softmax(dim=-1)
             return figures.expert_routing(weights, labels, self._pictured.prompts, title=self._title)
-        ranks = None  # all, thinned out, but the leaves of a composed gate need not have as many
-        if len({leaf.subspace.rank for leaf in gate.leaves}) > 1:
-            ranks = range(1, self._subject.ranks + 1)
-        return figures.rank_explorer(gate, self._pictured.by_group, shown_prompts, ranks=ranks, title=self._title)
+        return figures.rank_explorer(gate, self._pictured.by_group, shown_prompts, title=self._title)
 
     def choose(self, **changes: Any) -> "Explorer":
         """Set controls from Python, by the names of `Settings`; the widget follows.

@@ -60,6 +60,14 @@ class Subject:
         layers = self.steering.layers
         if isinstance(self.layer, bool) or self.layer not in layers:
             raise InputError("layer", expected=f"a steered layer, one of {list(layers)}", got=repr(self.layer))
+        ranks = [] if self.gate is None else [leaf.rank for leaf in self.gate.leaves]
+        if ranks and not (len(set(ranks)) == 1 and ranks[0] <= self.ranks):
+            raise InputError(
+                "explore",
+                expected="a composed gate whose parts are at one rank, which all of them have",
+                got=f"ranks {ranks} of {[leaf.subspace.rank for leaf in self.gate.leaves] if self.gate else []} fitted",
+                fix="Put them at one rank, steering.at_rank(r), or explore each part: steering.with_gate(part).",
+            )
 
     @property
     def gate_layer(self) -> int:
@@ -87,10 +95,10 @@ class Subject:
         return isinstance(self.gate, SubspaceGate)
 
     def start(self) -> Settings:
-        """The steering's own settings. The leaves of a composed gate are explored at one rank: the first leaf's."""
+        """The steering's own settings."""
         gate, experts = self.gate, self.experts
         return Settings(
-            rank=None if gate is None else min(gate.leaves[0].rank, self.ranks),
+            rank=None if gate is None else gate.leaves[0].rank,
             threshold=None,
             strength=float(self.steering.strength),
             experts=experts.enabled,
@@ -154,8 +162,7 @@ class Subject:
 
     def _with_experts(self, steering: FineSteer, settings: Settings) -> FineSteer:
         changed = replace(self.experts, enabled=settings.experts, use_residual=settings.residual)
-        whole = steering.experts
-        return replace(steering, experts={**whole, self.layer: changed} if isinstance(whole, Mapping) else changed)
+        return steering.with_experts(changed, self.layer)
 
     def _with_gate(self, steering: FineSteer, gate: Gate) -> FineSteer:
         if len(steering.hooked_layers) == 1:

@@ -169,17 +169,16 @@ def _known(value: float) -> float:
 
 
 def _decision(trace: Trace) -> str:
-    """Gate and strongest expert of every layer, in one line."""
+    """Gate and strongest expert of every layer, of every link of a chain, in one line."""
     parts = []
-    for layer in trace.layers:
-        if layer not in trace.gate:
-            continue
-        gate = float(trace.gate[layer][0])
-        told = f"gate {gate:.2f} {'open' if gate >= OPEN else 'closed'}"
-        told = f"layer {layer}: {told}" if len(trace.gate) > 1 else told
+    decided = [(link, layer) for link in trace.parts or (trace,) for layer in link.layers if layer in link.gate]
+    for link, layer in decided:
+        gate = float(link.gate[layer][0])
+        told = f"gate {gate:.2f} {'open' if gate >= OPEN else 'closed'}" if layer in link.ser else "always steered"
+        told = f"layer {layer}: {told}" if len(decided) > 1 else told
         told = f"<span style='{MUTED}'>{told}</span>"
-        if gate >= OPEN and layer in trace.weights:
-            weights = trace.weights[layer][0].nan_to_num(0)
+        if gate >= OPEN and layer in link.weights:
+            weights = link.weights[layer][0].nan_to_num(0)
             best = int(weights.argmax())
             colour = expert_colours(len(weights))[best]
             told += f" &nbsp;<span style='color:{colour}'>■</span> "

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.style import CURVE, TEXT, group_colours, label_text, plain, styled
-from fsteer_lens.gates import Gate, SubspaceGate
+from fsteer_lens.gates import OPEN, Gate, SubspaceGate
 
 if TYPE_CHECKING:
     import plotly.graph_objects
@@ -67,10 +67,16 @@ def gate_separation(
         yref="y domain",
         yanchor="top",
         xshift=-5 if gate.threshold > 0.6 else 5,
-        text=f"threshold {gate.threshold:.3f}",
+        text=f"threshold {gate.threshold:.3f}" + ("" if gate.opens_above else ", opens below"),
         showarrow=False,
     )
-    _add_roc(figure, false_alarms, hits, area, [float((values >= gate.threshold).float().mean()) for values in ratios])
+    _add_roc(
+        figure,
+        false_alarms,
+        hits,
+        area,
+        [float((gate.gate_of_ratio(values) >= OPEN).float().mean()) for values in ratios],
+    )
     styled(figure, title, height=380)
     figure.update_layout(barmode="overlay")
     figure.update_xaxes(title=f"energy ratio s at rank {gate.rank} (share, 0 to 1)", range=[0, 1], row=1, col=1)

@@ -31,7 +31,8 @@ def rank_explorer(
 
     Everything for every rank is in the figure, so the slider needs no kernel and works in a saved page. Filled marks
     are steered (gate ≥ 0.5), hollow ones left alone. A composed gate has no threshold line; the ratios are those of its
-    first subspace. A query that is not finite gets no mark and counts as left alone.
+    first subspace, and where its parts are at ranks of their own the slider's first stop is the gate as it is. A query
+    that is not finite gets no mark and counts as left alone.
 
     Args:
         gate: a fitted gate; its calibration at each rank is the one that `gate.at_rank` gives.
@@ -52,16 +53,22 @@ def rank_explorer(
         if prompts is not None and len(prompts.get(name, ())) != len(rows):
             got = f"{len(prompts[name])} prompts" if name in prompts else f"groups {list(prompts)}"
             raise InputError(f"prompts of {name!r}", expected=f"{len(rows)}, one for each query", got=got)
-    start = gate.leaves[0].rank
-    stops = _stops(gate.subspace.rank, start) if ranks is None else sorted(set(ranks))
+    own = [leaf.rank for leaf in gate.leaves]
+    fitted = min(leaf.subspace.rank for leaf in gate.leaves)
+    stops = _stops(fitted, min(own[0], fitted)) if ranks is None else sorted(set(ranks))
     if not stops:
         raise InputError("ranks", expected="at least one rank", got="none")
-    if start not in stops:
-        start = min(stops, key=lambda rank: abs(rank - start))
     finite = {name: rows.isfinite().all(dim=1) for name, rows in queries.items()}
     ratios = {name: _ratios(gate, rows, finite[name]) for name, rows in queries.items()}
     states = [_state(gate.at_rank(rank), rank, queries, finite, ratios) for rank in stops]
-    shown = states[stops.index(start)]
+    names = [str(rank) for rank in stops]
+    if set(own) == {own[0]} and own[0] <= fitted:
+        active = min(range(len(stops)), key=lambda place: abs(stops[place] - own[0]))
+    else:  # parts at ranks of their own: no stop of the slider is the gate as it is
+        states.insert(0, _state(gate, own[0], queries, finite, ratios))
+        names.insert(0, "as it is")
+        active = 0
+    shown = states[active]
     figure = go.Figure()
     for index, (name, colour) in enumerate(zip(queries, group_colours(len(queries)), strict=True)):
         count = len(queries[name])
@@ -91,7 +98,7 @@ def rank_explorer(
     for symbol, meaning in ((FILLED, "steered"), (HOLLOW, "left alone")):
         marker = {"color": TEXT, "symbol": symbol, "size": 8}
         figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name=meaning))
-    return _with_slider(figure, stops, states, stops.index(start), [label_text(name) for name in queries], title)
+    return _with_slider(figure, names, states, active, [label_text(name) for name in queries], title)
 
 
 def _stops(fitted: int, own: int) -> list[int]:
@@ -127,7 +134,7 @@ def _state(
 
 def _with_slider(
     figure: "plotly.graph_objects.Figure",
-    stops: list[int],
+    stops: list[str],
     states: list[dict[str, Any]],
     active: int,
     names: list[str],
@@ -137,7 +144,7 @@ def _with_slider(
     ticks = [[f"<b>{n}</b><br>{count}" for n, count in zip(names, state["counts"], strict=True)] for state in states]
     steps = [
         {
-            "label": str(rank),
+            "label": stop,
             "method": "update",
             "args": [
                 {"x": state["x"], "marker.symbol": [*state["marker.symbol"], 0]},
@@ -145,7 +152,7 @@ def _with_slider(
                 list(range(n_groups + 1)),
             ],
         }
-        for rank, state, texts in zip(stops, states, ticks, strict=True)
+        for stop, state, texts in zip(stops, states, ticks, strict=True)
     ]
     styled(figure, title, height=250 + 95 * n_groups)
     figure.update_xaxes(title="energy ratio s: share of the activation that lies in the subspace", range=[-0.02, 1.02])

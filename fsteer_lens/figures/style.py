@@ -98,7 +98,7 @@ def styled(figure: "plotly.graph_objects.Figure", title: str, height: int) -> "p
     figure.update_layout(
         template="none",
         title={
-            "text": title,
+            "text": label_text(title),
             "x": 0,
             "y": 1,
             "yanchor": "top",
@@ -150,7 +150,11 @@ def finite(number: float) -> float | None:
 
 def label_text(text: str) -> str:
     """Text for plotly, which reads markup: escaped, with line breaks as ⏎, and nothing that UTF-8 cannot hold."""
-    return html.escape(one_line(text), quote=False)
+    return _escaped(one_line(text))
+
+
+def _escaped(line: str) -> str:
+    return html.escape(line, quote=False).replace("%{", "%&#123;")  # %{...} is a value in hover templates
 
 
 def one_line(text: str) -> str:
@@ -161,7 +165,7 @@ def one_line(text: str) -> str:
 
 def wrapped(text: str, width: int) -> str:
     """Text for plotly in lines of at most `width` characters."""
-    return "<br>".join(html.escape(line, quote=False) for line in textwrap.wrap(one_line(text), width)) or " "
+    return "<br>".join(_escaped(line) for line in textwrap.wrap(one_line(text), width)) or " "
 
 
 def hover_prompt(prompt: Prompt, width: int = 60, limit: int = 400) -> str:

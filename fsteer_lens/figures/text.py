@@ -11,7 +11,7 @@ from fsteer_lens.errors import InputError
 from fsteer_lens.figures.html import MUTED, Html, block, escape, legend_line
 from fsteer_lens.figures.rich import rich_view
 from fsteer_lens.figures.style import ACCENT, NEGATIVE, POSITIVE, plain
-from fsteer_lens.figures.tokens import Tokens, tokens_of_text, tokens_of_trace
+from fsteer_lens.figures.tokens import Tokens, require_no_marks, tokens_of_text, tokens_of_trace
 from fsteer_lens.trace import Marks, Trace
 
 STRONGEST_SHADE = 0.6
@@ -21,7 +21,7 @@ def token_scores(
     tokens: Sequence[str] | Trace,
     scores: Float[Tensor, " s"] | None = None,
     *,
-    name: str = "score",
+    name: str | None = None,
     bounds: tuple[float, float] | None = None,
     centred: bool = False,
     steered: Bool[Tensor, " s"] | None = None,
@@ -46,7 +46,7 @@ def token_scores(
         tokens: text of every token, [s], or a trace of `generate`.
         scores: one number per token, [s], in the order of `tokens`.
         name: of the score, with its unit.
-        bounds: scores with no shade and with the full shade; None takes 0 and the largest size.
+        bounds: scores with no shade and with the full shade; None takes 0 and the largest score.
         centred: scale from −max to max: red below zero, blue above.
         steered: which tokens were steered, [s].
         prompt_length: number of real tokens in the prompt.
@@ -64,8 +64,10 @@ def token_scores(
     """
     if isinstance(tokens, Trace):
         shown = tokens_of_trace(tokens, layer, row)
+        require_no_marks(steered=steered, prompt_length=prompt_length, first=first, bos=bos, marks=marks)
         if scores is None:
-            scores, name = _change(tokens.row(row), layer, len(shown)), "‖change‖ / ‖residual stream‖"
+            scores = _change(tokens.row(row), layer, len(shown))
+            name = name or "‖change‖ / ‖residual stream‖"
     else:
         shown = tokens_of_text(
             tokens, steered=steered, prompt_length=prompt_length, first=first, bos=bos, marks=marks, row=row
@@ -74,6 +76,7 @@ def token_scores(
         raise InputError("scores", expected=f"a number for each of {len(shown)} tokens", got=None)
     if len(scores) != len(shown):
         raise InputError("scores", expected=f"one for each of {len(shown)} tokens", got=len(scores))
+    name = name or "score"
     values = plain(scores, digits=6)
     low, high = _bounds(values, bounds, centred)
     if rich:
@@ -109,8 +112,16 @@ def _bounds(values: Sequence[float | None], bounds: tuple[float, float] | None, 
         if not (math.isfinite(low) and math.isfinite(high) and low < high) or (centred and low != -high):
             raise InputError("bounds", expected="two finite numbers, low < high, −max and max if centred", got=bounds)
         return low, high
-    most = max((abs(value) for value in values if value is not None), default=0.0) or 1.0
-    return (-most if centred else 0.0), most
+    known = [value for value in values if value is not None] or [0.0]
+    if centred:
+        most = max(map(abs, known)) or 1.0
+        return -most, most
+    if max(known) <= 0 and min(known) < 0:
+        fix = "Use centred=True, or give bounds=(low, high)."
+        raise InputError(
+            "scores", expected="one above 0, for a scale that begins there", got=f"{max(known)} at most", fix=fix
+        )
+    return 0.0, max(known) or 1.0
 
 
 def _shade(value: float | None, low: float, high: float, centred: bool) -> str:

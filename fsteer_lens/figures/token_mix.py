@@ -10,7 +10,7 @@ from fsteer_lens.errors import InputError
 from fsteer_lens.figures.html import Html, block, escape, legend_line
 from fsteer_lens.figures.rich import rich_view
 from fsteer_lens.figures.style import GRID, expert_colours, expert_names, plain
-from fsteer_lens.figures.tokens import tokens_of_text, tokens_of_trace
+from fsteer_lens.figures.tokens import require_no_marks, tokens_of_text, tokens_of_trace
 from fsteer_lens.trace import Marks, Trace
 
 STRIP = 7
@@ -55,6 +55,7 @@ def token_experts(
         InputError: no tokens or experts, another number of weights or marks than tokens, or a trace without either.
     """
     if isinstance(tokens, Trace):
+        require_no_marks(steered=steered, prompt_length=prompt_length, first=first, bos=bos, marks=marks)
         steered_layer = layer if tokens.change else None  # a probe's trace has no steered positions
         shown = tokens_of_trace(tokens, steered_layer, row)
         weights = _acting(tokens, layer, row, len(shown)) if weights is None else weights

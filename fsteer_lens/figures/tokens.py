@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -133,6 +133,13 @@ def tokens_of_text(
         generated=None if prompt_length is None else tuple(index >= first + prompt_length for index in range(n)),
         steered=None if steered is None else tuple(bool(one) for one in steered.tolist()),
     )
+
+
+def require_no_marks(**given: Any) -> None:
+    """Raise `InputError` where marks are given beside a trace, which has its own."""
+    named = [name for name, value in given.items() if isinstance(value, Tensor | Marks) or value]
+    if named:
+        raise InputError(f"{', '.join(named)} beside a trace", fix="Leave them out: a trace knows what its tokens are.")
 
 
 def tokens_of_trace(trace: Trace, layer: int | None, row: int) -> Tokens:

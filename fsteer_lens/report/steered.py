@@ -29,14 +29,15 @@ COLUMNS: Final = (
 CAPTIONS: Final = {
     "compare": "The same prompts without and with steering. The stronger a word's shade, the further its distribution "
     "moved; point at it for the likeliest words on both sides.",
-    "separation": "How much of each prompt's activation lies in the gate's subspace. Prompts right of the dashed line "
-    "are steered.",
+    "separation": "How much of each prompt's activation lies in the gate's subspace; the dashed line is where the gate "
+    "opens.",
     "ranks": "Drag the slider to give the subspace more directions: who would be steered then?",
     "scree": "What each direction adds, and at which rank the two kinds of prompt are told apart.",
     "carried": "Which tokens of one prompt carried its energy ratio: how much it falls (blue) or rises (red) when the "
     "token is left out. Parts of tokens do not add up.",
     "routing": "Which expert's direction was used for which prompt.",
-    "knockout": "The same experts taken out one by one. A large weight may be habit; a loss shows that it matters.",
+    "knockout": "The same experts taken out one by one, at this layer alone. A large weight may be habit; a loss shows "
+    "that it matters.",
     "geometry": "Cosines between the experts' prototypes.",
     "tokens": "Tokens that each prototype promotes by the direct path, through the last normalisation and the "
     "unembedding. What later layers make of it is not in this table.",
@@ -89,10 +90,17 @@ def steering_report(
     if not isinstance(steering, Steering):
         fix = "Report on each link of a chain by itself."
         raise InputError("steering", expected="a FineSteer or a baseline", got=type(steering).__name__, fix=fix)
-    if not len(contrasts):
-        raise InputError("contrasts", expected="at least one", got="none")
+    if not len(contrasts) or isinstance(general, str):
+        got = "one text" if len(contrasts) else "no contrasts"
+        raise InputError("prompts", expected="at least one contrast, and a list of general prompts", got=got)
+    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
+        raise InputError("examples", expected="an int >= 1", got=repr(examples))
     prompts = [contrast.prompt for contrast in contrasts] + list(general)
-    groups = [contrast.label or UNLABELLED for contrast in contrasts] + [GENERAL] * len(general)
+    labels = [contrast.label or UNLABELLED for contrast in contrasts]
+    others = GENERAL
+    while others in labels:
+        others += " (to be left alone)"
+    groups = labels + [others] * len(general)
     run: dict[str, Any] = {"chat": chat, "batch_size": batch_size}
     made = generate(model, prompts, steering, max_new_tokens=max_new_tokens, compare=True, progress=progress, **run)
     report = Report(title)
@@ -100,7 +108,9 @@ def steering_report(
     report.add_text(_findings(made, len(contrasts))).add_table(columns, rows)
     chosen = _examples(made, groups, examples)
     report.add_figure(
-        figures.steer_compare(Generations(made[index] for index in chosen), titles=[groups[index] for index in chosen]),
+        figures.steer_compare(
+            Generations(made[index] for index in chosen), limit=None, titles=[groups[index] for index in chosen]
+        ),
         CAPTIONS["compare"],
     )
     ids = [prompt_ids(model, prompt, chat=chat) for prompt in prompts]
@@ -218,6 +228,7 @@ def _add_gate(
         parts[GENERAL] = slice(n_contrasts, None)
     by_group = {name: queries[part] for name, part in parts.items()}
     auroc = None
+    ranks = min(leaf.subspace.rank for leaf in gate.leaves)
     if GENERAL in by_group:
         auroc = effects.rank_sweep(gate, by_group[UNLABELLED], by_group[GENERAL]).auroc
         if isinstance(gate, SubspaceGate):
@@ -225,7 +236,9 @@ def _add_gate(
             report.add_figure(figure, CAPTIONS["separation"])
     shown = {name: prompts[part] for name, part in parts.items()}
     report.add_figure(figures.rank_explorer(gate, by_group, shown), CAPTIONS["ranks"])
-    report.add_figure(figures.scree(gate.subspace, auroc, rank=gate.leaves[0].rank), CAPTIONS["scree"])
+    report.add_figure(
+        figures.scree(gate.subspace.at_rank(ranks), auroc, rank=min(gate.leaves[0].rank, ranks)), CAPTIONS["scree"]
+    )
     if isinstance(gate, SubspaceGate):
         found = effects.explain_gate(model, steering, prompts[example], layer=layer, **run)
         name = f"energy ratio {found.ratio:.3f} (threshold {found.threshold:.3f}) minus that without the token"
@@ -249,14 +262,13 @@ def _add_experts(
         return
     experts = steering.experts_at(layer)
     report.add_heading(f"How: the experts{where}")
-    labels = [contrast.label for contrast in contrasts]
+    labels = [contrast.label or UNLABELLED for contrast in contrasts]
     prompts = [contrast.prompt for contrast in contrasts]
     routing = figures.expert_routing(experts.route(queries[: len(contrasts)]), labels, prompts)
     report.add_figure(routing, CAPTIONS["routing"])
     if sum(experts.enabled) > 1:
         found = effects.expert_knockout(model, steering, contrasts, layer=layer, progress=progress, **run)
-        names = [f"expert {index}" for index in found.experts]
-        figure = figures.expert_knockout(found.loss, found.groups, found.mean_weights, names=names)
+        figure = figures.expert_knockout(found.loss, found.groups, found.mean_weights)
         report.add_figure(figure, CAPTIONS["knockout"])
     report.add_figure(figures.expert_geometry(experts), CAPTIONS["geometry"])
     report.add_figure(figures.expert_tokens(effects.expert_tokens(model, experts)), CAPTIONS["tokens"])

@@ -45,7 +45,8 @@ def test_every_figure_of_the_tutor_renders_without_a_word(gallery: Any, tmp_path
     drawn = {entry.name: gallery.html_of(gallery.drawn(entry, names)) for entry in gallery.ENTRIES}
     path = tmp_path / "gallery.html"
     parts = "".join(f'<section id="{name}">{body}</section>' for name, body in drawn.items())
-    path.write_text(f'<!doctype html><meta charset="utf-8"><script>{get_plotlyjs()}</script>{parts}', encoding="utf-8")
+    head = '<meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+    path.write_text(f"<!doctype html>{head}<script>{get_plotlyjs()}</script>{parts}", encoding="utf-8")
     n_plots = parts.count("plotly-graph-div")
     assert n_plots == 12
     with launched() as browser:
@@ -57,5 +58,7 @@ def test_every_figure_of_the_tutor_renders_without_a_word(gallery: Any, tmp_path
                     box = page.locator(f"#{name}").bounding_box()
                     assert box["height"] > 30 and box["width"] > 500, name
                 assert page.evaluate("document.documentElement.scrollWidth") <= 1100
+                colour = page.locator("#steer_compare span").first.evaluate("e => getComputedStyle(e).color")
+                assert colour == {"light": "rgb(0, 0, 0)", "dark": "rgb(255, 255, 255)"}[scheme]
                 assert heard.errors == []
                 assert [url for url in heard.requests if not url.startswith(("file:", "data:", "blob:"))] == []
