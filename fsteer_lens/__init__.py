@@ -1,7 +1,18 @@
 """See, teach and trust inference-time steering: FineSteer's gates and experts as hooks on TransformerLens models."""
 
 from fsteer_lens.activations import Activations, collect, collect_queries
-from fsteer_lens.baselines import MeanShift, fit_mean_shift
+from fsteer_lens.baselines import (
+    MeanShift,
+    NearestCentroid,
+    NullSpaceSteering,
+    PcaDirection,
+    fit_cosine_gate,
+    fit_directional_ablation,
+    fit_mean_shift,
+    fit_nearest_centroid,
+    fit_null_space,
+    fit_pca_direction,
+)
 from fsteer_lens.experts import Experts, FitReport, Parts, fit_experts
 from fsteer_lens.fitting import fit
 from fsteer_lens.gates import EnergyGate, Gate, LogisticGate, QuantileGate, ThresholdGate, fit_gate
@@ -38,7 +49,10 @@ __all__ = [
     "Generations",
     "LogisticGate",
     "MeanShift",
+    "NearestCentroid",
+    "NullSpaceSteering",
     "Parts",
+    "PcaDirection",
     "QuantileGate",
     "Report",
     "Schedule",
@@ -59,9 +73,14 @@ __all__ = [
     "explore",
     "figures",
     "fit",
+    "fit_cosine_gate",
+    "fit_directional_ablation",
     "fit_experts",
     "fit_gate",
     "fit_mean_shift",
+    "fit_nearest_centroid",
+    "fit_null_space",
+    "fit_pca_direction",
     "fit_subspace",
     "generate",
     "load",

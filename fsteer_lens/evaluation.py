@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fsteer_lens import tutor
 from fsteer_lens.activations import Activations, collect, collect_queries
-from fsteer_lens.baselines import MeanShift, fit_mean_shift
+from fsteer_lens.baselines import fit_mean_shift
 from fsteer_lens.effects import Knockout, RoutingReport, expert_knockout, routing_report
 from fsteer_lens.errors import InputError
 from fsteer_lens.estimates import Estimate, Proportion, auroc, bootstrap
@@ -204,7 +204,7 @@ def _measure(
         measures["any refusal"] = _share(torch.tensor([a.text in refusals for a in steered]))
     for what, texts, tasks in (("benign kept", kept, general), ("near misses kept", missed, near)):
         measures[what] = _share(torch.tensor([a.text == task.answer for a, task in zip(texts, tasks, strict=True)]))
-    if isinstance(steering, FineSteer | MeanShift) and steering.gate is not None:
+    if steering is not None and steering.gate_at(steering.layers[0]) is not None:
         layer = steering.layers[0]
         for what, texts in (("gate open", steered), ("gate open, benign", kept), ("gate open, near misses", missed)):
             measures[what] = _share(texts.trace.gate[layer] >= OPEN)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsteer_lens.baselines import MeanShift
+from fsteer_lens.baselines import MeanShift, NearestCentroid, NullSpaceSteering, PcaDirection
 from fsteer_lens.errors import FileFormatError, InputError
 from fsteer_lens.experts import Controller, Experts, FitReport
 from fsteer_lens.files import write_atomically
@@ -61,7 +61,10 @@ CLASSES: Mapping[str, Any] = {
         MaxGate,
         MeanShift,
         MinGate,
+        NearestCentroid,
         NotGate,
+        NullSpaceSteering,
+        PcaDirection,
         QuantileGate,
         Schedule,
         Subspace,

@@ -105,6 +105,8 @@ cases = {
     "ranks of a tensor": lambda: fl.effects.rank_sweep(h, h, h),
     "counterfactual with an answer too few": lambda: fl.effects.counterfactual(model, steer, ["a", "b"], ["c"]),
     "propagation of a gate": lambda: fl.effects.propagation(model, steer.gate, "hello"),
+    "cosine gate of two widths": lambda: fl.fit_cosine_gate(h, d[:, :9]),
+    "null space of another width": lambda: fl.fit_null_space(acts, d[:, :9]),
     "explaining a gate": lambda: fl.effects.explain_gate(model, steer.gate, "hello"),
     "explaining experts": lambda: fl.effects.explain_gate(model, steer.experts, "hello"),
     "tokens of a steering": lambda: fl.effects.expert_tokens(model, steer),
