@@ -54,10 +54,12 @@ class _OneLayer(Steering):
         return self.gate
 
 
+@dataclass(frozen=True, eq=False, repr=False)
 class _OneVector(_OneLayer):
     """One vector for every query."""
 
     vector: Float[Tensor, " d"]
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         require_shapes(type(self).__name__, vector=(self.vector, "d"))
@@ -86,9 +88,6 @@ class MeanShift(_OneVector):
         gate: when to add it; None for always.
     """
 
-    vector: Float[Tensor, " d"]
-    gate: Gate | None = None
-
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
@@ -101,9 +100,6 @@ class PcaDirection(_OneVector):
         vector: what is added, [d].
         gate: when to add it; None for always.
     """
-
-    vector: Float[Tensor, " d"]
-    gate: Gate | None = None
 
 
 @final

@@ -78,7 +78,7 @@ def rank_sweep(
             effect.
         ShapeError: activations of another width than the gate's.
     """
-    gate = _gate_of(steering, layer)
+    gate = steering if isinstance(steering, Gate) else _gate_of(steering, layer)[1]
     if not len(queries) or not len(general):
         raise InputError("rank_sweep", expected="queries of both kinds", got=(len(queries), len(general)))
     if ranks and (not isinstance(steering, FineSteer) or model is None or not contrasts):
@@ -177,9 +177,7 @@ def explain_gate(
         InputError: no steering, no gate, one that is composed (explain one of its leaves, `steering.with_gate(leaf)`),
             or an ambiguous layer.
     """
-    if not isinstance(steering, Steering):
-        raise InputError("explain_gate", expected="a steering with a gate", got=type(steering).__name__)
-    gate = _gate_of(steering, layer)
+    where, gate = _gate_of(steering, layer)
     if not isinstance(gate, SubspaceGate):
         raise InputError(
             "explain_gate",
@@ -187,7 +185,6 @@ def explain_gate(
             got=type(gate).__name__,
             fix="Explain its leaves one by one: steering.with_gate(gate.leaves[0]).",
         )
-    where = layer if layer is not None else _gated_layers(steering)[0]
     steering.session_on(model)  # was it fitted on this model?
     ids = tuple(prompt_ids(model, prompt, chat=chat))
     if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
@@ -219,19 +216,12 @@ def explain_gate(
     )
 
 
-def _gated_layers(steering: Steering) -> list[int]:
-    return [layer for layer in steering.hooked_layers if steering.gate_at(layer) is not None]
-
-
-def _gate_of(steering: Gate | Steering, layer: int | None) -> Gate:
-    """The gate that is meant."""
-    if isinstance(steering, Gate):
-        return steering
+def _gate_of(steering: Steering, layer: int | None) -> tuple[int, Gate]:
+    """The layer that is meant, and its gate."""
     if not isinstance(steering, Steering):
-        raise InputError("steering", expected="a steering or a gate", got=type(steering).__name__)
-    known = _gated_layers(steering)
-    chosen = known[0] if layer is None and len(known) == 1 else layer
-    gate = None if chosen not in known else steering.gate_at(chosen)
-    if gate is None:
-        raise InputError("layer", expected=f"one of the layers with a gate, {known}", got=layer)
-    return gate
+        raise InputError("steering", expected="a steering with a gate", got=type(steering).__name__)
+    gates = {at: gate for at in steering.hooked_layers if (gate := steering.gate_at(at)) is not None}
+    chosen = next(iter(gates)) if layer is None and len(gates) == 1 else layer
+    if chosen is None or chosen not in gates:
+        raise InputError("layer", expected=f"one of the layers with a gate, {list(gates)}", got=layer)
+    return chosen, gates[chosen]

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
+from fsteer_lens.estimates import auroc
 from fsteer_lens.figures.style import CURVE, TEXT, group_colours, label_text, plain, styled
 from fsteer_lens.gates import OPEN, Gate, SubspaceGate
 
@@ -98,7 +99,7 @@ def roc(positive: Float[Tensor, " n"], negative: Float[Tensor, " m"]) -> tuple[T
     start = scores.new_zeros(1)
     hits = torch.cat([start, is_hit[order].cumsum(0)[last_of_ties] / len(positive)])
     false_alarms = torch.cat([start, (1 - is_hit[order]).cumsum(0)[last_of_ties] / len(negative)])
-    return false_alarms, hits, float(torch.trapezoid(hits, false_alarms))
+    return false_alarms, hits, float(auroc(positive, negative))
 
 
 def _add_histogram(figure: "plotly.graph_objects.Figure", name: str, values: Float[Tensor, " n"], colour: str) -> None:

@@ -60,12 +60,20 @@ def rank_explorer(
         raise InputError("ranks", expected="at least one rank", got="none")
     finite = {name: rows.isfinite().all(dim=1) for name, rows in queries.items()}
     ratios = {name: _ratios(gate, rows, finite[name]) for name, rows in queries.items()}
-    states = [_state(gate.at_rank(rank), rank, queries, finite, ratios) for rank in stops]
+    values = {name: gate.gates(rows) for name, rows in queries.items()}
+    states = [
+        _state(
+            gate.at_rank(rank), rank, {name: by_rank[:, rank - 1] for name, by_rank in values.items()}, finite, ratios
+        )
+        for rank in stops
+    ]
     names = [str(rank) for rank in stops]
     if set(own) == {own[0]} and own[0] <= fitted:
         active = min(range(len(stops)), key=lambda place: abs(stops[place] - own[0]))
     else:  # parts at ranks of their own: no stop of the slider is the gate as it is
-        states.insert(0, _state(gate, own[0], queries, finite, ratios))
+        states.insert(
+            0, _state(gate, own[0], {name: gate.gate(rows) for name, rows in queries.items()}, finite, ratios)
+        )
         names.insert(0, "as it is")
         active = 0
     shown = states[active]
@@ -118,17 +126,17 @@ def _ratios(gate: Gate, rows: Float[Tensor, "n d"], finite: Bool[Tensor, " n"]) 
 def _state(
     gate: Gate,
     rank: int,
-    queries: Mapping[str, Tensor],
+    values: Mapping[str, Tensor],
     finite: Mapping[str, Tensor],
     ratios: Mapping[str, list[list[float | None]]],
 ) -> dict[str, Any]:
     """What the slider changes at one rank: places, marks, and how many of each group are steered."""
-    is_open = {name: (gate.gate(rows).cpu().ge(OPEN) & finite[name].cpu()).tolist() for name, rows in queries.items()}
+    is_open = {name: (value.cpu().ge(OPEN) & finite[name].cpu()).tolist() for name, value in values.items()}
     threshold = [gate.threshold] * 2 if isinstance(gate, SubspaceGate) else [None, None]
     return {
-        "x": [ratios[name][rank - 1] for name in queries] + [[None if t is None else round(t, 4) for t in threshold]],
-        "marker.symbol": [[FILLED if one else HOLLOW for one in is_open[name]] for name in queries],
-        "counts": [f"{sum(is_open[name])} of {len(is_open[name])} steered" for name in queries],
+        "x": [ratios[name][rank - 1] for name in values] + [[None if t is None else round(t, 4) for t in threshold]],
+        "marker.symbol": [[FILLED if one else HOLLOW for one in is_open[name]] for name in values],
+        "counts": [f"{sum(is_open[name])} of {len(is_open[name])} steered" for name in values],
     }
 
 
