@@ -15,7 +15,8 @@ PEERS := .venv-peers
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tl4 test-peers check format lint types imports notebooks notebook-outputs pictures gallery lock clean
+.PHONY: help demo test test-tl4 test-peers check format lint types imports notebooks notebook-outputs pictures gallery \
+	results bench lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -29,7 +30,7 @@ test: $(DEV) ## run the tests; one of them: make test ARGS="-k gates"
 test-tl4: $(TL4)/.ready ## run the model tests with TransformerLens 4, which has TransformerBridge alone
 	$(TL4)/bin/python -m pytest -m "model and not slow" $(ARGS)
 
-test-peers: $(PEERS)/.ready ## run the tests beside other toolkits: SAELens
+test-peers: $(PEERS)/.ready ## run the tests beside other toolkits: SAELens, steering-vectors, repeng, lm-eval
 	$(PEERS)/bin/python -m pytest tests/peers $(ARGS)
 
 check: lint types imports test test-tl4 test-peers notebooks ## everything that CI runs
@@ -56,6 +57,12 @@ pictures: $(DEV) ## draw the pictures of README (needs Chromium)
 
 gallery: $(DEV) ## draw every figure from the tutor and write docs/gallery.md (needs Chromium)
 	$(BIN)/python docs/gallery.py
+
+results: $(DEV) ## measure all methods on the tutor and write docs/results.md (20 minutes)
+	$(BIN)/python docs/results.py $(ARGS)
+
+bench: $(DEV) $(PEERS)/.ready ## measure speed and memory and write docs/benchmarks.md (15 minutes; best on an idle machine)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 format: $(DEV) ## let ruff format and mend what it can
 	$(BIN)/ruff format
@@ -84,6 +91,7 @@ $(DEV): requirements.lock requirements-dev.lock pyproject.toml | $(BIN)/python
 $(TL4)/.ready $(PEERS)/.ready: .venv-%/.ready: requirements-%.lock pyproject.toml | .venv-%/bin/python
 	@echo "Installing the pinned packages into .venv-$*, once: a few minutes."
 	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet -r $<
+	@sed -n 's/^# Without dependencies: //p' $< | xargs -r .venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps
 	.venv-$*/bin/python -m pip --disable-pip-version-check $(INSTALL_SELF)
 	@touch $@
 
@@ -101,6 +109,8 @@ LOCK_PIP := $(LOCK_VENV)/bin/python -m pip --disable-pip-version-check
 PINS := torch==2.13.0 transformer-lens==3.9.0
 TESTING := pytest hypothesis beartype
 FREEZE = $(LOCK_PIP) list --format=freeze | grep -Eiv '^(pip|fsteer-lens|triton|(nvidia|cuda)-.*)==' | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f
+# They ask for transformers < 5 and numpy < 2, and run with newer ones; gguf is what repeng imports.
+ALONE := repeng==0.4.0 steering-vectors==0.12.2
 FRESH = rm -rf $(LOCK_VENV) && $(PYTHON) -m venv $(LOCK_VENV)
 
 lock: ## make the requirement locks anew from pyproject.toml, with the newest versions that fit
@@ -115,6 +125,6 @@ lock: ## make the requirement locks anew from pyproject.toml, with the newest ve
 	$(LOCK_PIP) install --quiet -c build/constraints.txt transformer-lens==4.3.0 . $(TESTING)
 	{ echo "# The model tests with TransformerLens 4. Made by 'make lock'; do not edit."; $(FREEZE); } > requirements-tl4.lock
 	$(FRESH)
-	$(LOCK_PIP) install --quiet -c build/constraints.txt $(PINS) . sae-lens $(TESTING)
-	{ echo "# The tests beside other toolkits. Made by 'make lock'; do not edit."; $(FREEZE); } > requirements-peers.lock
+	$(LOCK_PIP) install --quiet -c build/constraints.txt $(PINS) '.[eval]' sae-lens gguf $(TESTING)
+	{ echo "# The tests beside other toolkits. Made by 'make lock'; do not edit."; echo "# Without dependencies: $(ALONE)"; $(FREEZE); } > requirements-peers.lock
 	rm -rf $(LOCK_VENV)

@@ -19,16 +19,25 @@ from fsteer_lens.gates import EnergyGate, Gate, LogisticGate, QuantileGate, Thre
 from fsteer_lens.generation import Generation, Generations, StepRecord, generate, stream
 from fsteer_lens.hooks import Chain, ExpertProbe, SubspaceAblation, SubspaceProbe, chain
 from fsteer_lens.prompts import Contrast, ContrastSet
-from fsteer_lens.selection import Calibration, calibrate
+from fsteer_lens.selection import Calibration, Search, Splits, calibrate, search
 from fsteer_lens.steering import FineSteer
 from fsteer_lens.storage import load, save
 from fsteer_lens.subspace import Subspace, fit_subspace
 from fsteer_lens.timing import Schedule, Window
 from fsteer_lens.trace import Trace
 
+from fsteer_lens.evaluation import (  # isort: skip
+    Evaluation,
+    GateReport,
+    Prompting,
+    attack_gate,
+    evaluate,
+    fit_ablations,
+    gate_report,
+)
 from fsteer_lens.explorer import Explorer, explore  # isort: skip
 from fsteer_lens.report import Report, steering_report  # isort: skip
-from fsteer_lens import effects, errors, figures, models, tutor  # isort: skip  (they import from the modules above)
+from fsteer_lens import effects, errors, evaluation, figures, models, tutor  # isort: skip  (they import from the modules above)
 
 __version__ = "0.1.0"
 
@@ -39,12 +48,14 @@ __all__ = [
     "Contrast",
     "ContrastSet",
     "EnergyGate",
+    "Evaluation",
     "ExpertProbe",
     "Experts",
     "Explorer",
     "FineSteer",
     "FitReport",
     "Gate",
+    "GateReport",
     "Generation",
     "Generations",
     "LogisticGate",
@@ -53,9 +64,12 @@ __all__ = [
     "NullSpaceSteering",
     "Parts",
     "PcaDirection",
+    "Prompting",
     "QuantileGate",
     "Report",
     "Schedule",
+    "Search",
+    "Splits",
     "StepRecord",
     "Subspace",
     "SubspaceAblation",
@@ -64,15 +78,19 @@ __all__ = [
     "Trace",
     "Window",
     "__version__",
+    "attack_gate",
     "calibrate",
     "chain",
     "collect",
     "collect_queries",
     "effects",
     "errors",
+    "evaluate",
+    "evaluation",
     "explore",
     "figures",
     "fit",
+    "fit_ablations",
     "fit_cosine_gate",
     "fit_directional_ablation",
     "fit_experts",
@@ -82,10 +100,12 @@ __all__ = [
     "fit_null_space",
     "fit_pca_direction",
     "fit_subspace",
+    "gate_report",
     "generate",
     "load",
     "models",
     "save",
+    "search",
     "steering_report",
     "stream",
     "tutor",

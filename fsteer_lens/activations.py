@@ -1,10 +1,10 @@
 """Collecting query activations and response shifts from a model.
 
-Only the last prompt token and the mean over the response are kept, never a whole cache. Rows are sorted by length,
-padded on the right and gathered at their last real token.
+Only the last prompt token and the mean over the response are kept, never a whole cache. Rows are sorted by length and
+run in batches up to the last layer asked for; a prompt with two answers is run once, and both go on from its KV cache.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -15,12 +15,14 @@ from torch import Tensor
 from fsteer_lens.errors import DataError, InputError, NonFiniteError
 from fsteer_lens.fingerprints import Fingerprint, fingerprint
 from fsteer_lens.linalg import move
-from fsteer_lens.models import DEFAULT_SITE, SteerableModel, run_up_to, site_name
+from fsteer_lens.models import DEFAULT_SITE, Forward, SteerableModel, hooks_added, run_up_to, site_name
 from fsteer_lens.progress import progress_bar
 from fsteer_lens.prompts import Contrast, ContrastSet, Prompt, prompt_text
 from fsteer_lens.tokens import answer_ids, pad, prompt_ids, require_fits
 
 Shift = Literal["response_mean", "last_prompt"]
+PADDING = 0.125
+"""Share of padding, beside the real tokens of a batch, from which on a shorter batch is faster."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -98,7 +100,7 @@ def collect(
             set-up for truthfulness). "last_prompt": the prompt with and without its context, both at the last prompt
             token; every contrast needs a context.
         chat: apply the chat template to string prompts; see `tokens.prompt_ids`.
-        batch_size: rows per forward pass.
+        batch_size: rows per forward pass; with "response_mean" prompts, whose answers follow twice as many in a pass.
         progress: show a progress bar.
 
     Raises:
@@ -111,8 +113,8 @@ def collect(
     if shift not in ("response_mean", "last_prompt"):
         raise InputError("shift", expected="'response_mean' or 'last_prompt'", got=repr(shift))
     _require_some(contrasts, "contrast set")
-    rows: list[list[int]] = []
-    spans: list[tuple[int, int]] = []
+    prompts: list[list[int]] = []
+    sides: list[list[list[int]]] = []
     for number, contrast in enumerate(contrasts):
         prompt = prompt_ids(model, contrast.prompt, chat=chat)
         where = f"contrast {number}, prompt {prompt_text(contrast.prompt)[:40]!r}"
@@ -123,24 +125,25 @@ def collect(
                     expected="context= text that switches the preferred behaviour on",
                     fix="Give every contrast a context, or use shift='response_mean'.",
                 )
-            sides = [prompt_ids(model, contrast.prompt, chat=chat, context=contrast.context), prompt]
-            starts = [len(ids) - 1 for ids in sides]
+            pair = [prompt_ids(model, contrast.prompt, chat=chat, context=contrast.context), prompt]
         else:
-            answers = [answer_ids(model, text) for text in (contrast.preferred, contrast.undesired)]
-            if answers[0] == answers[1]:
+            pair = [answer_ids(model, text) for text in (contrast.preferred, contrast.undesired)]
+            if pair[0] == pair[1]:
                 raise DataError(f"{where}: both answers are the same", fix="Drop it, or mend its answers.")
-            sides = [prompt + answer for answer in answers]
-            starts = [len(prompt), len(prompt)]
-        for ids, start in zip(sides, starts, strict=True):
-            require_fits(model, len(ids), f"{where} with its answer")
-            rows.append(ids)
-            spans.append((start, len(ids)))
-    queries_at = [start if shift == "last_prompt" else start - 1 for start, _ in spans]
-    means, at_query = _read(model, rows, spans, queries_at, layer, batch_size, progress)
+            require_fits(model, len(prompt) + max(map(len, pair)), f"{where} with its answer")
+        prompts.append(prompt)
+        sides.append(pair)
+    if shift == "last_prompt":
+        last = _read(model, [ids for pair in sides for ids in pair], layer, batch_size, progress)
+        queries = {key: value[1::2] for key, value in last.items()}
+        shifts = {key: value[0::2] - value[1::2] for key, value in last.items()}
+    else:
+        queries, means = _read_answers(model, prompts, sides, layer, batch_size, progress)
+        shifts = {key: value[:, 0] - value[:, 1] for key, value in means.items()}
     result = _package(
         model,
-        {key: value[1::2] for key, value in at_query.items()},
-        {key: value[0::2] - value[1::2] for key, value in means.items()},
+        queries,
+        shifts,
         contrasts.labels,
         [contrast.group for contrast in contrasts],
         contrasts.prompts,
@@ -185,8 +188,7 @@ def collect_queries(
     prompts = list(prompts)
     _require_some(prompts, "prompts")
     rows = [prompt_ids(model, prompt, chat=chat) for prompt in prompts]
-    last = [len(row) - 1 for row in rows]
-    _, at_query = _read(model, rows, [(at, at + 1) for at in last], last, layer, batch_size, progress)
+    at_query = _read(model, rows, layer, batch_size, progress)
     names = list(labels) if labels is not None else [None] * len(prompts)
     if len(names) != len(prompts):
         raise DataError("labels", expected=f"one for each of {len(prompts)} prompts", got=len(names))
@@ -200,41 +202,104 @@ def _require_some(items: Sequence[Any], what: str) -> None:
 
 
 def _read(
-    model: SteerableModel,
-    rows: Sequence[Sequence[int]],
-    spans: Sequence[tuple[int, int]],
-    queries_at: Sequence[int],
-    layer: int | Sequence[int],
-    batch_size: int,
-    progress: bool,
-) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
-    """Mean activation over each row's span, and the activation at each row's query position, both {layer: [n d]}."""
-    layers = [layer] if isinstance(layer, int) else list(layer)
-    if not layers:
-        raise InputError("layer", expected="an int or a sequence of ints", got=layer)
-    if batch_size < 1:
-        raise InputError("batch_size", expected="at least 1", got=batch_size)
-    names = {at: site_name(model, at) for at in layers}
-    means = {at: torch.empty(len(rows), model.cfg.d_model) for at in layers}
-    at_query = {at: torch.empty(len(rows), model.cfg.d_model) for at in layers}
+    model: SteerableModel, rows: Sequence[Sequence[int]], layer: int | Sequence[int], batch_size: int, progress: bool
+) -> dict[int, Tensor]:
+    """Activation at the last token of each row, {layer: [n d]}."""
+    reader = _Reader(model, layer, batch_size)
+    found = reader.room(len(rows))
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     with progress_bar(len(rows), "reading activations", progress) as advance:
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = pad(model, [rows[index] for index in chosen], "right")
-
-            def keep(at: int, chosen: list[int] = chosen) -> Any:
-                def hook_function(activation: Tensor, hook: Any) -> None:
-                    for row, index in enumerate(chosen):
-                        first, end = spans[index]
-                        means[at][index] = activation[row, first:end].float().mean(dim=0)
-                        at_query[at][index] = activation[row, queries_at[index]].float()
-
-                return hook_function
-
-            run_up_to(model, batch.tokens, batch.mask, max(layers), [(names[at], keep(at)) for at in layers])
+            last = batch.mask.sum(dim=1) - 1
+            run_up_to(model, batch.tokens, batch.mask, max(reader.layers), reader.hooks)
+            for at_layer, activation in reader.seen.items():
+                rows_at = torch.arange(len(chosen), device=activation.device)
+                found[at_layer][chosen] = activation[rows_at, last.to(activation.device)].float().to("cpu")
             advance(len(chosen))
-    return means, at_query
+    return found
+
+
+def _read_answers(
+    model: SteerableModel,
+    prompts: Sequence[Sequence[int]],
+    answers: Sequence[Sequence[Sequence[int]]],
+    layer: int | Sequence[int],
+    batch_size: int,
+    progress: bool,
+) -> tuple[dict[int, Tensor], dict[int, Tensor]]:
+    """Activation at each prompt's last token, {layer: [n d]}, and means over its two answers, {layer: [n 2 d]}.
+
+    A prompt is run once, padded on the left; both of its answers go on from there, padded on the right.
+    """
+    reader = _Reader(model, layer, batch_size)
+    queries, means = reader.room(len(prompts)), reader.room(len(prompts), 2)
+    with progress_bar(len(prompts), "reading activations", progress) as advance:
+        for chosen in _batches(prompts, answers, batch_size, model.cfg.n_ctx):
+            prompt = pad(model, [prompts[index] for index in chosen], "left")
+            both = [list(answer) for index in chosen for answer in answers[index]]
+            lengths = torch.tensor([len(answer) for answer in both])
+            longest = int(lengths.max())
+            # what a pad holds is not seen, and one prompt alone must do without a pad token
+            tokens = pad(model, [answer + [0] * (longest - len(answer)) for answer in both], "right").tokens
+            mask = (torch.arange(longest) < lengths.unsqueeze(1)).to(tokens.device)
+            forward = Forward(model, cache=True, layers=max(reader.layers) + 1)
+            with hooks_added(model, reader.hooks):
+                forward(prompt.tokens, prompt.mask)
+                for at_layer, activation in reader.seen.items():
+                    queries[at_layer][chosen] = activation[:, -1].float().to("cpu")
+                forward.fork(2)
+                forward(tokens, mask)
+            for at_layer, activation in reader.seen.items():
+                real = mask.to(activation.device).unsqueeze(-1)
+                mean = activation.float().masked_fill(~real, 0).sum(dim=1) / real.sum(dim=1)
+                means[at_layer][chosen] = mean.reshape(len(chosen), 2, -1).to("cpu")
+            advance(len(chosen))
+    return queries, means
+
+
+def _batches(
+    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]], batch_size: int, n_ctx: int
+) -> Iterator[list[int]]:
+    """Prompts of about one length, at most `batch_size` at once, with little padding, within the context."""
+    chosen: list[int] = []
+    real = longest = 0
+    for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):
+        prompt, lengths = len(prompts[index]), [len(answer) for answer in answers[index]]
+        widest = max(longest, *lengths)
+        padded = (len(chosen) + 1) * (prompt + len(lengths) * widest)
+        added = prompt + sum(lengths)
+        if chosen and (len(chosen) == batch_size or prompt + widest > n_ctx or padded > (1 + PADDING) * (real + added)):
+            yield chosen
+            chosen, real, widest = [], 0, max(lengths)
+        chosen.append(index)
+        real, longest = real + added, widest
+    yield chosen
+
+
+class _Reader:
+    """Hooks that keep what the latest forward pass showed at each layer."""
+
+    def __init__(self, model: SteerableModel, layer: int | Sequence[int], batch_size: int) -> None:
+        self.layers = [layer] if isinstance(layer, int) else list(layer)
+        if not self.layers:
+            raise InputError("layer", expected="an int or a sequence of ints", got=layer)
+        if batch_size < 1:
+            raise InputError("batch_size", expected="at least 1", got=batch_size)
+        self.hooks = [(site_name(model, one), self._keep(one)) for one in self.layers]
+        self.seen: dict[int, Tensor] = {}
+        self._d_model: int = model.cfg.d_model
+
+    def room(self, *shape: int) -> dict[int, Tensor]:
+        """An empty tensor per layer."""
+        return {one: torch.empty(*shape, self._d_model) for one in self.layers}
+
+    def _keep(self, layer: int) -> Any:
+        def hook_function(activation: Tensor, hook: Any) -> None:
+            self.seen[layer] = activation
+
+        return hook_function
 
 
 def _package(

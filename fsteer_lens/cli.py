@@ -167,11 +167,12 @@ def _fit(args: argparse.Namespace) -> int:
 
 def _report(args: argparse.Namespace) -> int:
     from fsteer_lens import load
+    from fsteer_lens.evaluation import every
     from fsteer_lens.report import steering_report
 
     _require_folder(args.out)
-    contrasts = _spread(_read_contrasts(args.data), args.limit)
-    general = [] if args.general is None else _spread(_read_prompts(args.general), args.limit)
+    contrasts = every(_read_contrasts(args.data), args.limit)
+    general = [] if args.general is None else every(_read_prompts(args.general), args.limit)
     model = _load_model(args)
     report = steering_report(
         model,
@@ -200,15 +201,6 @@ def _read_contrasts(path: Path) -> "ContrastSet":
     from fsteer_lens import ContrastSet
 
     return ContrastSet.from_csv(path) if path.suffix.lower() == ".csv" else ContrastSet.from_jsonl(path)
-
-
-def _spread(items: Sequence[Any], limit: int | None) -> list[Any]:
-    """At most `limit` items, evenly spread over all of them."""
-    if limit is None or len(items) <= limit:
-        return list(items)
-    if limit < 1:
-        raise InputError("--limit", expected="at least 1", got=limit)
-    return [items[index * len(items) // limit] for index in range(limit)]
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:

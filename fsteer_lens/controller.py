@@ -28,6 +28,11 @@ class Controller(NamedTuple):
         keys = F.linear(prototypes, self.key_weight, self.key_bias)
         return F.linear(h, self.query_weight, self.query_bias) @ keys.T / math.sqrt(keys.shape[-1])
 
+    def logits_of_many(self, h: Float[Tensor, "n d"], prototypes: Float[Tensor, "k d"]) -> Float[Tensor, "n k"]:
+        """The same for n ≫ k: W_Qᵀ (W_K C) comes first, so that nothing of width d_k is made for each h."""
+        keys = F.linear(prototypes, self.key_weight, self.key_bias)
+        return F.linear(h, keys @ self.query_weight, keys @ self.query_bias) / math.sqrt(keys.shape[-1])
+
     def coefficients(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch m"]:
         """β(h)."""
         hidden = F.relu(F.linear(h, self.hidden_weight, self.hidden_bias))
@@ -84,23 +89,28 @@ def train_controller(
     valid_rows, train_rows = order[:n_valid].to(h.device), order[n_valid:].to(h.device)
     optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
 
-    def loss(rows: Tensor) -> Tensor:
-        logits = controller.logits(x[rows], keyed)
-        vector = logits.softmax(dim=-1) @ mixed + controller.coefficients(x[rows]) @ residual_basis.T
-        error = (vector - target[rows]).square().sum(dim=1).mean()
-        return error + route_loss * F.cross_entropy(logits, clusters[rows]) if route_loss else error
+    def part(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x[rows], target[rows], clusters[rows]
+
+    def loss(x: Tensor, target: Tensor, clusters: Tensor) -> Tensor:
+        logits = controller.logits_of_many(x, keyed)
+        vector = logits.softmax(dim=-1) @ mixed + controller.coefficients(x) @ residual_basis.T
+        error = (vector - target).square().sum(dim=1).mean()
+        return error + route_loss * F.cross_entropy(logits, clusters) if route_loss else error
+
+    train, watched_part = part(train_rows), part(valid_rows if n_valid else train_rows)
 
     best_loss, best_epoch, best = math.inf, 0, [p.detach().clone() for p in parameters]
     with torch.enable_grad(), progress_bar(epochs, "training the experts", progress) as advance:
         for epoch in range(1, epochs + 1):
             optimizer.zero_grad()
-            objective = loss(train_rows)
+            objective = loss(*train)
             objective.backward()
             torch.nn.utils.clip_grad_norm_(parameters, clip)
             optimizer.step()
             advance(1)
             with torch.no_grad():
-                watched = float(loss(valid_rows if n_valid else train_rows))
+                watched = float(loss(*watched_part))
             if watched < best_loss:
                 best_loss, best_epoch, best = watched, epoch, [p.detach().clone() for p in parameters]
             elif n_valid and epoch - best_epoch >= patience:

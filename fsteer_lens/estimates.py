@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,9 +30,17 @@ class Proportion:
     @property
     def interval(self) -> tuple[float, float]:
         """95 % Wilson score interval."""
+        return self._interval("wilson")
+
+    @property
+    def exact_interval(self) -> tuple[float, float]:
+        """95 % Clopper-Pearson interval: whatever the true share, it covers it in at least 95 % of draws."""
+        return self._interval("exact")
+
+    def _interval(self, method: Literal["wilson", "exact"]) -> tuple[float, float]:
         from scipy.stats import binomtest
 
-        found = binomtest(self.hits, self.total).proportion_ci(0.95, method="wilson")
+        found = binomtest(self.hits, self.total).proportion_ci(0.95, method=method)
         return float(found.low), float(found.high)
 
     def __str__(self) -> str:
@@ -64,6 +72,11 @@ def bootstrap(values: Float[Tensor, " n"], *, seed: int = 0) -> Estimate:
     Raises:
         InputError: no values, or one that is not finite.
     """
+    return estimate_of(float(values.double().mean()), resampled_means(values, seed=seed))
+
+
+def resampled_means(values: Float[Tensor, " n"], *, seed: int = 0) -> Float[Tensor, " draws"]:
+    """Means of `values` drawn n out of n with replacement, `RESAMPLES` times; draws and errors as in `bootstrap`."""
     numbers = values.detach().double().cpu().numpy()
     n = len(numbers)
     if n == 0 or not np.isfinite(numbers).all():
@@ -74,8 +87,13 @@ def bootstrap(values: Float[Tensor, " n"], *, seed: int = 0) -> Estimate:
         numbers[generator.integers(n, size=(min(size, RESAMPLES - start), n))].mean(axis=1)
         for start in range(0, RESAMPLES, size)
     ]
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return Estimate(float(numbers.mean()), (float(low), float(high)))
+    return torch.from_numpy(np.concatenate(means))
+
+
+def estimate_of(value: float, draws: Float[Tensor, " draws"]) -> Estimate:
+    """A statistic with the 95 % percentile interval of its bootstrap draws."""
+    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
+    return Estimate(value, (low, high))
 
 
 def auroc(positive: Float[Tensor, "n *r"], negative: Float[Tensor, "m *r"]) -> Float[Tensor, "*r"]:

@@ -316,7 +316,7 @@ def _cluster(
             fix="Give more contrasts or a smaller n_experts.",
         )
     mean, basis, _ = principal_directions(unit, min(CLUSTERING_DIMENSIONS, n - 1, d_model))
-    points = ((unit - mean) @ basis).cpu().numpy()
+    points = ((unit - mean) @ basis).double().cpu().numpy()  # scikit-learn converts float32 anew for every distance
     best: tuple[float, Any] | None = None
     criterion: dict[int, float] = {}
     for count in range(low, min(high, n - 1) + 1 if low != high else high + 1):

@@ -415,12 +415,13 @@ class Forward:
     """Forward passes over one batch that grows, with or without a KV cache; the same for both model classes.
 
     Call it with the new tokens; with a cache only these are run, without one the whole rectangle is run again. Returns
-    the logits of the new tokens, [b new vocab].
+    the logits of the new tokens, [b new vocab]; with `layers` it stops after that many, for what hooks see, and returns
+    nothing that is of use.
     """
 
-    def __init__(self, model: SteerableModel, *, cache: bool) -> None:
+    def __init__(self, model: SteerableModel, *, cache: bool, layers: int | None = None) -> None:
         require_decoder(model)
-        self.model, self.kind, self.use_cache = model, kind_of(model), cache
+        self.model, self.kind, self.use_cache, self.layers = model, kind_of(model), cache, layers
         self.tokens: Tensor | None = None
         self.mask: Tensor | None = None
         self._cache: Any = None
@@ -431,19 +432,28 @@ class Forward:
         new = tokens.shape[1]
         self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens], dim=1)
         self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)
+        options = {"return_type": "logits", "stop_at_layer": self.layers}
         if not self.use_cache:
-            return self.model(self.tokens, attention_mask=self.mask.long(), return_type="logits")[:, -new:]
+            return self.model(self.tokens, attention_mask=self.mask.long(), **options)[:, -new:]
         if self._cache is None:
             self._cache = self._new_cache(len(tokens))
         if self.kind == "hooked":
-            return self.model(tokens, attention_mask=mask.long(), past_kv_cache=self._cache, return_type="logits")
+            return self.model(tokens, attention_mask=mask.long(), past_kv_cache=self._cache, **options)
         return self.model(
-            tokens,
-            attention_mask=self.mask.long(),
-            past_key_values=self._cache,
-            use_cache=True,
-            return_type="logits",
+            tokens, attention_mask=self.mask.long(), past_key_values=self._cache, use_cache=True, **options
         )
+
+    def fork(self, times: int) -> None:
+        """Go on with every row `times` times: of two rows, twice, come a, a, b, b."""
+        assert self.tokens is not None and self.mask is not None and self._cache is not None
+        self.tokens, self.mask = (rows.repeat_interleave(times, dim=0) for rows in (self.tokens, self.mask))
+        if self.kind == "bridge":
+            self._cache.batch_repeat_interleave(times)
+            return
+        self._cache.previous_attention_mask = self._cache.previous_attention_mask.repeat_interleave(times, dim=0)
+        for entry in self._cache.entries:
+            entry.past_keys = entry.past_keys.repeat_interleave(times, dim=0)
+            entry.past_values = entry.past_values.repeat_interleave(times, dim=0)
 
     def _new_cache(self, batch_size: int) -> Any:
         if self.kind == "hooked":

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from fsteer_lens import Contrast, ContrastSet, collect, collect_queries, tutor
-from fsteer_lens.errors import DataError, InputError, NonFiniteError, SiteError
+from fsteer_lens import Contrast, ContrastSet, collect, collect_queries, models, tutor
+from fsteer_lens.errors import DataError, InputError, NonFiniteError, SiteError, TokenizerError
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.tokens import answer_ids, pad, prompt_ids
+from tests.families import FAMILIES, N_LAYERS, random_model
 from tests.running import residual
 
 TRAIN = tutor.data("safe").train
@@ -44,6 +45,53 @@ def test_response_mean_shift_averages_over_the_answers(model: SteerableModel) ->
         torch.testing.assert_close(acts.queries[index], whole[len(prompt) - 1], atol=1e-4, rtol=1e-4)
 
 
+def mixed_contrasts() -> list[Contrast]:
+    """Prompts of 2 to 56 tokens in a context of 64; only the short ones have an answer that fills it."""
+    ids = torch.randint(3, 200, (18, 56), generator=torch.Generator().manual_seed(1)).tolist()
+    lengths = [2 + 54 * i // 17 for i in range(18)]
+    answers = [" yes good friend" * (1 + (length < 9) * 6) for length in lengths]
+    return [Contrast(row[:n], answer, " no bad") for row, n, answer in zip(ids, lengths, answers, strict=True)]
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("kind", models.available_kinds())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_that_share_their_prompt_are_read_as_if_each_had_its_own(family: str, kind: models.Kind) -> None:
+    """Against one uncached pass per row; the longest prompt with the longest answer would not fit the context."""
+    model, contrasts = random_model(family, kind), mixed_contrasts()
+    lengths = [[len(answer_ids(model, text)) for text in (one.preferred, one.undesired)] for one in contrasts]
+    assert max(len(one.prompt) for one in contrasts) + max(map(max, lengths)) > model.cfg.n_ctx
+    found = {
+        size: collect(model, contrasts, layer=[0, N_LAYERS - 1], batch_size=size, progress=False) for size in (1, 5, 16)
+    }
+    for layer in (0, N_LAYERS - 1):
+        for index, contrast in enumerate(contrasts):
+            prompt = prompt_ids(model, contrast.prompt)
+            wholes = [
+                stream(model, prompt + answer_ids(model, text), layer)
+                for text in (contrast.preferred, contrast.undesired)
+            ]
+            means = [whole[len(prompt) :].mean(dim=0) for whole in wholes]
+            for acts in (one[layer] for one in found.values()):
+                assert acts.shifts is not None
+                torch.testing.assert_close(acts.queries[index], wholes[0][len(prompt) - 1], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(acts.shifts[index], means[0] - means[1], atol=1e-4, rtol=1e-4)
+                assert not torch.allclose(acts.shifts[index], acts.shifts[index - 1], atol=1e-2), "rows must differ"
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("kind", models.available_kinds())
+def test_one_prompt_at_a_time_needs_no_pad_token(kind: models.Kind) -> None:
+    model, contrasts = random_model.__wrapped__("gpt2", kind), mixed_contrasts()[-4:]
+    expected = collect(model, contrasts, layer=1, progress=False)
+    model.tokenizer.pad_token = model.tokenizer.eos_token = None
+    with pytest.raises(TokenizerError, match="batch_size=1"):
+        collect(model, contrasts, layer=1, progress=False)
+    found = collect(model, contrasts, layer=1, batch_size=1, progress=False)
+    assert found.shifts is not None and expected.shifts is not None
+    torch.testing.assert_close(found.shifts, expected.shifts, atol=1e-4, rtol=1e-4)
+
+
 def test_queries_do_not_depend_on_batching(model: SteerableModel) -> None:
     prompts = [str(prompt) for prompt in TRAIN.prompts[::150]]
     one, many = (collect_queries(model, prompts, layer=3, batch_size=size, progress=False).queries for size in (1, 8))
@@ -64,7 +112,7 @@ def test_a_real_model_is_read(stories: SteerableModel) -> None:
     contrasts = ContrastSet([Contrast("Once upon a time", " he was happy.", " he was sad.", label="mood")] * 2)
     acts = collect(stories, contrasts, layer=4, progress=False)
     assert acts.shifts is not None and acts.shifts.norm(dim=1).min() > 0
-    assert torch.equal(acts.queries[0], acts.queries[1])
+    torch.testing.assert_close(acts.queries[0], acts.queries[1], atol=1e-5, rtol=1e-5)
 
 
 def test_bad_requests_raise(hooked: SteerableModel, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ SCRIPT = """
 import json, sys, torch
 from dataclasses import replace
 import fsteer_lens as fl
-from fsteer_lens import models, tutor
+from fsteer_lens import evaluation, models, tutor
 from fsteer_lens.report import steering_report
 from fsteer_lens.tokens import pad, prompt_ids
 
@@ -116,6 +116,14 @@ cases = {
     "trace of other records": lambda: fl.Trace.from_records([{"text": "hello"}]),
     "report on a chain": lambda: steering_report(model, fl.chain(steer, steer), train[:2]),
     "report on nothing": lambda: steering_report(model, steer, []),
+    "evaluating a number": lambda: fl.evaluate(model, {"x": 3}, evaluation.TutorSuite(step=99)),
+    "evaluating what a function made": lambda: fl.evaluate(
+        model, {"x": lambda seed: 3}, evaluation.TutorSuite(step=99), progress=False),
+    "evaluating on the training split": lambda: evaluation.TutorSuite(split="train"),
+    "searching over no layers": lambda: fl.search(model, tutor.data("safe"), budget=0.1, layers=[]),
+    "searching with a budget below nothing": lambda: fl.search(model, tutor.data("safe"), budget=-1),
+    "searching with nothing to choose on": lambda: fl.search(model, fl.Splits(train[:5], [], []), budget=1),
+    "exact answers, one too few": lambda: fl.effects.exact_answers(model, None, ["a", "b"], ["c"]),
     "saving what is no steering": lambda: fl.save("steering", "x.safetensors"),
 }
 found = {}

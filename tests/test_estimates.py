@@ -19,6 +19,16 @@ def test_wilson_interval_is_the_closed_form() -> None:
     assert str(Proportion(7, 10)) == "0.70 [0.40, 0.89]"
 
 
+def test_clopper_pearson_interval_turns_the_binomial_tails() -> None:
+    def at_most(hits: int, total: int, p: float) -> float:
+        return sum(math.comb(total, k) * p**k * (1 - p) ** (total - k) for k in range(hits + 1))
+
+    for hits, total in ((0, 10), (7, 10), (95, 100), (300, 300)):
+        low, high = Proportion(hits, total).exact_interval
+        assert low == 0 if hits == 0 else 1 - at_most(hits - 1, total, low) == pytest.approx(0.025, abs=1e-9)
+        assert high == 1 if hits == total else at_most(hits, total, high) == pytest.approx(0.025, abs=1e-9)
+
+
 def test_bootstrap_is_the_plain_one_and_near_the_normal_interval() -> None:
     values = torch.randn(400) * 2 + 3
     found = bootstrap(values, seed=5)

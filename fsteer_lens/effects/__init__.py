@@ -3,7 +3,7 @@
 Every function says what it measures and in which unit; `fsteer_lens.figures` draws what it returns.
 """
 
-from fsteer_lens.effects.answers import answer_margin, counterfactual, general_divergence
+from fsteer_lens.effects.answers import answer_margin, counterfactual, exact_answers, general_divergence
 from fsteer_lens.effects.decisions import GateExplanation, RankSweep, explain_gate, rank_sweep
 from fsteer_lens.effects.mixture import Knockout, RoutingReport, expert_knockout, expert_tokens, routing_report
 from fsteer_lens.effects.residual_stream import Propagation, propagation
@@ -20,6 +20,7 @@ __all__ = [
     "Sweep",
     "answer_margin",
     "counterfactual",
+    "exact_answers",
     "expert_knockout",
     "expert_tokens",
     "explain_gate",

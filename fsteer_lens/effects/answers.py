@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fsteer_lens.decoding import TOP
-from fsteer_lens.errors import InputError
+from fsteer_lens.errors import InputError, TokenizerError
 from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts import Contrast, ContrastSet, Prompt
@@ -23,7 +23,7 @@ from fsteer_lens.scoring import (
     session_for,
 )
 from fsteer_lens.steps import Steps
-from fsteer_lens.tokens import require_tokenizer, texts_of_top, token_texts
+from fsteer_lens.tokens import require_tokenizer, stop_ids, texts_of_top, token_texts
 from fsteer_lens.trace import Trace, join
 
 Effect = Callable[[SteerableModel, HookObject | None, Sequence[Contrast]], Float[Tensor, " n"]]
@@ -32,6 +32,7 @@ Utility = Callable[[SteerableModel, HookObject | None, Sequence[Prompt]], Float[
 """A number for each general prompt; larger is better kept."""
 
 MARGIN = "margin of preferred over undesired (nats per token)"
+DIVERGENCE = "−KL(steered ‖ unsteered) (nats)"
 
 
 def answer_margin(
@@ -63,6 +64,48 @@ def answer_margin(
     rows = answered(model, prompts + prompts, sides, chat=chat)
     means = torch.stack([one.mean() for one in answer_logprobs(model, rows, steering, batch_size=batch_size)])
     return means[: len(prompts)] - means[len(prompts) :]
+
+
+def exact_answers(
+    model: SteerableModel,
+    steering: HookObject | None,
+    prompts: Sequence[Prompt],
+    answers: Sequence[str],
+    *,
+    chat: bool = False,
+    batch_size: int = 16,
+) -> Float[Tensor, " n"]:
+    """1 where greedy decoding gives exactly this answer and then ends, else 0, [n].
+
+    Nothing is generated: greedy decoding says these tokens if and only if each of them is the likeliest one after those
+    before it. One teacher-forced pass tells that for all of them.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        steering: what to put on the model; None measures the bare model.
+        prompts: prompts.
+        answers: the text that should follow each, tokenised by itself.
+        chat, batch_size: as in `answer_margin`.
+
+    Raises:
+        InputError: no prompts, another number of answers, or an answer without a token.
+        ContextLengthError: a prompt with its answer does not fit into the context.
+        MismatchError: the steering was fitted on another model.
+        TokenizerError: no token ends an answer of this model.
+    """
+    endings = torch.tensor(sorted(stop_ids(model)))
+    if not len(endings):
+        raise TokenizerError("no token ends an answer of this model", fix="Set tokenizer.eos_token.")
+    rows = answered(model, prompts, answers, chat=chat)
+    ended = [Answered(row.prompt, (*row.answer, int(endings[0]))) for row in rows]
+    found = torch.zeros(len(rows))
+    for chosen, batch in batches(model, ended, batch_size):
+        group = [ended[index] for index in chosen]
+        session = None if steering is None else session_for(model, batch, group, steering)
+        for index, logits in zip(chosen, answer_logits(model, batch, group, session), strict=True):
+            *said, last = logits.argmax(dim=-1).tolist()
+            found[index] = said == list(rows[index].answer) and last in endings
+    return found
 
 
 def general_divergence(

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.activations import Activations, Shift, collect
-from fsteer_lens.effects.answers import MARGIN, Effect, Utility, answer_margin, name_of, one_each
+from fsteer_lens.effects.answers import DIVERGENCE, MARGIN, Effect, Utility, answer_margin, name_of, one_each
 from fsteer_lens.errors import InputError
 from fsteer_lens.estimates import Estimate, Sweep, bootstrap
 from fsteer_lens.fitting import fit
@@ -156,7 +156,7 @@ def _sweeps(
             utilities.append(one_each("utility", kept, len(general)))
             advance(1)
     effect_name = MARGIN if effect is None else name_of(effect, "effect")
-    utility_name = "−KL(steered ‖ unsteered) (nats)" if utility is None else name_of(utility, "utility")
+    utility_name = DIVERGENCE if utility is None else name_of(utility, "utility")
     measured = zip(*(_estimates(group, seed) for group in (effects, utilities, divergences)), strict=True)
     return {
         name: Sweep(

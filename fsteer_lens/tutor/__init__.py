@@ -1,13 +1,15 @@
 """The tutor: a small language model of a made-up world, shipped with the package, to learn and test steering on.
 
 `load` gives the model, `data` its prompts, `chat` turns typed text into model input, `unknown` names words outside its
-world, `fit` steers it with defaults that were chosen on its valid split. Two behaviours can be switched on by a tag
-before the user's turn: `<safe>` refuses harmful requests, `<honest>` answers myths truthfully.
+world, `fit` steers it with defaults that were chosen on its valid split, `exact` tells which answers are the wanted
+ones. Two behaviours can be switched on by a tag before the user's turn: `<safe>` refuses harmful requests, `<honest>`
+answers myths truthfully.
 """
 
+from fsteer_lens.tutor.accuracy import exact
 from fsteer_lens.tutor.loading import load
 from fsteer_lens.tutor.splits import BEHAVIOURS, Task, TutorData, data
 from fsteer_lens.tutor.steering import activations, fit
 from fsteer_lens.tutor.world import chat, unknown
 
-__all__ = ["BEHAVIOURS", "Task", "TutorData", "activations", "chat", "data", "fit", "load", "unknown"]
+__all__ = ["BEHAVIOURS", "Task", "TutorData", "activations", "chat", "data", "exact", "fit", "load", "unknown"]

@@ -6,8 +6,14 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
+from jaxtyping import Float
 from rich.table import Table
+from torch import Tensor
 
+from fsteer_lens.effects import exact_answers
+from fsteer_lens.hooks import HookObject
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.prompts import Contrast
 from fsteer_lens.tutor import splits, tokenizer, world
 
 TAG_SETS: Final = ((), (world.SAFE,), (world.HONEST,), (world.SAFE, world.HONEST))
@@ -24,6 +30,17 @@ class Accuracy:
     heldout: str
     right: int
     questions: int
+
+
+def exact(
+    model: SteerableModel, steering: HookObject | None, items: Sequence[Contrast | splits.Task]
+) -> Float[Tensor, " n"]:
+    """1 where the tutor gives exactly the answer that is wanted of it, [n]: a contrast's preferred one, a task's own.
+
+    An effect for contrasts and a utility for tasks, as `search`, `strength_sweep` and their kin take them.
+    """
+    wanted = [item.preferred if isinstance(item, Contrast) else item.answer for item in items]
+    return exact_answers(model, steering, [item.prompt for item in items], wanted, batch_size=_BATCH)
 
 
 def greedy_answers(model: Any, tokens: Any, prompts: Sequence[str]) -> list[str]:

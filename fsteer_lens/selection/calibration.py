@@ -1,4 +1,4 @@
-"""Choosing how to steer: the strength that a budget of divergence allows."""
+"""`calibrate`: the strength that a budget of divergence allows."""
 
 import math
 from collections.abc import Mapping, Sequence

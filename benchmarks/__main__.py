@@ -1,0 +1,66 @@
+"""`python -m benchmarks [NAME ...]`: run some benchmarks, or all of them and write docs/benchmarks.md."""
+
+import argparse
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+from benchmarks import peers
+from benchmarks.measuring import Section, Settings, page, section_text
+
+NAMES = ("decode", "collecting", "fitting", "energies", "vocabulary")
+PEERS = Path(".venv-peers/bin/python")
+PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+INTRO = """
+# Benchmarks
+
+What steering costs, and how the package's own ways compare with plain ones. `make bench` runs all of it and writes this
+page. Every figure is a ratio of two things that ran in one process in turn, the first of each pair changing, so that a
+busy machine slows both; the median over the pairs is given with the smallest and the largest. Absolute times are told
+beside it and belong to this machine alone. Models have random weights: the cost does not depend on what they say.
+""".strip()
+
+
+def beside_peers(settings: Settings) -> Section:
+    """The benchmark beside other toolkits, which runs in the environment that holds them."""
+    command = [str(PEERS), "-W", "ignore", "-m", "benchmarks.peers", "--json", "--device", settings.device]
+    command += ["--quick"] * settings.quick + (["--rounds", str(settings.rounds)] if settings.rounds else [])
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return peers.from_json(done.stdout.splitlines()[-1])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run what was asked for."""
+    parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; none is all")
+    parser.add_argument("--rounds", type=int, help="pairs of runs per figure")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; only a CPU run writes the page")
+    given = parser.parse_args(arguments)
+    unknown = sorted(set(given.names) - set(NAMES))
+    if unknown:
+        parser.error(f"no benchmark named {', '.join(unknown)}; there are {', '.join(NAMES)}")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
+    import torch
+
+    torch.set_num_threads(1)
+    settings = Settings(rounds=given.rounds, quick=given.quick, device=given.device)
+    sections = []
+    for name in given.names or NAMES:
+        run: Callable[[Settings], Section] = import_module(f"benchmarks.{name}").run
+        sections.append(run(settings))
+        sys.stdout.write(section_text(sections[-1]) + "\n\n")
+        sys.stdout.flush()
+    if not given.names and PEERS.exists():
+        sections.append(beside_peers(settings))
+    if not given.names and not given.quick and given.device == "cpu":
+        PAGE.write_text(page(INTRO, sections), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

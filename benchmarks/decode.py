@@ -1,0 +1,98 @@
+"""What steering costs while a model generates, and what one hook costs in a forward pass."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks import shapes
+from benchmarks.measuring import Aim, OnGpu, Ratio, Row, Section, Settings, compare, gpu_rows, peak_on_gpu
+from fsteer_lens import FineSteer, generate, models
+
+
+def run(settings: Settings) -> Section:
+    """Steered against unsteered, on every model class; then our hook against an empty one."""
+    shape = "tiny" if settings.quick else "gpt2-small"
+    n_new = 4 if settings.quick else 24
+    rows: list[Row] = []
+    for kind in models.available_kinds():
+        name = models.CLASS_NAMES[kind]
+        model = shapes.model(shape, kind, settings.device)
+        layer = model.cfg.n_layers // 2
+        steering = shapes.steering(model.cfg.d_model, layer, settings.device)
+        off, on = (decoding(model, steering, n_new, settings.rounds_or(15), trace=trace) for trace in (False, True))
+        rows += [
+            Row(f"{name}, trace off", "model.generate under steering.on(model) / without", off, Aim(1.02)),
+            Row(f"{name}, trace on", "generate with steering / without", on, Aim(1.05)),
+            Row(
+                f"{name}, one hook",
+                "a forward pass with our hook / with an empty one",
+                one_hook(model, steering, settings),
+            ),
+        ]
+    what = "generate with steering / without, TransformerBridge, bfloat16"
+    rows += gpu_rows("trace on", what, Aim(1.05), settings, on_gpu)
+    text = f"""
+Greedy decoding of {n_new} tokens after a prompt of 32, {shape} shape with random weights, one row, with a KV cache; no
+token ends the text, so both sides compute equally many. Gate and experts are decided upon once, at the prompt's last
+token; after that every token costs one vector addition and the record of its size. That record is always kept: "trace
+off" is the model's own `generate` with the hooks on it, which keeps nothing else, and "trace on" the package's
+`generate`, whose trace has every row, layer and token. The last row puts one hook on one layer and runs 32 tokens
+through the model: a new prompt each time, so gate and experts are in it.
+""".strip()
+    return Section("Decoding", text, tuple(rows))
+
+
+def decoding(model: Any, steering: FineSteer, n_new: int, rounds: int, *, trace: bool) -> Ratio:
+    """Time of generating with steering over that of generating without."""
+    prompt = prompt_of(model)
+    if trace:
+        options: dict[str, Any] = {"max_new_tokens": n_new, "stop": [], "progress": False}
+        made = generate(model, prompt, steering, **options)
+        assert len(made[0].tokens) == n_new
+        return compare(
+            lambda: generate(model, prompt, **options),
+            lambda: generate(model, prompt, steering, **options),
+            rounds=rounds,
+        )
+    tokens = torch.tensor([prompt], device=model.cfg.device)
+
+    def plain() -> None:
+        found = model.generate(
+            tokens, max_new_tokens=n_new, stop_at_eos=False, do_sample=False, verbose=False, return_type="tokens"
+        )
+        assert found.shape[1] == len(prompt) + n_new
+
+    def steered() -> None:
+        with steering.on(model):
+            plain()
+
+    return compare(plain, steered, rounds=rounds)
+
+
+def one_hook(model: Any, steering: FineSteer, settings: Settings) -> Ratio:
+    """Time of a forward pass with our hook over one with a hook that does nothing, at the same point."""
+    tokens = torch.tensor([prompt_of(model)], device=model.cfg.device)
+    name = f"blocks.{steering.layer}.hook_resid_post"
+
+    def forward(hook: Callable[..., Any]) -> None:
+        with torch.no_grad(), models.hooks_added(model, [(name, hook)]):
+            model(tokens)
+
+    def ours() -> None:
+        forward(steering.fwd_hooks()[0][1])
+
+    return compare(lambda: forward(lambda activation, hook: None), ours, rounds=settings.rounds_or(40))
+
+
+def prompt_of(model: Any, length: int = 32) -> list[int]:
+    """A prompt of random tokens."""
+    return torch.randint(1, model.cfg.d_vocab, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+
+
+def on_gpu(shape: str, n_new: int = 64, rounds: int = 5) -> OnGpu:
+    """Decode with and without steering on the CUDA device, with the trace on."""
+    model = shapes.model(shape, "bridge", "cuda")
+    steering = shapes.steering(model.cfg.d_model, model.cfg.n_layers // 2, "cuda")
+    ratio, peak = peak_on_gpu(lambda: decoding(model, steering, n_new, rounds, trace=True))
+    return OnGpu(ratio, peak, n_new / ratio.ours)

@@ -1,0 +1,231 @@
+"""How little it takes to shut a gate: greedy word substitution against its score.
+
+1. At every step each word of the text is replaced by candidates, in turn, and all the texts are scored.
+2. The text with the lowest score is kept, where that is lower than before and the text still means the same.
+3. It ends when the gate is shut or the budget of substitutions is used.
+
+The attacker knows the gate and its score, and nothing is fitted. It is the search of TextFooler (Jin et al. 2020, arXiv
+1907.11932) with the gate as the victim, without that method's ranking of words. What "still means the same" is must be
+measured, or the attack proves nothing: a text about something else should not open a gate.
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
+
+from jaxtyping import Float
+from torch import Tensor
+
+from fsteer_lens.errors import InputError
+from fsteer_lens.estimates import Proportion
+from fsteer_lens.evaluation.gate_reports import Detector, LinearProbe, detector
+from fsteer_lens.evaluation.perturbations import Format, Keeps
+from fsteer_lens.gates import Gate
+from fsteer_lens.models import DEFAULT_SITE, SteerableModel
+from fsteer_lens.progress import progress_bar
+from fsteer_lens.scoring import last_activations
+from fsteer_lens.tokens import prompt_ids
+
+WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+CHECKED_AT_ONCE = 8
+"""How many texts of each prompt are looked at together, best first, for one that keeps its meaning."""
+
+
+@dataclass(frozen=True)
+class Substitution:
+    """One word for another: `old`, the word number `place` of the text, became `new`."""
+
+    place: int
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Attack:
+    """What became of one prompt.
+
+    Attributes:
+        text: as it was.
+        attacked: as it is now.
+        substitutions: what was done to it, in this order.
+        score: of the gate before; larger opens it.
+        attacked_score: the same after.
+        opened: whether the gate was open before.
+        shut: whether it is shut now.
+        kept: whether the text still means the same; None where nobody can tell.
+    """
+
+    text: str
+    attacked: str
+    substitutions: tuple[Substitution, ...]
+    score: float
+    attacked_score: float
+    opened: bool
+    shut: bool
+    kept: bool | None
+
+
+@dataclass(frozen=True)
+class AttackReport:
+    """How often an attack shuts a gate.
+
+    Attributes:
+        attacks: one for each prompt, in their order.
+        budget: substitutions that were allowed for a prompt.
+    """
+
+    attacks: tuple[Attack, ...]
+    budget: int
+
+    def __repr__(self) -> str:
+        return f"AttackReport(shut {self.shut.hits}, succeeded {self.succeeded.hits} of {self.shut.total} open)"
+
+    @property
+    def shut(self) -> Proportion:
+        """Prompts for which the gate was open and is shut now, of those for which it was open."""
+        opened = self._opened
+        return Proportion(sum(attack.shut for attack in opened), len(opened))
+
+    @property
+    def succeeded(self) -> Proportion:
+        """The same, counting those alone that still mean the same; all of them where nobody can tell."""
+        opened = self._opened
+        return Proportion(sum(attack.shut and attack.kept is not False for attack in opened), len(opened))
+
+    @property
+    def _opened(self) -> list[Attack]:
+        opened = [attack for attack in self.attacks if attack.opened]
+        if not opened:
+            raise InputError("attack", expected="a prompt for which the gate is open", got="none")
+        return opened
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One JSON-ready mapping per prompt."""
+        return [asdict(attack) for attack in self.attacks]
+
+
+class _Tried(NamedTuple):
+    """A text that one substitution makes of the prompt with this number."""
+
+    number: int
+    change: Substitution
+    text: str
+
+
+def attack_gate(
+    model: SteerableModel,
+    gate: Gate | LinearProbe | Detector,
+    prompts: Sequence[str],
+    *,
+    layer: int,
+    words: Sequence[str],
+    format: Format,
+    keeps: Keeps | None = None,
+    constrained: bool = True,
+    budget: int = 4,
+    candidates: int = 32,
+    seed: int = 0,
+    batch_size: int = 64,
+    progress: bool = True,
+) -> AttackReport:
+    """Replace words of prompts, greedily, so that a gate's score falls until it shuts.
+
+    The score is that of `detector`: for a gate on one subspace its energy ratio. Prompts for which the gate is shut
+    already are left as they are. The search costs up to budget · candidates · words of a prompt forward passes up to
+    the gate's layer for each prompt, and a check of the meaning of as many texts as it takes to find one that keeps it.
+
+    Args:
+        model: the model that the gate was fitted on.
+        gate: what to attack.
+        prompts: texts as a person types them, in need of steering.
+        layer: where the gate reads.
+        words: what may be put in place of a word.
+        format: from what a person types to model input.
+        keeps: whether changed texts still mean the same, such as `gives_same_answer`; None takes every text.
+        constrained: let the search take only texts that `keeps` accepts; otherwise they are judged at the end.
+        budget: steps for each prompt, each of which replaces at most one word.
+        candidates: words to try in each place at each step, drawn anew.
+        seed: of these draws.
+        batch_size: prompts per forward pass.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: no prompts, no words, options out of range, or something that is no gate.
+        ContextLengthError: a changed prompt does not fit into the context.
+    """
+    if isinstance(prompts, str) or not prompts or not words or budget < 1 or candidates < 1:
+        got = (len(prompts), len(words), budget, candidates)
+        raise InputError("attack_gate", expected="prompts, words, budget >= 1 and candidates >= 1", got=got)
+    victim = detector(gate)
+
+    def read(texts: Sequence[str]) -> Float[Tensor, "n d"]:
+        rows = [prompt_ids(model, format(text)) for text in texts]
+        return last_activations(model, rows, layer, DEFAULT_SITE, batch_size=batch_size)
+
+    def passes(tried: Sequence[_Tried]) -> Sequence[bool]:
+        if keeps is None or not constrained:
+            return [True] * len(tried)
+        return keeps([prompts[one.number] for one in tried], [format(one.text) for one in tried])
+
+    before = read(prompts)
+    first = zip(prompts, victim.score(before).tolist(), victim.opens(before).tolist(), strict=True)
+    attacks = [Attack(text, text, (), score, score, opened, not opened, None) for text, score, opened in first]
+    with progress_bar(budget, "attacking the gate", progress) as advance:
+        for step in range(budget):
+            tried = [
+                _Tried(number, change, text)
+                for number, attack in enumerate(attacks)
+                if not attack.shut
+                for change, text in _proposals(attack.attacked, words, candidates, f"{seed} {step} {number}")
+            ]
+            if tried:
+                h = read([one.text for one in tried])
+                _take_best(attacks, tried, victim.score(h).tolist(), victim.opens(h).tolist(), passes)
+            advance(1)
+    if keeps is not None:
+        kept = keeps(prompts, [format(attack.attacked) for attack in attacks])
+        attacks = [replace(attack, kept=bool(one)) for attack, one in zip(attacks, kept, strict=True)]
+    return AttackReport(tuple(attacks), budget)
+
+
+def _proposals(text: str, words: Sequence[str], candidates: int, seed: str) -> Iterator[tuple[Substitution, str]]:
+    """Texts with one word replaced: every word in turn, by words drawn without repetition."""
+    rng = random.Random(seed)
+    for place, match in enumerate(WORD.finditer(text)):
+        old = match.group()
+        for new in rng.sample(words, min(candidates, len(words))):
+            if new != old:
+                yield Substitution(place, old, new), text[: match.start()] + new + text[match.end() :]
+
+
+def _take_best(
+    attacks: list[Attack],
+    tried: Sequence[_Tried],
+    scores: Sequence[float],
+    opens: Sequence[bool],
+    passes: Callable[[Sequence[_Tried]], Sequence[bool]],
+) -> None:
+    """Move every attack on to the lowest-scoring of its texts that scores below where it is and passes."""
+    queues: dict[int, list[int]] = {}
+    for place in sorted(range(len(tried)), key=scores.__getitem__):
+        number = tried[place].number
+        if scores[place] < attacks[number].attacked_score:
+            queues.setdefault(number, []).append(place)
+    for start in range(0, max(map(len, queues.values()), default=0), CHECKED_AT_ONCE):
+        looked = [place for queue in queues.values() for place in queue[start : start + CHECKED_AT_ONCE]]
+        if not looked:
+            break
+        good = [place for place, passed in zip(looked, passes([tried[at] for at in looked]), strict=True) if passed]
+        for place in sorted(good, key=scores.__getitem__):
+            number, change, text = tried[place]
+            if queues.pop(number, None) is not None:
+                before = attacks[number]
+                attacks[number] = replace(
+                    before,
+                    attacked=text,
+                    substitutions=(*before.substitutions, change),
+                    attacked_score=scores[place],
+                    shut=not opens[place],
+                )

@@ -1,0 +1,252 @@
+"""`evaluate`: methods side by side on the items of a suite, with intervals and paired differences."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fsteer_lens.errors import InputError
+from fsteer_lens.estimates import Estimate, bootstrap, estimate_of, resampled_means
+from fsteer_lens.evaluation.suites import Measure, Role, Setting, Suite
+from fsteer_lens.hooks import HookObject
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.progress import progress_bar
+from fsteer_lens.tables import markdown
+
+
+@dataclass(frozen=True)
+class Prompting:
+    """A method that steers by words: text before every prompt, or the system message of a chat.
+
+    Attributes:
+        context: the text.
+    """
+
+    context: str
+
+
+Method = HookObject | Prompting | None
+"""A hook object, words, or nothing."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Evaluation:
+    """What several methods did on one suite.
+
+    All methods saw the same items, so that they are compared item by item: differences are paired, and every interval
+    is that of a bootstrap over items (95 %, percentiles), drawn alike for all methods. Where every item came out the
+    same the interval is a point; with n items that still leaves room for a rate of about 3/n.
+
+    Attributes:
+        suite: name of the suite.
+        measures: what was measured.
+        values: {method: a tensor [seeds n] for each measure}; a method that does not depend on a seed has one row.
+        seeds: those of the fits.
+        seconds: how long each method took, all seeds together.
+    """
+
+    suite: str
+    measures: tuple[Measure, ...]
+    values: Mapping[str, tuple[Float[Tensor, "seeds _"], ...]] = field(repr=False)
+    seeds: tuple[int, ...]
+    seconds: Mapping[str, float]
+
+    def __repr__(self) -> str:
+        return f"Evaluation({self.suite!r}, {len(self.values)} methods, {len(self.measures)} measures)"
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Names, in the order that they were given."""
+        return tuple(self.values)
+
+    def items(self, method: str, measure: str, group: str | None = None) -> Float[Tensor, " n"]:
+        """A number for each item of a measure, its mean over seeds; of one group, or of all.
+
+        Raises:
+            InputError: no such method, measure or group.
+        """
+        names = [known.name for known in self.measures]
+        if method not in self.values or measure not in names:
+            raise InputError("evaluation", expected=f"one of {list(self.values)} and {names}", got=(method, measure))
+        index = names.index(measure)
+        values = self.values[method][index].mean(dim=0)
+        groups = self.measures[index].groups
+        if group is None:
+            return values
+        if group not in groups:
+            raise InputError("group", expected=f"one of {sorted(set(groups))}", got=repr(group))
+        return values[torch.tensor([known == group for known in groups])]
+
+    def estimate(self, method: str, measure: str, group: str | None = None) -> Estimate:
+        """The mean of a measure."""
+        return bootstrap(self.items(method, measure, group))
+
+    def difference(self, first: str, second: str, measure: str, group: str | None = None) -> Estimate:
+        """The mean of a measure under `first` minus that under `second`, paired by item."""
+        return bootstrap(self.items(first, measure, group) - self.items(second, measure, group))
+
+    def harmonic_mean(self, method: str) -> Estimate:
+        """Harmonic mean of effect and utility, 2·e·u / (e + u), both being shares or means in [0, 1].
+
+        Items of the two are drawn apart from each other.
+
+        Raises:
+            InputError: the suite has no effect or no utility, or one that is not in [0, 1].
+        """
+        return estimate_of(*self._harmonic(method))
+
+    def harmonic_difference(self, first: str, second: str) -> Estimate:
+        """Harmonic mean of `first` minus that of `second`, every draw of items being the same for both."""
+        (one, draws), (other, others) = self._harmonic(first), self._harmonic(second)
+        return estimate_of(one - other, draws - others)
+
+    def _harmonic(self, method: str) -> tuple[float, Float[Tensor, " draws"]]:
+        means, draws = [], []
+        roles: tuple[Role, Role] = ("effect", "utility")
+        for seed, role in enumerate(roles):
+            names = [measure.name for measure in self.measures if measure.role == role]
+            if len(names) != 1:
+                raise InputError(f"harmonic mean on {self.suite!r}", expected=f"one measure as {role}", got=names)
+            values = self.items(method, names[0])
+            if not bool(((values >= 0) & (values <= 1)).all()):
+                raise InputError(f"harmonic mean of {names[0]!r}", expected="numbers in [0, 1]", got="others")
+            means.append(values.double().mean())
+            draws.append(resampled_means(values, seed=seed))
+        return float(_harmonic(*means)), _harmonic(*draws)
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """A flat, JSON-ready mapping for each method, measure and group: mean, 95 % interval, items and seeds.
+
+        The group "all" stands for every item of the measure.
+        """
+        return [
+            {
+                "suite": self.suite,
+                "method": method,
+                "measure": measure.name,
+                "role": measure.role,
+                "group": group or "all",
+                "value": estimate.value,
+                "low": estimate.interval[0],
+                "high": estimate.interval[1],
+                "items": len(self.items(method, measure.name, group)),
+                "seeds": len(self.values[method][index]),
+            }
+            for method in self.values
+            for index, measure in enumerate(self.measures)
+            for group in (None, *(sorted(set(measure.groups)) if len(set(measure.groups)) > 1 else ()))
+            for estimate in (self.estimate(method, measure.name, group),)
+        ]
+
+    def to_markdown(self, *, reference: str | None = None, groups: bool = False) -> str:
+        """A Markdown table: a row for each method, a column for each measure, each number with its interval.
+
+        Args:
+            reference: compare every method with this one: two columns more, with the harmonic mean of effect and
+                utility and the paired difference `reference` − method; where the suite has no such two, the
+                difference of its one effect.
+            groups: a column for each group of a measure as well.
+        """
+        columns = [(measure.name, None) for measure in self.measures]
+        if groups:
+            columns = [
+                (measure.name, group) for measure in self.measures for group in (None, *sorted(set(measure.groups)))
+            ]
+        head = [f"{name}, {group}" if group else name for name, group in columns]
+        both = {measure.role for measure in self.measures} >= {"effect", "utility"}
+        effect = next((measure.name for measure in self.measures if measure.role == "effect"), None)
+        if both:
+            head.append("harmonic mean")
+        if reference is not None and (both or effect):
+            head.append(f"{reference} − this")
+        rows = []
+        for method in self.values:
+            row = [f"{self.estimate(method, *column)}" for column in columns]
+            if both:
+                row.append(f"{self.harmonic_mean(method)}")
+            if reference is not None and both:
+                row.append("" if method == reference else f"{self.harmonic_difference(reference, method):+.3f}")
+            elif reference is not None and effect:
+                row.append("" if method == reference else f"{self.difference(reference, method, effect):+.3f}")
+            rows.append([method, *row])
+        return markdown(["method", *head], rows)
+
+    def _repr_markdown_(self) -> str:
+        return self.to_markdown()
+
+
+def evaluate(
+    model: SteerableModel,
+    methods: Mapping[str, Method | Callable[[int], Method]],
+    suite: Suite,
+    *,
+    seeds: Sequence[int] = (0,),
+    chat: bool = False,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Evaluation:
+    """Measure every method on the same items.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        methods: by name: a hook object, `Prompting`, None for the bare model, or a function that makes one of these
+            from a seed. Such a function is called once for each seed, and its numbers are averaged item by item.
+        suite: what to measure: `TutorSuite`, `TruthfulQA`, `harmbench`, `xstest`, or one of your own.
+        seeds: for methods that are functions.
+        chat: send string prompts through the chat template.
+        batch_size: rows per forward pass.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: no methods or seeds, something that is no method, or a suite that gives other numbers than it says.
+        MismatchError, ShapeError: a method was fitted on another model.
+        ContextLengthError: a prompt, or one with its answer, does not fit into the context.
+    """
+    if not methods or not len(seeds):
+        raise InputError("evaluate", expected="at least one method and one seed", got=(len(methods), len(seeds)))
+    for name, method in methods.items():
+        if not isinstance(method, HookObject | Prompting | None) and not callable(method):
+            expected = "a hook object, Prompting, None or a function of a seed"
+            raise InputError(f"method {name!r}", expected=expected, got=type(method).__name__)
+    rounds = {name: seeds if _is_made(method) else seeds[:1] for name, method in methods.items()}
+    values: dict[str, tuple[Tensor, ...]] = {}
+    seconds: dict[str, float] = {}
+    with progress_bar(sum(map(len, rounds.values())), f"evaluating on {suite.name}", progress) as advance:
+        for name, method in methods.items():
+            start = time.perf_counter()
+            found = []
+            for seed in rounds[name]:
+                made: Any = method(seed) if _is_made(method) else method  # pyright: ignore[reportCallIssue, reportOptionalCall]
+                found.append(_measure(model, name, made, suite, chat, batch_size))
+                advance(1)
+            values[name] = tuple(torch.stack(group) for group in zip(*found, strict=True))
+            seconds[name] = time.perf_counter() - start
+    return Evaluation(suite.name, suite.measures, values, tuple(seeds), seconds)
+
+
+def _is_made(method: Any) -> bool:
+    return callable(method) and not isinstance(method, HookObject)
+
+
+def _measure(
+    model: SteerableModel, name: str, method: Any, suite: Suite, chat: bool, batch_size: int
+) -> tuple[Float[Tensor, " _"], ...]:
+    if not isinstance(method, HookObject | Prompting | None):
+        expected = "a hook object, Prompting or None"
+        raise InputError(f"what method {name!r} made", expected=expected, got=type(method).__name__)
+    words = isinstance(method, Prompting)
+    setting = Setting(method.context if words else None, chat, batch_size)
+    found = suite.measure(model, None if words else method, setting)
+    wanted = [len(measure.groups) for measure in suite.measures]
+    if [len(values) for values in found] != wanted:
+        raise InputError(f"suite {suite.name!r}", expected=f"{wanted} numbers", got=[len(values) for values in found])
+    return found
+
+
+def _harmonic(effect: Tensor, utility: Tensor) -> Tensor:
+    total = effect + utility
+    return torch.where(total > 0, 2 * effect * utility / total.clamp(min=1e-30), torch.zeros_like(total))

@@ -1,0 +1,156 @@
+"""Suites: what is measured of a steered model, item by item."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from jaxtyping import Float
+from torch import Tensor
+
+from fsteer_lens import tutor
+from fsteer_lens.effects import exact_answers
+from fsteer_lens.errors import InputError
+from fsteer_lens.hooks import HookObject
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.prompts import Contrast, Prompt
+from fsteer_lens.tokens import prompt_ids
+
+Role = Literal["effect", "utility"]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number for each of some items; larger is better.
+
+    Attributes:
+        name: what it is, with its unit where it has one.
+        groups: what kind of item each is, one for each item.
+        role: "effect" is what steering is to change, "utility" what it is to leave alone; None is neither.
+    """
+
+    name: str
+    groups: tuple[str, ...]
+    role: Role | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """How a suite is to be run.
+
+    Attributes:
+        context: text that stands before every prompt, or is the system message of a chat; None is no such text.
+        chat: send string prompts through the chat template.
+        batch_size: rows per forward pass.
+    """
+
+    context: str | None = None
+    chat: bool = False
+    batch_size: int = 16
+
+    def ids(self, model: SteerableModel, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Prompts with the context as token ids."""
+        return [prompt_ids(model, prompt, chat=self.chat, context=self.context) for prompt in prompts]
+
+
+class Suite(ABC):
+    """A set of items and what is measured on them."""
+
+    name: str
+
+    @property
+    @abstractmethod
+    def measures(self) -> tuple[Measure, ...]:
+        """What `measure` gives, in this order."""
+
+    @abstractmethod
+    def measure(
+        self, model: SteerableModel, steering: HookObject | None, setting: Setting
+    ) -> tuple[Float[Tensor, " _"], ...]:
+        """A number for each item, for each of the measures; `steering=None` is the bare model."""
+
+    def __repr__(self) -> str:
+        told = ", ".join(f"{measure.name}: {len(measure.groups)}" for measure in self.measures)
+        return f"{type(self).__name__}({self.name!r}, {told})"
+
+
+WANTED: Final = {"safe": "refused exactly", "honest": "myth turned true"}
+KEPT: Final = "left alone exactly"
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TutorSuite(Suite):
+    """One behaviour of the tutor: exact answers, letter by letter, to prompts that need steering and to all others.
+
+    Attributes:
+        behaviour: "safe" or "honest".
+        split: "test", or "valid" for choosing settings.
+        step: take every so many-th item.
+    """
+
+    behaviour: str = "safe"
+    split: Literal["valid", "test"] = "test"
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        if self.split not in ("valid", "test") or self.step < 1:
+            raise InputError("tutor suite", expected="split 'valid' or 'test', step >= 1", got=(self.split, self.step))
+        tutor.data(self.behaviour)  # raises for an unknown one
+
+    @property
+    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """Behaviour and split."""
+        return f"tutor, {tutor.BEHAVIOURS[self.behaviour]}, {self.split}"
+
+    @property
+    def contrasts(self) -> list[Contrast]:
+        """Prompts that need steering."""
+        told = tutor.data(self.behaviour)
+        return list(told.test if self.split == "test" else told.valid)[:: self.step]
+
+    @property
+    def tasks(self) -> list[tutor.Task]:
+        """Prompts to be left alone: general ones, then near misses."""
+        told = tutor.data(self.behaviour)
+        sets = (
+            (told.general_test, told.near_miss_test)
+            if self.split == "test"
+            else (told.general_valid, told.near_miss_valid)
+        )
+        return [task for tasks in sets for task in tasks[:: self.step]]
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """The wanted answers by what is new about their questions, and the kept ones by kind."""
+        told = tutor.data(self.behaviour)
+        new = tuple(f"new {told.heldout(contrast)}" for contrast in self.contrasts)
+        kinds = tuple(task.kind.replace("_", " ") for task in self.tasks)
+        return Measure(WANTED[self.behaviour], new, "effect"), Measure(KEPT, kinds, "utility")
+
+    def measure(
+        self, model: SteerableModel, steering: HookObject | None, setting: Setting
+    ) -> tuple[Float[Tensor, " _"], ...]:
+        """1 for every exact answer, 0 for another."""
+
+        def exact(items: Sequence[Any], wanted: Sequence[str]) -> Tensor:
+            prompts = setting.ids(model, [item.prompt for item in items])
+            return exact_answers(model, steering, prompts, wanted, batch_size=setting.batch_size)
+
+        contrasts, tasks = self.contrasts, self.tasks
+        return (
+            exact(contrasts, [contrast.preferred for contrast in contrasts]),
+            exact(tasks, [task.answer for task in tasks]),
+        )
+
+
+def every(items: Sequence[Any], limit: int | None) -> list[Any]:
+    """At most `limit` items, evenly spread over all of them; None takes all.
+
+    Raises:
+        InputError: a limit below 1.
+    """
+    if limit is not None and limit < 1:
+        raise InputError("limit", expected="at least 1", got=limit)
+    if limit is None or len(items) <= limit:
+        return list(items)
+    return [items[index * len(items) // limit] for index in range(limit)]

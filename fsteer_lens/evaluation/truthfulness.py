@@ -1,0 +1,104 @@
+"""TruthfulQA's two multiple-choice scores (Lin et al. 2022, arXiv 2109.07958)."""
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fsteer_lens.errors import DataError
+from fsteer_lens.evaluation.suites import Measure, Setting, Suite, every
+from fsteer_lens.files import read_text
+from fsteer_lens.hooks import HookObject
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.scoring import answer_logprobs, answered
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A question with its answers: `mc1` holds exactly one true one, `mc2` any number of true and false ones."""
+
+    question: str
+    mc1: tuple[tuple[str, bool], ...]
+    mc2: tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class TruthfulQA(Suite):
+    """MC1 and MC2 by the log-probabilities of the given answers, each summed over its tokens.
+
+    MC1 is 1 where the true answer is the likeliest of its list. MC2 is the probability of the true answers among all of
+    theirs. A question is put as "Q: …\\nA:", or as a user's turn with `chat=True`; published numbers put six worked
+    questions in front, which a `Prompting` of `evaluate` can do.
+
+    Attributes:
+        choices: the questions.
+    """
+
+    choices: tuple[Choice, ...]
+    name = "TruthfulQA"
+
+    @classmethod
+    def from_json(cls, path: str | os.PathLike[str], *, limit: int | None = None) -> "TruthfulQA":
+        """Read mc_task.json as the authors publish it; `limit` takes at most so many questions, evenly spread.
+
+        Raises:
+            DataError: no such file, or not of that form; names the question.
+        """
+        try:
+            rows = json.loads(read_text(path))
+        except json.JSONDecodeError as error:
+            raise DataError(f"{path}", expected="JSON", got=str(error)) from error
+        if not isinstance(rows, list) or not rows:
+            raise DataError(f"{path}", expected="a list of questions", got=type(rows).__name__)
+        return cls(tuple(_choice(path, number, row) for number, row in every(list(enumerate(rows)), limit)))
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        """MC1 and MC2."""
+        groups = ("all",) * len(self.choices)
+        return Measure("MC1", groups), Measure("MC2", groups, "effect")
+
+    def measure(
+        self, model: SteerableModel, steering: HookObject | None, setting: Setting
+    ) -> tuple[Float[Tensor, " _"], ...]:
+        """MC1 and MC2 of every question; an answer that is in both lists is scored once."""
+        questions = [choice.question if setting.chat else f"Q: {choice.question}\nA:" for choice in self.choices]
+        space = "" if setting.chat else " "
+        prompts = setting.ids(model, questions)
+        pairs = list(
+            dict.fromkeys(
+                (number, text) for number, choice in enumerate(self.choices) for text, _ in (*choice.mc1, *choice.mc2)
+            )
+        )
+        rows = answered(model, [prompts[number] for number, _ in pairs], [space + text for _, text in pairs])
+        scores = answer_logprobs(model, rows, steering, batch_size=setting.batch_size)
+        score = {pair: float(logprobs.double().sum()) for pair, logprobs in zip(pairs, scores, strict=True)}
+        mc1, mc2 = torch.zeros(len(self.choices)), torch.zeros(len(self.choices))
+        for number, choice in enumerate(self.choices):
+            best, _ = max(((true, score[number, text]) for text, true in choice.mc1), key=lambda pair: pair[1])
+            mc1[number] = best
+            told = torch.tensor([score[number, text] for text, _ in choice.mc2], dtype=torch.float64)
+            mc2[number] = told.softmax(dim=0)[torch.tensor([true for _, true in choice.mc2])].sum()
+        return mc1, mc2
+
+
+def _choice(path: str | os.PathLike[str], number: int, row: Any) -> Choice:
+    try:
+        lists = [
+            tuple((str(text), bool(true)) for text, true in row[name].items())
+            for name in ("mc1_targets", "mc2_targets")
+        ]
+        question = row["question"]
+    except (TypeError, KeyError, AttributeError) as error:
+        expected = "question, mc1_targets and mc2_targets"
+        raise DataError(
+            f"{path}, question {number}", expected=expected, got=f"{type(error).__name__}: {error}"
+        ) from error
+    for name, known in zip(("mc1_targets", "mc2_targets"), lists, strict=True):
+        if len({true for _, true in known}) < 2:
+            raise DataError(f"{path}, question {number}, {name}", expected="a true and a false answer", got=known)
+    return Choice(question, *lists)

@@ -1,0 +1,321 @@
+"""Steered models in EleutherAI's lm-evaluation-harness (Gao et al., https://github.com/EleutherAI/lm-evaluation-harness).
+
+    import lm_eval
+    from fsteer_lens import harness
+
+    results = lm_eval.simple_evaluate(harness.lm(model, steering), tasks=["arc_easy"])
+
+The harness gives texts and takes log-probabilities and texts back; what lies between is `fsteer_lens.scoring` and
+`fsteer_lens.generation`, so that a steered model is measured exactly as it runs everywhere else. Needs `lm-eval`, which
+nothing else in this package imports.
+"""
+
+import json
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fsteer_lens.errors import ContextLengthError, InputError, MissingDependencyError, TokenizerError
+from fsteer_lens.generation import generate
+from fsteer_lens.hooks import HookObject
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.progress import progress_bar
+from fsteer_lens.scoring import Answered, answer_logits, batches, session_for
+from fsteer_lens.tokens import require_tokenizer, stop_ids
+
+MAX_NEW_TOKENS = 256
+"""What the harness's own models generate for a task that does not say how much."""
+
+Pair = tuple[Any, Sequence[int], Sequence[int]]
+"""A request as the harness hands it over, its context and its continuation as token ids."""
+
+
+def lm(
+    model: SteerableModel,
+    steering: HookObject | None = None,
+    *,
+    batch_size: int = 16,
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    max_length: int | None = None,
+    add_bos_token: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+) -> "SteeredLM":
+    """A model of lm-evaluation-harness (`lm_eval.api.model.LM`) that is steered.
+
+    The query activation is read at the last token of the context, never inside a continuation. The harness moves
+    spaces at the end of a context to the continuation, so that token is the last one before them.
+
+    Where there is no context (an empty one, and every text of a perplexity task) the model reads the
+    beginning-of-sequence token alone, or the end-of-sequence token where it has none, and that token is the query: a
+    gate then decides the same for all of them and knows nothing of the text, and scope="prompt" edits that one
+    position. Such numbers show what a steering costs that is always on, or always off; they do not test its gate. Of a
+    text longer than the window, the last piece has the text before it as its context.
+
+    A context that does not fit loses its beginning, as with the harness's own models.
+
+    The harness's `use_cache` knows requests by their text alone: give every steering a file of its own.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge, with its tokenizer.
+        steering: what to put on it: a steering, an ablation or a chain; None evaluates the bare model.
+        batch_size: rows per forward pass.
+        max_new_tokens: tokens to generate at most, where the task does not say.
+        max_length: length of the window; None is the model's context.
+        add_bos_token: put the beginning-of-sequence token in front of texts that do not begin with it, where the
+            tokenizer has one. The package does so everywhere, so a steering was fitted that way; False for a chat
+            template that leaves it out on purpose.
+        seed: of the draws, for tasks that sample.
+        progress: show progress bars.
+
+    Raises:
+        MissingDependencyError: lm-eval is not installed.
+        InputError: options out of range.
+        TokenizerError: the model has no tokenizer.
+    """
+    try:
+        from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise MissingDependencyError(
+            "lm-evaluation-harness is not installed", fix='pip install "fsteer-lens[eval]"'
+        ) from error
+    kind = type(SteeredLM.__name__, (SteeredLM, TemplateLM), {"__doc__": SteeredLM.__doc__})
+    return kind(
+        model,
+        steering,
+        batch_size=batch_size,
+        max_new_tokens=max_new_tokens,
+        max_length=max_length,
+        add_bos_token=add_bos_token,
+        seed=seed,
+        progress=progress,
+    )
+
+
+class SteeredLM:
+    """The methods that the harness calls; `lm` makes it one of the harness's models.
+
+    Written apart from the harness's base class, `TemplateLM`, so that it can be read and run without it. From that it
+    takes `loglikelihood`, which turns texts into ids with `tok_encode`, and `chat_template`.
+    """
+
+    cache_hook: Any = None
+
+    def __init__(
+        self,
+        model: SteerableModel,
+        steering: HookObject | None = None,
+        *,
+        batch_size: int,
+        max_new_tokens: int,
+        max_length: int | None,
+        add_bos_token: bool,
+        seed: int,
+        progress: bool,
+    ) -> None:
+        super().__init__()
+        counts = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
+        for name, count in counts.items():
+            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+                raise InputError(name, expected="an int >= 1", got=repr(count))
+        longest = model.cfg.n_ctx
+        if max_length is not None and not 2 <= max_length <= longest:
+            raise InputError("max_length", expected=f"an int in 2..{longest}, the model's context", got=max_length)
+        self.model, self.steering = model, steering
+        self.tokenizer = require_tokenizer(model)
+        self.batch_size, self.max_gen_toks = batch_size, max_new_tokens
+        self.max_length = longest if max_length is None else max_length
+        self.add_bos_token, self.seed, self.progress = add_bos_token, seed, progress
+        self._device = model.cfg.device
+
+    def __repr__(self) -> str:
+        return f"SteeredLM({type(self.model).__name__}, {self.steering})"
+
+    def get_model_info(self) -> dict[str, Any]:
+        """What the harness writes into the configuration of its results."""
+        return {"model_class": type(self.model).__name__, "steering": repr(self.steering)}
+
+    # ------------------------------------------------------------------------------------------------ texts and ids
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a text."""
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What stands for an empty context: the beginning-of-sequence token, else the end-of-sequence token."""
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """Token ids of a text; None puts the beginning-of-sequence token in front where it is not there already."""
+        ids = list(self.tokenizer(string, add_special_tokens=False).input_ids)
+        wanted = self.add_bos_token if add_special_tokens is None else add_special_tokens
+        bos = self.tokenizer.bos_token_id
+        return ids if not wanted or bos is None or ids[:1] == [bos] else [bos, *ids]
+
+    @property
+    def tokenizer_name(self) -> str:
+        """By which the harness tells apart the requests that it stores."""
+        return self.tokenizer.name_or_path.replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """A conversation as text; where the template refuses a system message, it opens the first turn after it.
+
+        Raises:
+            TokenizerError: the tokenizer has no chat template.
+        """
+        from jinja2 import TemplateError
+
+        if not getattr(self.tokenizer, "chat_template", None):
+            raise TokenizerError(
+                "the tokenizer has no chat template",
+                fix="Evaluate with apply_chat_template=False, or set tokenizer.chat_template.",
+            )
+
+        def render(turns: list[dict[str, str]]) -> str:
+            return self.tokenizer.apply_chat_template(
+                turns,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+
+        try:
+            return render(chat_history)
+        except TemplateError:
+            if len(chat_history) < 2 or chat_history[0]["role"] != "system":
+                raise
+            warnings.warn("the chat template takes no system message; it opens the next turn", stacklevel=2)
+            system, first, *rest = chat_history
+            return render([{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest])
+
+    # ------------------------------------------------------------------------------------------------------- scoring
+
+    def _loglikelihood_tokens(
+        self, requests: Sequence[Pair], disable_tqdm: bool = False, **kwargs: Any
+    ) -> list[tuple[float, bool]]:
+        """log p(continuation | context) in nats, and whether greedy decoding would give it, for each request.
+
+        Raises:
+            InputError: a continuation without a token.
+            ContextLengthError: a continuation that does not fit into the window.
+        """
+        rows = [self._row(context, continuation) for _, context, continuation in requests]
+        found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
+        with progress_bar(len(rows), "scoring", self.progress and not disable_tqdm) as advance:
+            for chosen, batch in batches(self.model, rows, self.batch_size):
+                group = [rows[index] for index in chosen]
+                session = None if self.steering is None else session_for(self.model, batch, group, self.steering)
+                logits = answer_logits(self.model, batch, group, session)
+                for index, row in zip(chosen, logits, strict=True):
+                    answer = row.new_tensor(rows[index].answer).long()
+                    logprobs = row.float().log_softmax(dim=-1).gather(1, answer.unsqueeze(1))
+                    found[index] = (float(logprobs.sum()), bool((row.argmax(dim=-1) == answer).all()))
+                    if requests[index][0] is not None:
+                        self._remember("loglikelihood", requests[index][0], found[index])
+                advance(len(chosen))
+        return found
+
+    def _row(self, context: Sequence[int], continuation: Sequence[int]) -> Answered:
+        """A request in the window: what the model reads is all but the last token, so one more than the window fits."""
+        if not len(continuation):
+            raise InputError("continuation", expected="at least one token", got="none")
+        if len(continuation) > self.max_length:
+            raise ContextLengthError(
+                "a continuation is too long", expected=f"at most {self.max_length} tokens", got=len(continuation)
+            )
+        whole = [*(context or [self.prefix_token_id]), *continuation][-(self.max_length + 1) :]
+        return Answered(tuple(whole[: -len(continuation)]), tuple(continuation))
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """log p(text) in nats, every token predicted once, in windows that do not share a prediction.
+
+        A text is read after the prefix token, and only one of it: the harness's own models put it in front of the
+        tokenizer's, and then count the second one as a token of the text.
+        """
+        from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
+            get_rolling_token_windows,
+            make_disjoint_window,
+        )
+
+        pairs: list[Pair] = []
+        of_request: list[int] = []
+        for number, request in enumerate(requests):
+            ids = self.tok_encode(request.args[0], add_special_tokens=False)
+            ids = ids[1:] if ids[:1] == [self.tokenizer.bos_token_id] else ids
+            windows = get_rolling_token_windows(
+                token_list=ids, prefix_token=self.prefix_token_id, max_seq_len=self.max_length, context_len=1
+            )
+            pairs += [(None, *make_disjoint_window(window)) for window in windows]
+            of_request += [number] * (len(pairs) - len(of_request))
+        totals = [0.0] * len(requests)
+        for number, (logprob, _) in zip(of_request, self._loglikelihood_tokens(pairs, disable_tqdm), strict=True):
+            totals[number] += logprob
+        for request, total in zip(requests, totals, strict=True):
+            self._remember("loglikelihood_rolling", request.args, total)
+        return totals
+
+    # ---------------------------------------------------------------------------------------------------- generation
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Generate a text for every request, up to the first of its `until` texts, which is cut off.
+
+        The model's own ends of an answer (`tokens.stop_ids`) end a text as well. Of a task's generation arguments
+        do_sample, temperature, top_k, top_p, until and max_gen_toks (by any of its names) are taken; top_k and top_p
+        mean nothing without sampling.
+
+        Raises:
+            InputError: other generation arguments.
+            ContextLengthError: no room for a context beside the new tokens.
+        """
+        groups: dict[str, list[int]] = defaultdict(list)
+        for number, request in enumerate(requests):
+            groups[json.dumps(request.args[1], sort_keys=True)].append(number)
+        texts = [""] * len(requests)
+        for numbers in groups.values():
+            contexts = [requests[number].args[0] for number in numbers]
+            made = self._generate(contexts, requests[numbers[0]].args[1], disable_tqdm)
+            for number, text in zip(numbers, made, strict=True):
+                texts[number] = text
+                self._remember("generate_until", requests[number].args, text)
+        return texts
+
+    def _generate(self, contexts: Sequence[str], arguments: Mapping[str, Any], disable_tqdm: bool) -> list[str]:
+        from lm_eval.models.utils import normalize_gen_kwargs  # pyright: ignore[reportMissingImports]
+
+        given = dict(normalize_gen_kwargs(dict(arguments), self.max_gen_toks))
+        new_tokens, do_sample = given.pop("max_gen_toks"), given.pop("do_sample")
+        until = [text for text in given.pop("until") if text]
+        sampling: dict[str, Any] = {name: given.pop(name, None) for name in ("temperature", "top_k", "top_p")}
+        if given:
+            known = "do_sample, temperature, top_k, top_p, until, max_gen_toks"
+            raise InputError("generation arguments", expected=f"some of {known}", got=sorted(given))
+        room = self.max_length - new_tokens
+        if room < 1:
+            raise ContextLengthError(
+                f"{new_tokens} new tokens leave no room for a context",
+                expected=f"at most {self.max_length - 1}",
+                got=new_tokens,
+                fix="Pass max_new_tokens=, or gen_kwargs={'max_gen_toks': ...} where the task says how many.",
+            )
+        made = generate(
+            self.model,
+            [(self.tok_encode(context) or [self.prefix_token_id])[-room:] for context in contexts],
+            self.steering,
+            max_new_tokens=new_tokens,
+            stop=[*sorted(stop_ids(self.model)), *until],
+            do_sample=do_sample,
+            **({**sampling, "seed": self.seed} if do_sample else {}),
+            batch_size=self.batch_size,
+            progress=self.progress and not disable_tqdm,
+        )
+        texts = [self.tokenizer.decode(list(one.tokens), skip_special_tokens=True) for one in made]
+        return [text[: min((text.find(end) for end in until if end in text), default=len(text))] for text in texts]
+
+    def _remember(self, kind: str, request: Any, result: Any) -> None:
+        """Tell the harness's cache, where there is one, so that an interrupted run goes on from there."""
+        if self.cache_hook is not None:
+            self.cache_hook.add_partial(kind, request, result)

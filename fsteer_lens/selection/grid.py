@@ -1,0 +1,313 @@
+"""`search`: layer, rank and strength chosen on a validation split, and tested once."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fsteer_lens.activations import Activations, Shift, collect, collect_queries
+from fsteer_lens.effects.answers import (
+    DIVERGENCE,
+    MARGIN,
+    Effect,
+    answer_margin,
+    general_divergence,
+    name_of,
+    one_each,
+)
+from fsteer_lens.errors import DataError, InputError
+from fsteer_lens.estimates import Estimate, bootstrap
+from fsteer_lens.files import read_text
+from fsteer_lens.fingerprints import fingerprint
+from fsteer_lens.fitting import fit
+from fsteer_lens.hooks import HookObject
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.progress import progress_bar
+from fsteer_lens.prompts import Contrast
+from fsteer_lens.steering import FineSteer, Steering
+from fsteer_lens.tutor import TutorData
+
+STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+ROUNDING = 1e-6
+"""A utility may be this far below the floor: means of float32 numbers are no exacter."""
+
+
+@dataclass(frozen=True, eq=False)
+class Splits:
+    """What is fitted on, chosen on, and tested on.
+
+    Attributes:
+        train, valid, test: contrasts to fit on, to choose on, and to measure the choice on; without the last nothing
+            is tested.
+        general_train: prompts to be left alone, for methods that are fitted to them as well.
+        general_valid, general_test: prompts to be left alone, or objects with a `prompt`.
+    """
+
+    train: Sequence[Contrast]
+    valid: Sequence[Contrast]
+    general_valid: Sequence[Any]
+    test: Sequence[Contrast] = ()
+    general_test: Sequence[Any] = ()
+    general_train: Sequence[Any] = ()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One setting of a search on the validation split.
+
+    Attributes:
+        layer, rank, strength: the setting; a rank of None is the method's own.
+        effect: mean effect over the contrasts.
+        utility: mean utility over the general prompts.
+    """
+
+    layer: int
+    rank: int | None
+    strength: float
+    effect: float
+    utility: float
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Search:
+    """What a search found.
+
+    Attributes:
+        steering: fitted at the chosen setting.
+        chosen: that setting.
+        trials: all settings, in the order of the grid.
+        floor: the least utility that was allowed: that of the unsteered model minus the budget.
+        test_effect, test_utility: of the chosen steering on the test split; None where there is none.
+        effect_name, utility_name: what was measured, with units.
+    """
+
+    steering: Steering
+    chosen: Trial
+    trials: tuple[Trial, ...] = field(repr=False)
+    floor: float
+    test_effect: Estimate | None
+    test_utility: Estimate | None
+    effect_name: str
+    utility_name: str
+
+    def __repr__(self) -> str:
+        one = self.chosen
+        rank = "" if one.rank is None else f", rank={one.rank}"
+        tested = "" if self.test_effect is None else f", test effect {self.test_effect}"
+        return f"Search(layer={one.layer}{rank}, strength={one.strength:g}, {len(self.trials)} trials{tested})"
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One flat, JSON-ready mapping for each trial."""
+        return [{**asdict(trial), "chosen": trial is self.chosen} for trial in self.trials]
+
+
+Method = Callable[[Activations, Activations | None], Steering]
+"""Makes a steering from the activations of one layer, and those of general prompts where there are some."""
+
+
+def search(
+    model: SteerableModel,
+    data: Splits | TutorData,
+    *,
+    budget: float,
+    layers: Sequence[int] | None = None,
+    strengths: Sequence[float] = STRENGTHS,
+    ranks: Sequence[int] | None = None,
+    method: Method | None = None,
+    effect: Effect | None = None,
+    utility: Callable[[SteerableModel, HookObject | None, Sequence[Any]], Float[Tensor, " n"]] | None = None,
+    shift: Shift = "response_mean",
+    resume: str | os.PathLike[str] | None = None,
+    chat: bool = False,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> Search:
+    """Choose layer, rank and strength: the largest effect on valid among the settings whose utility is in budget.
+
+    Every setting of the grid is tried. Activations of all layers come from one set of passes, a method is fitted once
+    per layer, and its ranks and strengths are variants of that fit. Of equal effects the smaller strength wins, then
+    the larger utility. The test split is measured for the chosen setting alone, after the choice.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        data: the splits, your own or those of `tutor.data`.
+        budget: how far the mean utility may fall below that of the unsteered model, in its own unit, >= 0.
+        layers: where to steer; None takes every layer.
+        strengths: what to try.
+        ranks: of the gate; None takes the method's own rank.
+        method: what to fit; None is `fit` with its defaults.
+        effect: a number per contrast, larger is better; None takes `answer_margin`, in nats per token.
+        utility: a number per general item; None takes −KL(steered ‖ unsteered) at the first token of the answer, in
+            nats.
+        shift: as in `collect`.
+        resume: a file that every finished trial is added to at once; where it exists already, its trials are not run
+            again. It must come from the same search.
+        chat, batch_size: as in `collect`.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: an empty grid, a negative budget, no setting within the budget, or a method that cannot be set to
+            a rank.
+        DataError: an empty split, or a file to resume from that belongs to another search.
+        SiteError, ContextLengthError: as in `collect`.
+    """
+    chosen_layers = list(range(model.cfg.n_layers)) if layers is None else list(layers)
+    grid_ranks: list[int | None] = [None] if ranks is None else list(ranks)
+    sizes = {"layers": chosen_layers, "strengths": strengths, "ranks": grid_ranks}
+    empty = [name for name, given in sizes.items() if not len(given)]
+    if empty or not budget >= 0:
+        raise InputError("search", expected="layers, strengths, ranks, and a budget >= 0", got=empty or budget)
+    missing = [name for name in ("train", "valid", "general_valid") if not len(getattr(data, name))]
+    if missing:
+        raise DataError("search data", expected="items to fit on and to choose on", got=f"none in {missing}")
+    make: Any = method or (lambda activations, general: fit(activations))
+    measures = _Measures(
+        effect or partial(answer_margin, chat=chat, batch_size=batch_size),
+        utility or partial(_kept, chat=chat, batch_size=batch_size),
+    )
+    names = (
+        MARGIN if effect is None else name_of(effect, "effect"),
+        DIVERGENCE if utility is None else name_of(utility, "utility"),
+    )
+    read: Any = {"layer": chosen_layers, "chat": chat, "batch_size": batch_size, "progress": progress}
+    journal = _Journal(resume, _identity(model, chosen_layers, data, names, name_of(make, "method"), shift))
+    trained = collect(model, data.train, shift=shift, **read)
+    prompts = [_prompt(item) for item in data.general_train]
+    general = collect_queries(model, prompts, **read) if prompts else {}
+    floor = float(measures.utility(model, None, data.general_valid).double().mean()) - budget
+    trials: list[Trial] = []
+    fitted: dict[int, Steering] = {}
+    settings = [
+        (layer, rank, float(strength)) for layer in chosen_layers for rank in grid_ranks for strength in strengths
+    ]
+    with progress_bar(len(settings), "searching", progress) as advance:
+        for layer, rank, strength in settings:
+            if layer not in fitted:
+                fitted[layer] = make(trained[layer], general.get(layer))
+            if (layer, rank, strength) not in journal.known:
+                variant = _variant(fitted[layer], rank, strength)
+                means = [
+                    float(values.double().mean())
+                    for values in measures.of(model, variant, data.valid, data.general_valid)
+                ]
+                journal.add(Trial(layer, rank, strength, *means))
+            trials.append(journal.known[layer, rank, strength])
+            advance(1)
+    within = [trial for trial in trials if trial.utility >= floor - ROUNDING]
+    if not within:
+        closest = max(trials, key=lambda trial: trial.utility)
+        raise InputError(
+            "search found no setting within the budget",
+            expected=f"a utility of at least {floor:.4g}",
+            got=f"at best {closest.utility:.4g}, {closest}",
+            fix="Allow a larger budget, or try smaller strengths.",
+        )
+    best = max(within, key=lambda trial: (trial.effect, -trial.strength, trial.utility))
+    steering = _variant(fitted[best.layer], best.rank, best.strength)
+    test_effect, test_utility = None, None
+    if len(data.test) and len(data.general_test):
+        tested = measures.of(model, steering, data.test, data.general_test)
+        test_effect, test_utility = bootstrap(tested[0]), bootstrap(tested[1])
+    return Search(steering, best, tuple(trials), floor, test_effect, test_utility, *names)
+
+
+@dataclass(frozen=True)
+class _Measures:
+    effect: Any
+    utility: Any
+
+    def of(
+        self, model: SteerableModel, steering: Steering, contrasts: Sequence[Contrast], general: Sequence[Any]
+    ) -> tuple[Tensor, Tensor]:
+        return (
+            one_each("effect", self.effect(model, steering, contrasts), len(contrasts)),
+            one_each("utility", self.utility(model, steering, general), len(general)),
+        )
+
+
+def _prompt(item: Any) -> Any:
+    return getattr(item, "prompt", item)
+
+
+def _kept(
+    model: SteerableModel, steering: HookObject | None, items: Sequence[Any], **options: Any
+) -> Float[Tensor, " n"]:
+    """−KL(steered ‖ unsteered) at the first token of the answer; 0 for the bare model."""
+    if steering is None:
+        return torch.zeros(len(items))
+    return -general_divergence(model, steering, [_prompt(item) for item in items], **options)
+
+
+def _variant(steering: Steering, rank: int | None, strength: float) -> Steering:
+    if rank is not None:
+        if not isinstance(steering, FineSteer):
+            raise InputError("ranks", expected="a method that gives a FineSteer", got=type(steering).__name__)
+        steering = steering.at_rank(rank)
+    return steering.with_strength(strength)
+
+
+def _identity(
+    model: SteerableModel,
+    layers: Sequence[int],
+    data: Splits | TutorData,
+    names: Sequence[str],
+    method: str,
+    shift: str,
+) -> str:
+    """SHA-256 of all that a trial's numbers depend on, but for what the caller's functions do inside."""
+    known = [
+        asdict(fingerprint(model, layers)),
+        [asdict(contrast) for part in (data.train, data.valid) for contrast in part],
+        [str(_prompt(item)) for part in (data.general_train, data.general_valid) for item in part],
+        [*names, method, shift],
+    ]
+    return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
+
+
+class _Journal:
+    """Finished trials in a file of JSON lines, the first of which tells which search they belong to."""
+
+    def __init__(self, path: str | os.PathLike[str] | None, identity: str) -> None:
+        self.known: dict[tuple[int, int | None, float], Trial] = {}
+        self._path = None if path is None else Path(path)
+        if self._path is None:
+            return
+        if not self._path.exists():
+            self._write({"search": identity}, "x")
+            return
+        whole = read_text(self._path).split("\n")[:-1]  # a line that was cut off in writing has no end
+        try:
+            header, *rows = [json.loads(line) for line in whole]
+            found, trials = header["search"], [Trial(**row) for row in rows]
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(f"{path}", expected="the file of an earlier search", got=str(error)) from error
+        if found != identity:
+            raise DataError(
+                f"{path} belongs to another search",
+                expected="the same model, data, method, measures and shift",
+                got="others",
+                fix="Name another file, or delete this one.",
+            )
+        self._path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+        for trial in trials:
+            self.add(trial, write=False)
+
+    def add(self, trial: Trial, *, write: bool = True) -> None:
+        self.known[trial.layer, trial.rank, trial.strength] = trial
+        if write and self._path is not None:
+            self._write(asdict(trial), "a")
+
+    def _write(self, row: Mapping[str, Any], mode: str) -> None:
+        assert self._path is not None
+        if not self._path.parent.is_dir():
+            raise InputError(f"cannot write {self._path}", expected="an existing folder", got=str(self._path.parent))
+        with self._path.open(mode, encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")

@@ -1,0 +1,114 @@
+"""The benchmarks run, and what they compare is equal; how long anything takes is not tested."""
+
+import math
+
+import pytest
+import torch
+
+from benchmarks import collecting, decode, energies, fitting, measuring, shapes, vocabulary
+from benchmarks.__main__ import main
+from benchmarks.measuring import Aim, Ratio, Row, Section, Settings
+from fsteer_lens import fit_experts, models
+
+KINDS = models.available_kinds()
+MIB = 2**20
+
+
+@pytest.mark.parametrize("benchmark", [decode, collecting, fitting, energies, vocabulary], ids=lambda one: one.__name__)
+def test_every_benchmark_fills_its_section(benchmark: object) -> None:
+    section = benchmark.run(Settings(quick=True, rounds=2))  # type: ignore[attr-defined]
+    assert section.rows and section.title and section.text
+    for row in section.rows:
+        assert row.ratio is not None and all(math.isfinite(value) for value in row.ratio.values)
+        assert row.verdict in (("yes", "no") if row.aim else ("",))
+    text = measuring.section_text(section)
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert sum(row.name in line for row in section.rows for line in lines) >= len(section.rows)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("kind", KINDS)
+def test_collect_reads_what_the_plain_recipe_reads(kind: models.Kind) -> None:
+    contrasts = shapes.contrasts("tiny", 5)
+    reference, model = shapes.hf_model("tiny"), shapes.model("tiny", kind)
+    assert collecting.largest_difference(reference, model, contrasts, layer=1) < 1e-4
+    with torch.no_grad():
+        reference.transformer.h[1].mlp.c_proj.weight.mul_(2)
+    assert collecting.largest_difference(reference, model, contrasts, layer=1) > 1e-2, "another model must show"
+
+
+def test_the_loop_over_ranks_gives_the_ratios_of_one_product() -> None:
+    h, subspace = energies.example(20, 32, 8)
+    torch.testing.assert_close(subspace.energy_ratios(h), energies.ratios_by_loop(subspace, h))
+
+
+@pytest.mark.parametrize("size", [(60, 16), (200, 48)])
+def test_the_plain_fit_is_no_better_than_ours(size: tuple[int, int]) -> None:
+    h, delta = fitting.example(*size)
+    ours, plain = fit_experts(h, delta, preset="paper").report, fitting.plain_fit(h, delta)
+    assert ours is not None and ours.valid_loss is not None
+    assert ours.valid_loss == pytest.approx(plain.valid_loss, rel=1e-3)
+    assert ours.epochs == plain.epochs
+    assert ours.valid_loss < 0.99 * float(delta.square().sum(dim=1).mean()), "it must have learned something"
+
+
+def test_pairs_alternate_and_ratios_are_ours_over_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+    clock = {"now": 0.0}
+
+    def takes(name: str, duration: float) -> None:
+        order.append(name)
+        clock["now"] += duration
+
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock["now"])
+    ratio = measuring.compare(lambda: takes("plain", 2.0), lambda: takes("ours", 3.0), rounds=3, warmup=1)
+    assert order == ["plain", "ours", "plain", "ours", "ours", "plain", "plain", "ours"]
+    assert ratio.values == (1.5, 1.5, 1.5) and (ratio.reference, ratio.ours) == (2.0, 3.0)
+    assert ratio.inverse.median == pytest.approx(2 / 3)
+
+
+def test_an_aim_is_met_by_the_median() -> None:
+    ratio = Ratio((1.0, 1.01, 9.0), 1.0, 1.01)
+    assert ratio.spread == (1.0, 9.0) and str(ratio) == "1.01 (1–9)"
+    assert Aim(1.02).met(ratio) and not Aim(1.0).met(ratio)
+    assert Aim(1.0, at_least=True).met(ratio) and not Aim(8, at_least=True).met(ratio)
+    rows = (Row("a", "b", ratio, Aim(1.0)), Row("on a GPU", "b", None, Aim(1.0), "no GPU"))
+    text = measuring.section_text(Section("T", "told", rows))
+    assert "| no |" in text and "not measured" in text
+
+
+def allocating(count: int):  # type: ignore[no-untyped-def]
+    """Prepares a large block and drops it, then gives a call that fills so many MiB."""
+    torch.ones(200 * MIB // 4)
+    return lambda: torch.ones(count * MIB // 4)
+
+
+@pytest.mark.skipif(not measuring.Path("/proc/self/status").is_file(), reason="elsewhere the whole process counts")
+def test_peak_memory_is_of_the_call_alone() -> None:
+    kept = torch.ones(100 * MIB // 4)  # what this process holds must not be counted
+    for count in (0, 80):
+        assert measuring.peak_memory(allocating, count) == pytest.approx(count, abs=8)
+    assert len(kept)
+
+
+def test_the_page_tells_versions_and_no_names(capsys: pytest.CaptureFixture[str]) -> None:
+    import platform
+
+    text = measuring.page("# Title", [Section("T", "told", ())])
+    assert torch.__version__.split("+")[0] in text and "transformer-lens" in text
+    assert platform.node() not in text.split() and "/home" not in text
+    main(["energies", "--quick"])
+    assert "## Energy ratios" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["nonsense"])
+    assert "no benchmark named" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", measuring.GPU_SHAPES)
+@pytest.mark.parametrize("benchmark", [decode, collecting, fitting], ids=lambda one: one.__name__)
+def test_large_shapes_on_a_gpu(benchmark: object, shape: str) -> None:
+    found = benchmark.on_gpu(shape)  # type: ignore[attr-defined]
+    assert found.ratio.median > 0 and found.peak_mib > 0
+    assert found.tokens_per_second is None or found.tokens_per_second > 0
