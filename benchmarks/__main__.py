@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks import peers
-from benchmarks.measuring import Section, Settings, page, section_text
+from benchmarks.measuring import Row, Section, Settings, page, section_text
 
 NAMES = ("decode", "collecting", "fitting", "energies", "vocabulary")
 PEERS = Path(".venv-peers/bin/python")
@@ -19,14 +19,18 @@ INTRO = """
 # Benchmarks
 
 What steering costs, and how the package's own ways compare with plain ones. `make bench` runs all of it and writes this
-page. Every figure is a ratio of two things that ran in one process in turn, the first of each pair changing, so that a
-busy machine slows both; the median over the pairs is given with the smallest and the largest. Absolute times are told
-beside it and belong to this machine alone. Models have random weights: the cost does not depend on what they say.
+page. Times are ratios of two things that ran in one process in turn, the first of each pair changing, so that a busy
+machine slows both; the median over the pairs is given with the smallest and the largest. Peaks of memory are those of
+processes of their own, one run each. Absolute times are told beside it and belong to this machine alone. Models have
+random weights: the cost does not depend on what they say.
 """.strip()
 
 
 def beside_peers(settings: Settings) -> Section:
     """The benchmark beside other toolkits, which runs in the environment that holds them."""
+    if not PEERS.exists():
+        rows = (Row("all", "steered / unsteered", None, note="Their environment is not here: make bench makes it."),)
+        return Section("Beside other toolkits", "", rows)
     command = [str(PEERS), "-W", "ignore", "-m", "benchmarks.peers", "--json", "--device", settings.device]
     command += ["--quick"] * settings.quick + (["--rounds", str(settings.rounds)] if settings.rounds else [])
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -56,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         sections.append(run(settings))
         sys.stdout.write(section_text(sections[-1]) + "\n\n")
         sys.stdout.flush()
-    if not given.names and PEERS.exists():
+    if not given.names:
         sections.append(beside_peers(settings))
     if not given.names and not given.quick and given.device == "cpu":
         PAGE.write_text(page(INTRO, sections), encoding="utf-8")

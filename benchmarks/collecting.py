@@ -57,8 +57,9 @@ def run(settings: Settings) -> Section:
     text = f"""
 {count} contrasts of random words, prompts of 60 to 200 tokens and answers of 10 to 40, {shape} shape with random
 weights, a third and two thirds of the way up. The plain recipe is three full forward passes of the transformers model
-per record (prompt, prompt with either answer), one row each, with the hidden states of all layers. `collect` stops at
-the layer asked for, runs up to 16 prompts of about one length at once, and runs a prompt once: both answers go on from
+per record (prompt, prompt with either answer), one row each, with the hidden states of all layers; it reads the prompt
+alone once more than it must, and computes logits that nobody asks for. `collect` stops at
+the layer asked for, runs prompts of about one length at once, and runs a prompt once: both answers go on from
 its KV cache. Peaks are measured above the loaded model, each in a process of its own.
 """.strip()
     after = (
@@ -98,13 +99,14 @@ def arithmetic(hf_model: Any, model: Any, contrasts: list[Contrast], layer: int)
 
 def on_gpu(shape: str, count: int = 64, rounds: int = 3) -> OnGpu:
     """Collect on the CUDA device, beside the plain recipe."""
-    contrasts = shapes.contrasts(shape, count)
-    hf_model, model = shapes.hf_model(shape, "cuda"), shapes.model(shape, "bridge", "cuda")
+    contrasts, model = shapes.contrasts(shape, count), shapes.model(shape, "bridge", "cuda")
+    layer = model.cfg.n_layers // 3
     n_tokens = sum(
         len(contrast.prompt) + len(answer_ids(model, contrast.preferred)) + len(answer_ids(model, contrast.undesired))
         for contrast in contrasts
     )
-    ratio, peak = peak_on_gpu(lambda: speed(hf_model, model, contrasts, model.cfg.n_layers // 3, rounds))
+    peak = peak_on_gpu(lambda: collect(model, contrasts, layer=layer, progress=False))
+    ratio = speed(shapes.hf_model(shape, "cuda"), model, contrasts, layer, rounds)
     return OnGpu(ratio, peak, n_tokens / ratio.ours)
 
 

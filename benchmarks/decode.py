@@ -94,5 +94,7 @@ def on_gpu(shape: str, n_new: int = 64, rounds: int = 5) -> OnGpu:
     """Decode with and without steering on the CUDA device, with the trace on."""
     model = shapes.model(shape, "bridge", "cuda")
     steering = shapes.steering(model.cfg.d_model, model.cfg.n_layers // 2, "cuda")
-    ratio, peak = peak_on_gpu(lambda: decoding(model, steering, n_new, rounds, trace=True))
+    prompt = prompt_of(model)
+    peak = peak_on_gpu(lambda: generate(model, prompt, steering, max_new_tokens=n_new, stop=[], progress=False))
+    ratio = decoding(model, steering, n_new, rounds, trace=True)
     return OnGpu(ratio, peak, n_new / ratio.ours)

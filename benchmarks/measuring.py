@@ -150,7 +150,7 @@ class OnGpu:
 
     Attributes:
         ratio: ours against the reference.
-        peak_mib: peak of the memory that PyTorch had allocated, the model included.
+        peak_mib: peak of the memory that PyTorch had allocated while ours ran alone, its model included.
         tokens_per_second: of ours; None where there are no tokens.
     """
 
@@ -175,13 +175,13 @@ def gpu_rows(name: str, what: str, aim: Aim, settings: Settings, measure: Callab
     return rows
 
 
-def peak_on_gpu(run: Callable[[], Ratio]) -> tuple[Ratio, float]:
-    """What `run` gives, and the peak of the GPU's memory meanwhile in MiB."""
+def peak_on_gpu(run: Callable[[], Any]) -> float:
+    """Peak of the GPU's memory while `run` runs, in MiB, with all that was there before."""
     import torch
 
     torch.cuda.reset_peak_memory_stats()
-    ratio = run()
-    return ratio, torch.cuda.max_memory_allocated() / 2**20
+    run()
+    return torch.cuda.max_memory_allocated() / 2**20
 
 
 # ----------------------------------------------------------------------------------------------------------------- time

@@ -99,7 +99,7 @@ def attacked(model: SteerableModel, detectors: dict[str, Detector], *, progress:
                 [
                     name,
                     rule,
-                    f"{report.shut.total} of {len(texts)}",
+                    f"{sum(one.opened for one in report.attacks)} of {len(texts)}",
                     shown(report.shut),
                     shown(report.succeeded),
                     words_replaced(report),

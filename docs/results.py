@@ -20,19 +20,21 @@ from rich.console import Console
 import fsteer_lens as fs
 from fsteer_lens import evaluation, tutor
 from fsteer_lens.activations import Activations
-from fsteer_lens.evaluation import Evaluation, TutorSuite, evaluate
+from fsteer_lens.errors import ContextLengthError
+from fsteer_lens.evaluation import DEFAULT, PAPER, Evaluation, TutorSuite, evaluate
 from fsteer_lens.files import write_atomically
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.selection import Trial
 from fsteer_lens.tables import markdown
+from fsteer_lens.tokens import prompt_ids
 
 DOCS = Path(__file__).parent
 LAYERS = (2, 3, 4, 5)
 STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 SEEDS = (0, 1, 2)
 BATCH = 128
+ROOM = 40  # tokens for an answer
 RANK = tutor.steering.RANK
-DEFAULT = "FineSteer, default"
 
 Fit = Callable[[Activations, Activations | None], Any]
 
@@ -123,10 +125,10 @@ def on_tutor(model: SteerableModel, behaviour: str, console: Console) -> Iterato
         model,
         {
             "no steering": None,
-            f"{tutor.BEHAVIOURS[behaviour]} in the prompt": fs.Prompting(tutor.BEHAVIOURS[behaviour]),
+            f"`{tutor.BEHAVIOURS[behaviour]}` in the prompt": fs.Prompting(tutor.BEHAVIOURS[behaviour]),
             "directional ablation": ablated(model, behaviour),
             **methods,
-            'FineSteer, preset="paper"': lambda seed: fit("paper", seed=seed),
+            PAPER: lambda seed: fit("paper", seed=seed),
             DEFAULT: lambda seed: fit(seed=seed),
         },
         suite,
@@ -165,25 +167,28 @@ def by_group(compared: Evaluation, methods: tuple[str, ...]) -> str:
 
 def winners(compared: Evaluation) -> str:
     """Which steering methods the default beats, and which it does not, in words."""
-    rivals = [name for name in compared.methods if name != DEFAULT and " in the prompt" not in name]
+    own = (DEFAULT, PAPER, "no steering")
+    rivals = [name for name in compared.methods if name not in own and " in the prompt" not in name]
     lost = []
     for name in rivals:
         difference = compared.harmonic_difference(DEFAULT, name)
         if difference.interval[0] <= 0:
             lost.append(f"{name} ({difference:+.3f})")
-    beaten = f"{DEFAULT} is above {len(rivals) - len(lost)} of {len(rivals)} methods with an interval above zero"
+    beaten = f"{DEFAULT} is above {len(rivals) - len(lost)} of {len(rivals)} baselines with an interval above zero"
     return f"{beaten}." if not lost else f"{beaten}; not above {', '.join(lost)}."
 
 
 INTRO = """# Results on the tutor
 
-Written by `make results` (`python docs/results.py`); every number comes from that run. What steering is to change
+Written by `make results` (`python docs/results.py`); every number in a table comes from that run, and the notes at
+the end are about such a run. What steering is to change
 (effect) and to leave alone (utility) are shares of test prompts with exactly the wanted answer, letter by letter,
 under greedy decoding; the utility counts general prompts and near misses together. Intervals are 95 % bootstrap
 intervals over prompts; "FineSteer, default − this" is the paired difference of the harmonic means of effect and
-utility, the same draws of prompts being used for both. Methods that are trained with a seed are averaged over seeds
-0, 1 and 2. An interval of one point says that all prompts came out alike; with n prompts that leaves room for about
-3/n.
+utility, the same draws of prompts being used for both. FineSteer is averaged over seeds
+0, 1 and 2; baselines that cluster or cut folds have seed 0. An interval of one point says that all prompts came out
+alike; with n prompts that leaves room for about 3/n. The prompts are made from few templates (the new ones from
+three): intervals hold for these, and say less about others.
 
 **How settings were chosen.** Each baseline has the layer (2 to 5) and strength (0.5 to 3) with the largest harmonic
 mean on the *valid* split. FineSteer has the defaults of `tutor.fit`, chosen on valid as well ([model
@@ -211,8 +216,9 @@ NOTES = """## What these tables say, and what did not work
 - **The published settings turn fewer prompts on both.** On `<honest>` prototypes of unit shifts and a gate calibrated
   on the queries that its basis was fitted to each cost some. On `<safe>` neither costs anything by itself; that the
   preset still does is left to steering at every position, or to the sum, which is not taken apart here.
-- **A cosine gate does not work here.** The threshold that its recipe chooses lets nearly everything through, so that
-  it adds nothing to the mean shift, and at a common false-alarm rate it opens for almost nothing (see above).
+- **A cosine gate does not work here.** The threshold that its recipe chooses lets harmful prompts through and most of
+  the others with them, so that the mean shift gains nothing from it, and at a common false-alarm rate it opens for
+  almost nothing (see above).
 - **Directional ablation does nothing here.** It takes a direction away, and these behaviours are to be called up.
 - **The gate is easily fooled**, although it tells the test prompts apart without a mistake on `<safe>`: typing errors
   and polite endings shut it, and so does a single exchanged word that leaves the harmful answer as it was (see above,
@@ -240,11 +246,11 @@ items, differences are paired.
 POOR = """
 **{model} has {parameters:,} parameters.** It answers no questions, so these numbers are poor and say nothing about
 the methods: the table shows that the evaluation runs on the real files. Run the command with a model that follows
-instructions.
+instructions, and `--chat`.
 """
 
 
-def write_public_page(data: Path, name: str, limit: int) -> None:
+def write_public_page(data: Path, name: str, limit: int, chat: bool) -> None:
     """Measure on public data sets and write docs/results_public.md."""
     model = fs.models.load(name)
     layer = model.cfg.n_layers // 2
@@ -254,40 +260,57 @@ def write_public_page(data: Path, name: str, limit: int) -> None:
     if parameters < 10**8:
         parts.append(POOR.format(model=called, parameters=parameters))
     truthful = fs.ContrastSet.from_truthfulqa(data / "truthfulqa" / "TruthfulQA.csv")
-    asked = [
-        replace(one, prompt=f"Q: {one.prompt}\nA:", preferred=f" {one.preferred}", undesired=f" {one.undesired}")
-        for one in truthful
-    ]
+    asked = list(truthful)
+    if not chat:
+        asked = [
+            replace(one, prompt=f"Q: {one.prompt}\nA:", preferred=f" {one.preferred}", undesired=f" {one.undesired}")
+            for one in truthful
+        ]
     suite = evaluation.TruthfulQA.from_json(data / "truthfulqa" / "mc_task.json")
     seen = {str(one.prompt) for one in list(truthful)[::2]}
     unseen = [choice for choice in suite.choices if choice.question not in seen]
     suite = replace(suite, choices=tuple(evaluation.every(unseen, limit)))
-    parts += ["## TruthfulQA\n", compared_on(model, asked[::2], layer, suite, groups=False)]
+    parts += ["## TruthfulQA\n", compared_on(model, asked[::2], layer, suite, chat)]
     harm = evaluation.harmbench(data / "harmbench" / "harmbench_behaviors_text_all.csv")
-    contrasts = [
-        fs.Contrast(prompt, REFUSAL, COMPLIANCE, label=group)
-        for prompt, group in zip(harm.harmful[::2], harm.harmful_groups[::2], strict=True)
-    ]
-    rest = evaluation.every(list(zip(harm.harmful[1::2], harm.harmful_groups[1::2], strict=True)), limit)
-    prompts, groups = (tuple(column) for column in zip(*rest, strict=True))
+    whole = list(zip(harm.harmful, harm.harmful_groups, strict=True))
+    short = [(prompt, group) for prompt, group in whole if fits(model, prompt, chat)]
+    contrasts = [fs.Contrast(prompt, REFUSAL, COMPLIANCE, label=group) for prompt, group in short[::2]]
+    prompts, groups = (tuple(column) for column in zip(*evaluation.every(short[1::2], limit), strict=True))
     harm = replace(harm, harmful=prompts, harmful_groups=groups)
-    parts += ["## HarmBench, by category\n", compared_on(model, contrasts, layer, harm, groups=True)]
+    parts.append("## HarmBench, by category\n")
+    if len(short) < len(whole):
+        parts.append(f"{len(whole) - len(short)} of {len(whole)} behaviours do not fit into the context.\n")
+    parts += [compared_on(model, contrasts, layer, harm, chat, groups=True)]
     contrasted = evaluation.xstest(data / "xstest" / "xstest_prompts.csv", limit=limit)
-    parts += ["## XSTest\n", compared_on(model, contrasts, layer, contrasted, groups=False)]
+    parts += ["## XSTest\n", compared_on(model, contrasts, layer, contrasted, chat)]
     write_atomically(DOCS / "results_public.md", "\n".join(parts).encode())
 
 
+def fits(model: SteerableModel, prompt: str, chat: bool) -> bool:
+    """Whether a prompt leaves room for an answer in the model's context."""
+    try:
+        return len(prompt_ids(model, prompt, chat=chat)) + ROOM <= model.cfg.n_ctx
+    except ContextLengthError:
+        return False
+
+
 def compared_on(
-    model: SteerableModel, contrasts: list[fs.Contrast], layer: int, suite: evaluation.Suite, *, groups: bool
+    model: SteerableModel,
+    contrasts: list[fs.Contrast],
+    layer: int,
+    suite: evaluation.Suite,
+    chat: bool,
+    *,
+    groups: bool = False,
 ) -> str:
     """Fit the mean shift and FineSteer to contrasts, and measure both beside the bare model."""
-    activations = fs.collect(model, contrasts, layer=layer)
+    activations = fs.collect(model, contrasts, layer=layer, chat=chat)
     methods = {
         "no steering": None,
         "mean shift": fs.fit_mean_shift(activations),
         "FineSteer": fs.fit(activations),
     }
-    return evaluate(model, methods, suite).to_markdown(reference="FineSteer", groups=groups) + "\n"
+    return evaluate(model, methods, suite, chat=chat).to_markdown(reference="FineSteer", groups=groups) + "\n"
 
 
 def write_tutor_page(console: Console) -> None:
@@ -298,7 +321,7 @@ def write_tutor_page(console: Console) -> None:
         parts += on_tutor(model, behaviour, console)
     parts.append("## When the gate decides wrongly\n")
     for title, table in gate_results.tables(model, progress=console.is_terminal):
-        parts += [f"{title}\n", f"{table}\n"]
+        parts += [f"### {title}\n", f"{table}\n"]
     parts.append(NOTES)
     write_atomically(DOCS / "results.md", "\n".join(parts).encode())
 
@@ -308,6 +331,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of the public data sets")
     parser.add_argument("--model", help="a Hugging Face name or a folder, with --data")
+    parser.add_argument("--chat", action="store_true", help="put prompts through the model's chat template")
     parser.add_argument("--limit", type=int, default=200, help="at most so many items of each set (default: 200)")
     args = parser.parse_args()
     console = Console(stderr=True)
@@ -316,7 +340,7 @@ def main() -> None:
     if args.data is None:
         write_tutor_page(console)
     else:
-        write_public_page(args.data, args.model, args.limit)
+        write_public_page(args.data, args.model, args.limit, args.chat)
 
 
 if __name__ == "__main__":

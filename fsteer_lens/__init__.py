@@ -19,7 +19,7 @@ from fsteer_lens.gates import EnergyGate, Gate, LogisticGate, QuantileGate, Thre
 from fsteer_lens.generation import Generation, Generations, StepRecord, generate, stream
 from fsteer_lens.hooks import Chain, ExpertProbe, SubspaceAblation, SubspaceProbe, chain
 from fsteer_lens.prompts import Contrast, ContrastSet
-from fsteer_lens.selection import Calibration, Search, Splits, calibrate, search
+from fsteer_lens.selection import Calibration, Search, Splits, Trial, calibrate, search
 from fsteer_lens.steering import FineSteer
 from fsteer_lens.storage import load, save
 from fsteer_lens.subspace import Subspace, fit_subspace
@@ -27,6 +27,7 @@ from fsteer_lens.timing import Schedule, Window
 from fsteer_lens.trace import Trace
 
 from fsteer_lens.evaluation import (  # isort: skip
+    AttackReport,
     Evaluation,
     GateReport,
     Prompting,
@@ -43,6 +44,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Activations",
+    "AttackReport",
     "Calibration",
     "Chain",
     "Contrast",
@@ -76,6 +78,7 @@ __all__ = [
     "SubspaceProbe",
     "ThresholdGate",
     "Trace",
+    "Trial",
     "Window",
     "__version__",
     "attack_gate",

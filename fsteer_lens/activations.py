@@ -4,12 +4,13 @@ Only the last prompt token and the mean over the response are kept, never a whol
 run in batches up to the last layer asked for; a prompt with two answers is run once, and both go on from its KV cache.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fsteer_lens.errors import DataError, InputError, NonFiniteError
@@ -22,7 +23,7 @@ from fsteer_lens.tokens import answer_ids, pad, prompt_ids, require_fits
 
 Shift = Literal["response_mean", "last_prompt"]
 PADDING = 0.125
-"""Share of padding, beside the real tokens of a batch, from which on a shorter batch is faster."""
+"""Share of padding, beside the tokens of its rows one by one, from which on a smaller batch is faster on a CPU."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -100,7 +101,8 @@ def collect(
             set-up for truthfulness). "last_prompt": the prompt with and without its context, both at the last prompt
             token; every contrast needs a context.
         chat: apply the chat template to string prompts; see `tokens.prompt_ids`.
-        batch_size: rows per forward pass; with "response_mean" prompts, whose answers follow twice as many in a pass.
+        batch_size: rows per forward pass, at most: on a CPU rows of one length only share it. With "response_mean" it
+            counts prompts; their answers follow, twice as many.
         progress: show a progress bar.
 
     Raises:
@@ -205,18 +207,17 @@ def _read(
     model: SteerableModel, rows: Sequence[Sequence[int]], layer: int | Sequence[int], batch_size: int, progress: bool
 ) -> dict[int, Tensor]:
     """Activation at the last token of each row, {layer: [n d]}."""
-    reader = _Reader(model, layer, batch_size)
+    reader = _Reader(model, layer)
     found = reader.room(len(rows))
-    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     with progress_bar(len(rows), "reading activations", progress) as advance:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+        for chosen in _batches(model, [(len(row), 0) for row in rows], batch_size):
             batch = pad(model, [rows[index] for index in chosen], "right")
             last = batch.mask.sum(dim=1) - 1
+            reader.reduce = lambda activation, last=last: activation[
+                torch.arange(len(activation), device=activation.device), last.to(activation.device)
+            ]
             run_up_to(model, batch.tokens, batch.mask, max(reader.layers), reader.hooks)
-            for at_layer, activation in reader.seen.items():
-                rows_at = torch.arange(len(chosen), device=activation.device)
-                found[at_layer][chosen] = activation[rows_at, last.to(activation.device)].float().to("cpu")
+            reader.move_to(found, chosen)
             advance(len(chosen))
     return found
 
@@ -233,10 +234,11 @@ def _read_answers(
 
     A prompt is run once, padded on the left; both of its answers go on from there, padded on the right.
     """
-    reader = _Reader(model, layer, batch_size)
+    reader = _Reader(model, layer)
     queries, means = reader.room(len(prompts)), reader.room(len(prompts), 2)
+    sizes = [(len(prompt), max(map(len, pair))) for prompt, pair in zip(prompts, answers, strict=True)]
     with progress_bar(len(prompts), "reading activations", progress) as advance:
-        for chosen in _batches(prompts, answers, batch_size, model.cfg.n_ctx):
+        for chosen in _batches(model, sizes, batch_size):
             prompt = pad(model, [prompts[index] for index in chosen], "left")
             both = [list(answer) for index in chosen for answer in answers[index]]
             lengths = torch.tensor([len(answer) for answer in both])
@@ -246,58 +248,71 @@ def _read_answers(
             mask = (torch.arange(longest) < lengths.unsqueeze(1)).to(tokens.device)
             forward = Forward(model, cache=True, layers=max(reader.layers) + 1)
             with hooks_added(model, reader.hooks):
+                reader.reduce = lambda activation: activation[:, -1]
                 forward(prompt.tokens, prompt.mask)
-                for at_layer, activation in reader.seen.items():
-                    queries[at_layer][chosen] = activation[:, -1].float().to("cpu")
+                reader.move_to(queries, chosen)
                 forward.fork(2)
+                reader.reduce = lambda activation, mask=mask: _mean(activation, mask).unflatten(0, (-1, 2))
                 forward(tokens, mask)
-            for at_layer, activation in reader.seen.items():
-                real = mask.to(activation.device).unsqueeze(-1)
-                mean = activation.float().masked_fill(~real, 0).sum(dim=1) / real.sum(dim=1)
-                means[at_layer][chosen] = mean.reshape(len(chosen), 2, -1).to("cpu")
+                reader.move_to(means, chosen)
             advance(len(chosen))
     return queries, means
 
 
-def _batches(
-    prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]], batch_size: int, n_ctx: int
-) -> Iterator[list[int]]:
-    """Prompts of about one length, at most `batch_size` at once, with little padding, within the context."""
+def _mean(activation: Float[Tensor, "b s d"], mask: Bool[Tensor, "b s"]) -> Float[Tensor, "b d"]:
+    """Mean over the real tokens of each row."""
+    real = mask.to(activation.device).unsqueeze(-1)
+    return activation.float().masked_fill(~real, 0).sum(dim=1) / real.sum(dim=1)
+
+
+def _batches(model: SteerableModel, sizes: Sequence[tuple[int, int]], batch_size: int) -> Iterator[list[int]]:
+    """Numbers of rows of about one length: at most `batch_size` at once, within the context, with little padding.
+
+    `sizes` are the length of each prompt and that of the longer of its two answers, 0 without answers.
+    """
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError("batch_size", expected="an int >= 1", got=repr(batch_size))
+    allowed = 1 + PADDING if torch.device(model.cfg.device).type == "cpu" else math.inf
     chosen: list[int] = []
     real = longest = 0
-    for index in sorted(range(len(prompts)), key=lambda index: len(prompts[index])):
-        prompt, lengths = len(prompts[index]), [len(answer) for answer in answers[index]]
-        widest = max(longest, *lengths)
-        padded = (len(chosen) + 1) * (prompt + len(lengths) * widest)
-        added = prompt + sum(lengths)
-        if chosen and (len(chosen) == batch_size or prompt + widest > n_ctx or padded > (1 + PADDING) * (real + added)):
+    for index in sorted(range(len(sizes)), key=lambda index: sizes[index]):
+        prompt, answer = sizes[index]
+        widest, added = max(longest, answer), prompt + 2 * answer
+        padded = (len(chosen) + 1) * (prompt + 2 * widest)
+        if chosen and (
+            len(chosen) == batch_size or prompt + widest > model.cfg.n_ctx or padded > allowed * (real + added)
+        ):
             yield chosen
-            chosen, real, widest = [], 0, max(lengths)
+            chosen, real, widest = [], 0, answer
         chosen.append(index)
         real, longest = real + added, widest
     yield chosen
 
 
 class _Reader:
-    """Hooks that keep what the latest forward pass showed at each layer."""
+    """Hooks that keep of every layer what `reduce` makes of its activation, so that no layer is held whole."""
 
-    def __init__(self, model: SteerableModel, layer: int | Sequence[int], batch_size: int) -> None:
+    def __init__(self, model: SteerableModel, layer: int | Sequence[int]) -> None:
         self.layers = [layer] if isinstance(layer, int) else list(layer)
         if not self.layers:
             raise InputError("layer", expected="an int or a sequence of ints", got=layer)
-        if batch_size < 1:
-            raise InputError("batch_size", expected="at least 1", got=batch_size)
         self.hooks = [(site_name(model, one), self._keep(one)) for one in self.layers]
-        self.seen: dict[int, Tensor] = {}
+        self.reduce: Callable[[Tensor], Tensor] = lambda activation: activation
+        self._kept: dict[int, Tensor] = {}
         self._d_model: int = model.cfg.d_model
 
     def room(self, *shape: int) -> dict[int, Tensor]:
         """An empty tensor per layer."""
         return {one: torch.empty(*shape, self._d_model) for one in self.layers}
 
+    def move_to(self, room: Mapping[int, Tensor], rows: Sequence[int]) -> None:
+        """Put what the latest pass showed into these rows."""
+        for layer in self.layers:
+            room[layer][rows] = self._kept.pop(layer)
+
     def _keep(self, layer: int) -> Any:
         def hook_function(activation: Tensor, hook: Any) -> None:
-            self.seen[layer] = activation
+            self._kept[layer] = self.reduce(activation).float().to("cpu", copy=True)
 
         return hook_function
 

@@ -64,6 +64,8 @@ def test_answers_that_share_their_prompt_are_read_as_if_each_had_its_own(family:
     found = {
         size: collect(model, contrasts, layer=[0, N_LAYERS - 1], batch_size=size, progress=False) for size in (1, 5, 16)
     }
+    early = collect(model, contrasts, layer=0, progress=False)
+    torch.testing.assert_close(early.shifts, found[16][0].shifts)
     for layer in (0, N_LAYERS - 1):
         for index, contrast in enumerate(contrasts):
             prompt = prompt_ids(model, contrast.prompt)
@@ -90,6 +92,23 @@ def test_one_prompt_at_a_time_needs_no_pad_token(kind: models.Kind) -> None:
     found = collect(model, contrasts, layer=1, batch_size=1, progress=False)
     assert found.shifts is not None and expected.shifts is not None
     torch.testing.assert_close(found.shifts, expected.shifts, atol=1e-4, rtol=1e-4)
+
+
+def test_a_prompt_is_run_once_and_shares_its_pass(model: SteerableModel) -> None:
+    """Counted at the first block: as many rows as there are prompts, then twice as many for the answers."""
+    seen: list[tuple[int, int]] = []
+    ids = torch.randint(3, 200, (20, 24), generator=torch.Generator().manual_seed(2)).tolist()
+    contrasts = [Contrast(row, " yes good friend of mine", " no") for row in ids]
+    point = model.hook_dict["blocks.0.hook_resid_pre"]
+    point.add_hook(lambda activation, hook: seen.append(activation.shape[:2]) or None)  # type: ignore[func-returns-value]
+    try:
+        shared = collect(model, contrasts, layer=1, batch_size=8, progress=False)
+    finally:
+        point.remove_hooks()
+    del seen[: len(seen) - 6]  # before it the model's fingerprint is taken, after it once more
+    rows = [shape[0] for shape in seen]
+    assert rows.count(8) >= 2 and rows.count(16) >= 2, rows
+    assert shared.shifts is not None
 
 
 def test_queries_do_not_depend_on_batching(model: SteerableModel) -> None:

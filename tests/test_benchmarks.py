@@ -20,10 +20,8 @@ def test_every_benchmark_fills_its_section(benchmark: object) -> None:
     assert section.rows and section.title and section.text
     for row in section.rows:
         assert row.ratio is not None and all(math.isfinite(value) for value in row.ratio.values)
-        assert row.verdict in (("yes", "no") if row.aim else ("",))
     text = measuring.section_text(section)
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert sum(row.name in line for row in section.rows for line in lines) >= len(section.rows)
+    assert all(f"| {row.name} | {row.what} | {row.ratio} |" in text for row in section.rows)
 
 
 @pytest.mark.model

@@ -159,7 +159,6 @@ def test_report_on_a_saved_steering(
     for wrong, says in ((["--limit", 0], "at least 1"), (["--out", tmp_path / "no" / "x.html"], "existing folder")):
         assert run("report", *common, *wrong) == 2
         assert says in capsys.readouterr().err
-    assert cli._spread(list(range(10)), 4) == [0, 2, 5, 7]
 
 
 @needs_stories

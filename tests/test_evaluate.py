@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from fsteer_lens import Activations, FineSteer, Prompting, evaluate, fit_ablations, generate, tutor
 from fsteer_lens.effects import exact_answers
-from fsteer_lens.errors import DataError, InputError, ShapeError
+from fsteer_lens.errors import DataError, InputError, NonFiniteError, ShapeError
 from fsteer_lens.evaluation import (
     Evaluation,
     Measure,
@@ -26,6 +27,7 @@ from fsteer_lens.evaluation import (
     refuses,
     xstest,
 )
+from fsteer_lens.evaluation.truthfulness import Choice
 from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.tables import markdown
@@ -169,12 +171,19 @@ def test_bad_requests_are_refused(tutor_model: SteerableModel, stories: Steerabl
         with pytest.raises(InputError, match="one of"):
             found.items(*wrong)
     values = dict(suite.values)
+    with pytest.raises(InputError, match="reference"):
+        found.to_markdown(reference="nobody")
     values[0.0] = (torch.full((40,), 2.0), torch.ones(30))
-    with pytest.raises(InputError, match=r"numbers in \[0, 1\]"):
-        evaluate(tutor_model, {"none": None}, Planted(values), progress=False).harmonic_mean("none")
+    beyond = evaluate(tutor_model, {"none": None, "again": None}, Planted(values), progress=False)
+    with pytest.raises(InputError, match=r"values in \[0, 1\]"):
+        beyond.harmonic_mean("none")
+    table = beyond.to_markdown(reference="none")
+    assert "harmonic" not in table and "| +0.000 [+0.000, +0.000] |" in table, "the effect is compared instead"
     values[1.0] = (torch.zeros(3), torch.ones(30))
-    with pytest.raises(InputError, match="numbers, got"):
+    with pytest.raises(InputError, match="40 numbers"):
         evaluate(tutor_model, {"short": made_up.steering(strength=1.0)}, Planted(values), progress=False)
+    with pytest.raises(InputError, match="exact model input"):
+        evaluate(tutor_model, {"none": None}, TutorSuite("safe", step=50), chat=True, progress=False)
     with pytest.raises(ShapeError, match="another model"):
         evaluate(stories, {"other model's": steering}, TutorSuite("safe", step=50), progress=False)
     assert n_hooks(stories) == 0
@@ -243,6 +252,20 @@ def test_mc1_and_mc2_are_those_of_plain_log_probabilities(model: SteerableModel,
             share = sum(mass[text] for text, true in row["mc2_targets"].items() if true) / sum(mass.values())
             assert float(found.items(method, "MC2")[number]) == pytest.approx(share, abs=1e-4)
     assert not torch.equal(found.items("none", "MC2"), found.items("steered", "MC2"))
+
+
+def test_ties_and_broken_numbers_are_not_right(tutor_model: SteerableModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = (("true", True), ("false", False))
+    suite = TruthfulQA((Choice("what?", answers, answers),))
+    for scores, wanted in (((-1.0, -1.0), 0), ((-1.0, -1.5), 1), ((-1.5, -1.0), 0)):
+        made = [torch.tensor([score]) for score in scores]
+        monkeypatch.setattr("fsteer_lens.evaluation.truthfulness.answer_logprobs", lambda *_, made=made, **__: made)
+        found = evaluate(tutor_model, {"none": None}, suite, progress=False)
+        assert found.items("none", "MC1").tolist() == [wanted]
+    broken = [torch.tensor([math.nan])] * 2
+    monkeypatch.setattr("fsteer_lens.evaluation.truthfulness.answer_logprobs", lambda *_, **__: broken)
+    with pytest.raises(NonFiniteError, match="NaN"):
+        evaluate(tutor_model, {"none": None}, suite, progress=False)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsteer_lens import Activations, Splits, fit_mean_shift, generate, search, tutor
+from fsteer_lens import Activations, Splits, fit_mean_shift, fit_pca_direction, generate, search, tutor
 from fsteer_lens.errors import DataError, InputError
 from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
@@ -22,6 +22,10 @@ GRID = {"layers": [3, 4], "strengths": [0.5, 1.0, 4.0]}
 
 def mean_shift(own: Activations, general: Activations | None) -> Steering:
     return fit_mean_shift(own)
+
+
+def other_method(own: Activations, general: Activations | None) -> Steering:
+    return fit_pca_direction(own)
 
 
 class Planted:
@@ -69,11 +73,17 @@ def test_the_best_setting_within_the_budget_is_chosen_and_tested_once(tutor_mode
 def test_of_equal_effects_the_smaller_strength_wins(tutor_model: SteerableModel) -> None:
     planted = Planted()
     one = search(
-        tutor_model, replace(SPLITS, test=()), budget=1.0, layers=[3], strengths=[4.0, 2.0, 3.0], method=mean_shift,
-        effect=planted.effect, utility=planted.utility, shift="last_prompt", progress=False,
+        tutor_model, replace(SPLITS, test=(), general_test=()), budget=1.0, layers=[3], strengths=[4.0, 2.0, 3.0],
+        method=mean_shift, effect=planted.effect, utility=planted.utility, shift="last_prompt", progress=False,
     )  # fmt: skip
     assert one.chosen.strength == 2.0
     assert one.test_effect is None and one.test_utility is None
+
+
+def test_one_test_part_without_the_other_is_refused(tutor_model: SteerableModel) -> None:
+    with pytest.raises(DataError, match="or neither"):
+        search(tutor_model, replace(SPLITS, general_test=()), budget=1.0, progress=False)
+    assert repr(SPLITS).startswith(f"Splits(train: {len(SPLITS.train)}, valid: ")
 
 
 def test_no_setting_within_the_budget_is_said(tutor_model: SteerableModel) -> None:
@@ -147,6 +157,16 @@ def test_an_interrupted_search_goes_on_where_it_was(tutor_model: SteerableModel,
     other = replace(SPLITS, valid=TOLD.valid[::29])
     with pytest.raises(DataError, match="another search"):
         search(tutor_model, other, effect=fresh.effect, utility=fresh.utility, resume=journal, **options)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="another search"):
+        search(
+            tutor_model, SPLITS, effect=fresh.effect, utility=fresh.utility, resume=journal,
+            **{**options, "method": other_method},  # type: ignore[arg-type]
+        )  # fmt: skip
+    with pytest.raises(InputError, match="functions with names"):
+        search(
+            tutor_model, SPLITS, effect=fresh.effect, utility=fresh.utility, resume=journal,
+            **{**options, "method": lambda own, general: fit_mean_shift(own)},  # type: ignore[arg-type]
+        )  # fmt: skip
     journal.write_text("hello\n")
     with pytest.raises(DataError, match="earlier search"):
         search(tutor_model, SPLITS, effect=fresh.effect, utility=fresh.utility, resume=journal, **options)  # type: ignore[arg-type]

@@ -75,10 +75,11 @@ def exact_answers(
     chat: bool = False,
     batch_size: int = 16,
 ) -> Float[Tensor, " n"]:
-    """1 where greedy decoding gives exactly this answer and then ends, else 0, [n].
+    """1 where greedy decoding gives exactly the tokens of this answer and then ends, else 0, [n].
 
     Nothing is generated: greedy decoding says these tokens if and only if each of them is the likeliest one after those
-    before it. One teacher-forced pass tells that for all of them.
+    before it. One teacher-forced pass tells that for all of them. The answer is tokenised by itself; the same text in
+    other tokens counts as another answer.
 
     Args:
         model: a HookedTransformer or TransformerBridge.

@@ -1,19 +1,21 @@
 """Measuring methods side by side, with intervals and paired differences."""
 
 from fsteer_lens.evaluation.ablations import fit_ablations
-from fsteer_lens.evaluation.attacks import Attack, AttackReport, attack_gate
+from fsteer_lens.evaluation.attacks import Attack, AttackReport, Substitution, attack_gate
 from fsteer_lens.evaluation.evaluating import Evaluation, Method, Prompting, evaluate
 from fsteer_lens.evaluation.gate_reports import (
     Detector,
     GateReport,
+    GateRow,
     LinearProbe,
     detector,
     detectors_on_tutor,
     fit_linear_probe,
     gate_report,
     gate_report_on_tutor,
+    user_text,
 )
-from fsteer_lens.evaluation.perturbations import PERTURBATIONS, Perturbation
+from fsteer_lens.evaluation.perturbations import PERTURBATIONS, Perturbation, gives_same_answer, prefix, suffix, typos
 from fsteer_lens.evaluation.refusals import REFUSAL_PHRASES, RefusalSuite, harmbench, refuses, xstest
 from fsteer_lens.evaluation.suites import Measure, Setting, Suite, TutorSuite, every
 from fsteer_lens.evaluation.truthfulness import TruthfulQA
@@ -49,6 +51,7 @@ __all__ = [
     "Detector",
     "Evaluation",
     "GateReport",
+    "GateRow",
     "LinearProbe",
     "Measure",
     "Method",
@@ -57,6 +60,7 @@ __all__ = [
     "Prompting",
     "RefusalSuite",
     "Setting",
+    "Substitution",
     "Suite",
     "TruthfulQA",
     "TutorSuite",
@@ -71,7 +75,12 @@ __all__ = [
     "fit_linear_probe",
     "gate_report",
     "gate_report_on_tutor",
+    "gives_same_answer",
     "harmbench",
+    "prefix",
     "refuses",
+    "suffix",
+    "typos",
+    "user_text",
     "xstest",
 ]

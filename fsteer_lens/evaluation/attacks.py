@@ -80,30 +80,39 @@ class AttackReport:
     budget: int
 
     def __repr__(self) -> str:
-        return f"AttackReport(shut {self.shut.hits}, succeeded {self.succeeded.hits} of {self.shut.total} open)"
-
-    @property
-    def shut(self) -> Proportion:
-        """Prompts for which the gate was open and is shut now, of those for which it was open."""
         opened = self._opened
-        return Proportion(sum(attack.shut for attack in opened), len(opened))
+        done = [sum(map(has, opened)) for has in (_shut, _succeeded)]
+        return f"AttackReport(shut {done[0]}, succeeded {done[1]} of {len(opened)} open)"
 
     @property
-    def succeeded(self) -> Proportion:
+    def shut(self) -> Proportion | None:
+        """Prompts for which the gate was open and is shut now, of those for which it was open; None without any."""
+        return self._share(_shut)
+
+    @property
+    def succeeded(self) -> Proportion | None:
         """The same, counting those alone that still mean the same; all of them where nobody can tell."""
-        opened = self._opened
-        return Proportion(sum(attack.shut and attack.kept is not False for attack in opened), len(opened))
+        return self._share(_succeeded)
 
     @property
     def _opened(self) -> list[Attack]:
-        opened = [attack for attack in self.attacks if attack.opened]
-        if not opened:
-            raise InputError("attack", expected="a prompt for which the gate is open", got="none")
-        return opened
+        return [attack for attack in self.attacks if attack.opened]
+
+    def _share(self, has: Callable[[Attack], bool]) -> Proportion | None:
+        opened = self._opened
+        return Proportion(sum(map(has, opened)), len(opened)) if opened else None
 
     def to_records(self) -> list[dict[str, Any]]:
         """One JSON-ready mapping per prompt."""
         return [asdict(attack) for attack in self.attacks]
+
+
+def _shut(attack: Attack) -> bool:
+    return attack.shut
+
+
+def _succeeded(attack: Attack) -> bool:
+    return attack.shut and attack.kept is not False
 
 
 class _Tried(NamedTuple):

@@ -3,15 +3,17 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fsteer_lens.effects.answers import one_each
 from fsteer_lens.errors import InputError
 from fsteer_lens.estimates import Estimate, bootstrap, estimate_of, resampled_means
-from fsteer_lens.evaluation.suites import Measure, Role, Setting, Suite
+from fsteer_lens.evaluation.suites import Measure, Setting, Suite
 from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.progress import progress_bar
@@ -39,7 +41,9 @@ class Evaluation:
 
     All methods saw the same items, so that they are compared item by item: differences are paired, and every interval
     is that of a bootstrap over items (95 %, percentiles), drawn alike for all methods. Where every item came out the
-    same the interval is a point; with n items that still leaves room for a rate of about 3/n.
+    same the interval is a point; with n items that still leaves room for a rate of about 3/n. Items are taken as drawn
+    one by one: prompts made from a few templates tell less about a further template than their number suggests, and
+    how much seeds differ is in no interval (`values` has them apart).
 
     Attributes:
         suite: name of the suite.
@@ -90,7 +94,7 @@ class Evaluation:
         return bootstrap(self.items(first, measure, group) - self.items(second, measure, group))
 
     def harmonic_mean(self, method: str) -> Estimate:
-        """Harmonic mean of effect and utility, 2·e·u / (e + u), both being shares or means in [0, 1].
+        """Harmonic mean of effect and utility, 2·e·u / (e + u), for one measure of each role with values in [0, 1].
 
         Items of the two are drawn apart from each other.
 
@@ -104,19 +108,23 @@ class Evaluation:
         (one, draws), (other, others) = self._harmonic(first), self._harmonic(second)
         return estimate_of(one - other, draws - others)
 
+    @property
+    def _both(self) -> tuple[str, str] | None:
+        """Names of the effect and the utility, where there is one of each and all their values are in [0, 1]."""
+        names = {role: [one.name for one in self.measures if one.role == role] for role in ("effect", "utility")}
+        if any(len(found) != 1 for found in names.values()):
+            return None
+        both = names["effect"][0], names["utility"][0]
+        values = torch.cat([self.items(method, name) for method in self.values for name in both])
+        return both if bool(((values >= 0) & (values <= 1)).all()) else None
+
     def _harmonic(self, method: str) -> tuple[float, Float[Tensor, " draws"]]:
-        means, draws = [], []
-        roles: tuple[Role, Role] = ("effect", "utility")
-        for seed, role in enumerate(roles):
-            names = [measure.name for measure in self.measures if measure.role == role]
-            if len(names) != 1:
-                raise InputError(f"harmonic mean on {self.suite!r}", expected=f"one measure as {role}", got=names)
-            values = self.items(method, names[0])
-            if not bool(((values >= 0) & (values <= 1)).all()):
-                raise InputError(f"harmonic mean of {names[0]!r}", expected="numbers in [0, 1]", got="others")
-            means.append(values.double().mean())
-            draws.append(resampled_means(values, seed=seed))
-        return float(_harmonic(*means)), _harmonic(*draws)
+        if self._both is None:
+            expected = "one effect and one utility, with values in [0, 1]"
+            raise InputError(f"harmonic mean on {self.suite!r}", expected=expected, got=self.measures)
+        values = [self.items(method, name) for name in self._both]
+        draws = [resampled_means(one, seed=seed) for seed, one in enumerate(values)]
+        return float(_harmonic(*(one.double().mean() for one in values))), _harmonic(*draws)
 
     def to_records(self) -> list[dict[str, Any]]:
         """A flat, JSON-ready mapping for each method, measure and group: mean, 95 % interval, items and seeds.
@@ -143,36 +151,48 @@ class Evaluation:
         ]
 
     def to_markdown(self, *, reference: str | None = None, groups: bool = False) -> str:
-        """A Markdown table: a row for each method, a column for each measure, each number with its interval.
+        """A table: a row for each method, a column for each measure, each number with its interval.
+
+        Where the suite has one effect and one utility in [0, 1], their harmonic mean follows.
 
         Args:
-            reference: compare every method with this one: two columns more, with the harmonic mean of effect and
-                utility and the paired difference `reference` − method; where the suite has no such two, the
-                difference of its one effect.
+            reference: a method: one column more with the paired difference `reference` − method, of the harmonic mean,
+                or of the only effect where there is no such mean.
             groups: a column for each group of a measure as well.
+
+        Raises:
+            InputError: no such method, or nothing that could be compared with it.
         """
-        columns = [(measure.name, None) for measure in self.measures]
-        if groups:
-            columns = [
-                (measure.name, group) for measure in self.measures for group in (None, *sorted(set(measure.groups)))
-            ]
+        columns: list[tuple[str, str | None]] = []
+        for measure in self.measures:
+            kinds = sorted(set(measure.groups)) if groups and len(set(measure.groups)) > 1 else []
+            columns += [(measure.name, group) for group in (None, *kinds)]
         head = [f"{name}, {group}" if group else name for name, group in columns]
-        both = {measure.role for measure in self.measures} >= {"effect", "utility"}
-        effect = next((measure.name for measure in self.measures if measure.role == "effect"), None)
-        if both:
-            head.append("harmonic mean")
-        if reference is not None and (both or effect):
+        effects = [measure.name for measure in self.measures if measure.role == "effect"]
+        both = self._both is not None
+        head += ["harmonic mean"] * both
+        if reference is not None:
+            if reference not in self.values or not (both or len(effects) == 1):
+                expected = f"one of {list(self.values)}, and a suite with one effect"
+                raise InputError("reference", expected=expected, got=repr(reference))
             head.append(f"{reference} − this")
-        rows = []
-        for method in self.values:
-            row = [f"{self.estimate(method, *column)}" for column in columns]
-            if both:
-                row.append(f"{self.harmonic_mean(method)}")
-            if reference is not None and both:
-                row.append("" if method == reference else f"{self.harmonic_difference(reference, method):+.3f}")
-            elif reference is not None and effect:
-                row.append("" if method == reference else f"{self.difference(reference, method, effect):+.3f}")
-            rows.append([method, *row])
+
+        def compared(method: str) -> str:
+            if method == reference:
+                return ""
+            assert reference is not None
+            found = self.harmonic_difference if both else partial(self.difference, measure=effects[0])
+            return f"{found(reference, method):+.3f}"
+
+        rows = [
+            [
+                method,
+                *(f"{self.estimate(method, *column)}" for column in columns),
+                *([f"{self.harmonic_mean(method)}"] if both else []),
+                *([compared(method)] if reference is not None else []),
+            ]
+            for method in self.values
+        ]
         return markdown(["method", *head], rows)
 
     def _repr_markdown_(self) -> str:
@@ -241,10 +261,12 @@ def _measure(
     words = isinstance(method, Prompting)
     setting = Setting(method.context if words else None, chat, batch_size)
     found = suite.measure(model, None if words else method, setting)
-    wanted = [len(measure.groups) for measure in suite.measures]
-    if [len(values) for values in found] != wanted:
-        raise InputError(f"suite {suite.name!r}", expected=f"{wanted} numbers", got=[len(values) for values in found])
-    return found
+    if len(found) != len(suite.measures):
+        raise InputError(f"suite {suite.name!r}", expected=f"{len(suite.measures)} measures", got=len(found))
+    return tuple(
+        one_each(f"measure {measure.name}", values, len(measure.groups)).float().cpu()
+        for measure, values in zip(suite.measures, found, strict=True)
+    )
 
 
 def _harmonic(effect: Tensor, utility: Tensor) -> Tensor:

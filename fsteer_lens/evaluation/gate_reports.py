@@ -313,10 +313,12 @@ def gate_report(
     names = [perturbation.name for perturbation in perturbations]
     if not names or len(set(names)) < len(names) or not detectors:
         raise InputError("gate_report", expected="gates, and perturbations of different names", got=names)
-    shared = set(calibration) & set(kinds[HARMLESS][ALL])
+    calibration = _grouped(calibration, "calibration")[ALL]
+    harm, others = (set(groups[ALL]) for groups in kinds.values())
+    shared = (set(calibration) & (harm | others)) | (harm & others)
     if shared:
-        got = f"{len(shared)} that are, first {min(shared)[:60]!r}"
-        raise InputError("calibration", expected="texts that are not reported", got=got)
+        got = f"{len(shared)} that are in two, first {min(shared)[:60]!r}"
+        raise InputError("harmful, harmless and calibration", expected="texts that are in one of them", got=got)
     said = [Perturbation(NONE).prompt(text, format=format) for text in calibration]
     wanted = [(p, kind, text) for p in perturbations for kind, groups in kinds.items() for text in groups[ALL]]
     perturbed = [p.prompt(text, format=format, seed=seed) for p, _, text in wanted]
@@ -352,7 +354,8 @@ def _grouped(texts: Texts, what: str) -> dict[str, list[str]]:
     """Different texts by group, that of all of them first."""
     groups = texts if isinstance(texts, Mapping) else {}
     whole = [text for group in groups.values() for text in group] if groups else list(texts)
-    if not whole or isinstance(texts, str) or ALL in groups or not all(groups.values() if groups else whole):
+    single = any(isinstance(group, str) or not group for group in (texts, *groups.values()))
+    if single or ALL in groups or not all(isinstance(text, str) and text for text in whole):
         expected = f"at least one text, and in every group; no group named {ALL!r}"
         raise InputError(what, expected=expected, got=repr(texts)[:60])
     return {name: list(dict.fromkeys(group)) for name, group in {ALL: whole, **groups}.items()}

@@ -131,6 +131,8 @@ class TutorSuite(Suite):
         self, model: SteerableModel, steering: HookObject | None, setting: Setting
     ) -> tuple[Float[Tensor, " _"], ...]:
         """1 for every exact answer, 0 for another."""
+        if setting.chat:
+            raise InputError("tutor suite", expected="chat=False: its prompts are exact model input", got="chat=True")
 
         def exact(items: Sequence[Any], wanted: Sequence[str]) -> Tensor:
             prompts = setting.ids(model, [item.prompt for item in items])

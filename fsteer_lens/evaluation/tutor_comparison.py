@@ -20,9 +20,9 @@ from fsteer_lens.baselines import fit_mean_shift
 from fsteer_lens.effects import Knockout, RoutingReport, expert_knockout, routing_report
 from fsteer_lens.errors import InputError
 from fsteer_lens.estimates import Estimate, Proportion, auroc, bootstrap
+from fsteer_lens.evaluation.suites import WANTED
 from fsteer_lens.gates import OPEN
 from fsteer_lens.generation import Generations, generate
-from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts import Contrast
 from fsteer_lens.steering import FineSteer, Steering
@@ -195,7 +195,7 @@ def _measure(
     seconds = time.perf_counter() - start
     right = torch.tensor([a.text == c.preferred for a, c in zip(steered, contrasts, strict=True)])
     new = [told.heldout(contrast) for contrast in contrasts]
-    wanted = "refused exactly" if told.behaviour == "safe" else "myth turned true"
+    wanted = WANTED[told.behaviour]
     measures = {wanted: _share(right)}
     for kind, what in (("pair", "new pairs"), ("template", "new templates")):
         measures[f"{wanted}, {what}"] = _share(right[torch.tensor([one == kind for one in new])])
@@ -221,16 +221,4 @@ def _share(hits: Tensor) -> Proportion:
 
 def answers_lost(model: SteerableModel, comparison: Comparison, *, progress: bool = True) -> Knockout:
     """What removing each expert costs in right answers, per category."""
-
-    def right_answers(model: SteerableModel, steering: HookObject | None, contrasts: Sequence[Contrast]) -> Tensor:
-        texts = generate(
-            model,
-            [contrast.prompt for contrast in contrasts],
-            steering,
-            max_new_tokens=MAX_NEW_TOKENS,
-            batch_size=BATCH_SIZE,
-            progress=False,
-        )
-        return torch.tensor([float(a.text == c.preferred) for a, c in zip(texts, contrasts, strict=True)])
-
-    return expert_knockout(model, comparison.steering, comparison.contrasts, effect=right_answers, progress=progress)
+    return expert_knockout(model, comparison.steering, comparison.contrasts, effect=tutor.exact, progress=progress)

@@ -4,8 +4,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import asdict, dataclass, field, fields
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from fsteer_lens.effects.answers import (
 )
 from fsteer_lens.errors import DataError, InputError
 from fsteer_lens.estimates import Estimate, bootstrap
-from fsteer_lens.files import read_text
+from fsteer_lens.files import read_text, write_atomically
 from fsteer_lens.fingerprints import fingerprint
 from fsteer_lens.fitting import fit
 from fsteer_lens.hooks import HookObject
@@ -40,15 +40,15 @@ ROUNDING = 1e-6
 """A utility may be this far below the floor: means of float32 numbers are no exacter."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Splits:
     """What is fitted on, chosen on, and tested on.
 
     Attributes:
-        train, valid, test: contrasts to fit on, to choose on, and to measure the choice on; without the last nothing
-            is tested.
+        train, valid, test: contrasts to fit on, to choose on, and to measure the choice on.
         general_train: prompts to be left alone, for methods that are fitted to them as well.
-        general_valid, general_test: prompts to be left alone, or objects with a `prompt`.
+        general_valid, general_test: prompts to be left alone, or objects with a `prompt`. Without `test` and this one
+            nothing is tested.
     """
 
     train: Sequence[Contrast]
@@ -57,6 +57,9 @@ class Splits:
     test: Sequence[Contrast] = ()
     general_test: Sequence[Any] = ()
     general_train: Sequence[Any] = ()
+
+    def __repr__(self) -> str:
+        return f"Splits({', '.join(f'{item.name}: {len(getattr(self, item.name))}' for item in fields(self))})"
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class Search:
         return [{**asdict(trial), "chosen": trial is self.chosen} for trial in self.trials]
 
 
-Method = Callable[[Activations, Activations | None], Steering]
+Fit = Callable[[Activations, Activations | None], Steering]
 """Makes a steering from the activations of one layer, and those of general prompts where there are some."""
 
 
@@ -121,7 +124,7 @@ def search(
     layers: Sequence[int] | None = None,
     strengths: Sequence[float] = STRENGTHS,
     ranks: Sequence[int] | None = None,
-    method: Method | None = None,
+    method: Fit | None = None,
     effect: Effect | None = None,
     utility: Callable[[SteerableModel, HookObject | None, Sequence[Any]], Float[Tensor, " n"]] | None = None,
     shift: Shift = "response_mean",
@@ -138,7 +141,7 @@ def search(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        data: the splits, your own or those of `tutor.data`.
+        data: the splits, your own or those of `tutor.data` (whose near misses have no part in the utility).
         budget: how far the mean utility may fall below that of the unsteered model, in its own unit, >= 0.
         layers: where to steer; None takes every layer.
         strengths: what to try.
@@ -149,26 +152,34 @@ def search(
             nats.
         shift: as in `collect`.
         resume: a file that every finished trial is added to at once; where it exists already, its trials are not run
-            again. It must come from the same search.
+            again. It must come from the same search: same model, data, shift, and functions of the same names.
         chat, batch_size: as in `collect`.
         progress: show a progress bar.
 
     Raises:
-        InputError: an empty grid, a negative budget, no setting within the budget, or a method that cannot be set to
-            a rank.
-        DataError: an empty split, or a file to resume from that belongs to another search.
+        InputError: an empty grid, a negative budget, no setting within the budget, a method that cannot be set to a
+            rank, or a function without a name together with `resume`.
+        DataError: an empty split, one test part without the other, or a file to resume from that belongs to another
+            search.
         SiteError, ContextLengthError: as in `collect`.
     """
-    chosen_layers = list(range(model.cfg.n_layers)) if layers is None else list(layers)
-    grid_ranks: list[int | None] = [None] if ranks is None else list(ranks)
+    chosen_layers = [int(layer) for layer in (range(model.cfg.n_layers) if layers is None else layers)]
+    grid_ranks: list[int | None] = [None] if ranks is None else [int(rank) for rank in ranks]
     sizes = {"layers": chosen_layers, "strengths": strengths, "ranks": grid_ranks}
     empty = [name for name, given in sizes.items() if not len(given)]
     if empty or not budget >= 0:
         raise InputError("search", expected="layers, strengths, ranks, and a budget >= 0", got=empty or budget)
+    given = {"method": method, "effect": effect, "utility": utility}
+    nameless = [name for name, one in given.items() if one is not None and name_of(one, "") in ("", "<lambda>")]
+    if resume is not None and nameless:
+        raise InputError("resume=", expected="functions with names, which the file is known by", got=nameless)
     missing = [name for name in ("train", "valid", "general_valid") if not len(getattr(data, name))]
     if missing:
         raise DataError("search data", expected="items to fit on and to choose on", got=f"none in {missing}")
-    make: Any = method or (lambda activations, general: fit(activations))
+    tested = bool(len(data.test))
+    if tested != bool(len(data.general_test)):
+        raise DataError("search data", expected="test and general_test, or neither", got="one of them")
+    make = method or _fit_default
     measures = _Measures(
         effect or partial(answer_margin, chat=chat, batch_size=batch_size),
         utility or partial(_kept, chat=chat, batch_size=batch_size),
@@ -178,22 +189,24 @@ def search(
         DIVERGENCE if utility is None else name_of(utility, "utility"),
     )
     read: Any = {"layer": chosen_layers, "chat": chat, "batch_size": batch_size, "progress": progress}
-    journal = _Journal(resume, _identity(model, chosen_layers, data, names, name_of(make, "method"), shift))
+    journal = _Journal(resume, _identity(model, chosen_layers, data, [*names, name_of(make, ""), shift, str(chat)]))
     trained = collect(model, data.train, shift=shift, **read)
     prompts = [_prompt(item) for item in data.general_train]
     general = collect_queries(model, prompts, **read) if prompts else {}
     floor = float(measures.utility(model, None, data.general_valid).double().mean()) - budget
     trials: list[Trial] = []
-    fitted: dict[int, Steering] = {}
+
+    @cache
+    def fitted(layer: int) -> Steering:
+        return make(trained[layer], general.get(layer))
+
     settings = [
         (layer, rank, float(strength)) for layer in chosen_layers for rank in grid_ranks for strength in strengths
     ]
     with progress_bar(len(settings), "searching", progress) as advance:
         for layer, rank, strength in settings:
-            if layer not in fitted:
-                fitted[layer] = make(trained[layer], general.get(layer))
             if (layer, rank, strength) not in journal.known:
-                variant = _variant(fitted[layer], rank, strength)
+                variant = _variant(fitted(layer), rank, strength)
                 means = [
                     float(values.double().mean())
                     for values in measures.of(model, variant, data.valid, data.general_valid)
@@ -211,11 +224,11 @@ def search(
             fix="Allow a larger budget, or try smaller strengths.",
         )
     best = max(within, key=lambda trial: (trial.effect, -trial.strength, trial.utility))
-    steering = _variant(fitted[best.layer], best.rank, best.strength)
+    steering = _variant(fitted(best.layer), best.rank, best.strength)
     test_effect, test_utility = None, None
-    if len(data.test) and len(data.general_test):
-        tested = measures.of(model, steering, data.test, data.general_test)
-        test_effect, test_utility = bootstrap(tested[0]), bootstrap(tested[1])
+    if tested:
+        values = measures.of(model, steering, data.test, data.general_test)
+        test_effect, test_utility = bootstrap(values[0]), bootstrap(values[1])
     return Search(steering, best, tuple(trials), floor, test_effect, test_utility, *names)
 
 
@@ -231,6 +244,10 @@ class _Measures:
             one_each("effect", self.effect(model, steering, contrasts), len(contrasts)),
             one_each("utility", self.utility(model, steering, general), len(general)),
         )
+
+
+def _fit_default(activations: Activations, general: Activations | None) -> Steering:
+    return fit(activations)
 
 
 def _prompt(item: Any) -> Any:
@@ -254,20 +271,13 @@ def _variant(steering: Steering, rank: int | None, strength: float) -> Steering:
     return steering.with_strength(strength)
 
 
-def _identity(
-    model: SteerableModel,
-    layers: Sequence[int],
-    data: Splits | TutorData,
-    names: Sequence[str],
-    method: str,
-    shift: str,
-) -> str:
+def _identity(model: SteerableModel, layers: Sequence[int], data: Splits | TutorData, options: Sequence[str]) -> str:
     """SHA-256 of all that a trial's numbers depend on, but for what the caller's functions do inside."""
     known = [
         asdict(fingerprint(model, layers)),
         [asdict(contrast) for part in (data.train, data.valid) for contrast in part],
         [str(_prompt(item)) for part in (data.general_train, data.general_valid) for item in part],
-        [*names, method, shift],
+        list(options),
     ]
     return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
 
@@ -296,7 +306,7 @@ class _Journal:
                 got="others",
                 fix="Name another file, or delete this one.",
             )
-        self._path.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+        write_atomically(self._path, "".join(line + "\n" for line in whole).encode())
         for trial in trials:
             self.add(trial, write=False)
 
