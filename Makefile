@@ -58,10 +58,10 @@ pictures: $(DEV) ## draw the pictures of README (needs Chromium)
 gallery: $(DEV) ## draw every figure from the tutor and write docs/gallery.md (needs Chromium)
 	$(BIN)/python docs/gallery.py
 
-results: $(DEV) ## measure all methods on the tutor and write docs/results.md (20 minutes)
+results: $(DEV) ## measure all methods on the tutor and write docs/results.md (25 minutes)
 	$(BIN)/python docs/results.py $(ARGS)
 
-bench: $(DEV) $(PEERS)/.ready ## measure speed and memory and write docs/benchmarks.md (15 minutes; best on an idle machine)
+bench: $(DEV) $(PEERS)/.ready ## measure speed and memory and write docs/benchmarks.md (half an hour; best on an idle machine)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 format: $(DEV) ## let ruff format and mend what it can

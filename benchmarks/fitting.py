@@ -37,6 +37,7 @@ def run(settings: Settings) -> Section:
 scikit-learn and PyTorch modules: PCA to 256 dimensions, K-means with 10 restarts for each K in 4..10, the
 Calinski-Harabasz index, prototypes, 10 principal directions, AdamW on the full batch for up to 100 epochs with patience
 8 and gradients clipped at 1. Both train on the same rows from the same initial weights.
+One thread for both; `OMP_NUM_THREADS=4 python -m benchmarks fitting` tells how more of them for K-means change it.
 """.strip()
     return Section("Fitting the experts", text, tuple(rows), growth(settings))
 

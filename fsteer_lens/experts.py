@@ -302,6 +302,7 @@ def _cluster(
     unit: Float[Tensor, "n d"], n_experts: int | tuple[int, int], seed: int
 ) -> tuple[Int[Tensor, " n"], dict[int, float]]:
     from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
     from sklearn.metrics import calinski_harabasz_score
 
     n, d_model = unit.shape
@@ -315,8 +316,10 @@ def _cluster(
             got=n,
             fix="Give more contrasts or a smaller n_experts.",
         )
-    mean, basis, _ = principal_directions(unit, min(CLUSTERING_DIMENSIONS, n - 1, d_model))
-    points = ((unit - mean) @ basis).double().cpu().numpy()  # scikit-learn converts float32 anew for every distance
+    dimensions = min(CLUSTERING_DIMENSIONS, n - 1, d_model)
+    solver = "covariance_eigh" if n >= d_model else "full"
+    # in float64: scikit-learn would convert float32 anew for every distance
+    points = PCA(dimensions, svd_solver=solver).fit_transform(unit.double().cpu().numpy())
     best: tuple[float, Any] | None = None
     criterion: dict[int, float] = {}
     for count in range(low, min(high, n - 1) + 1 if low != high else high + 1):
