@@ -16,13 +16,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fsteer_lens.decoding import Stop
 from fsteer_lens.errors import ContextLengthError, InputError, MissingDependencyError, TokenizerError
 from fsteer_lens.generation import generate
 from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.progress import progress_bar
-from fsteer_lens.scoring import Answered, answer_logits, batches, session_for
-from fsteer_lens.tokens import require_tokenizer, stop_ids
+from fsteer_lens.scoring import Answered, each_answer, known_logprobs
+from fsteer_lens.tokens import require_tokenizer, stop_ids, text_ids
 
 MAX_NEW_TOKENS = 256
 """What the harness's own models generate for a task that does not say how much."""
@@ -151,10 +152,9 @@ class SteeredLM:
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
         """Token ids of a text; None puts the beginning-of-sequence token in front where it is not there already."""
-        ids = list(self.tokenizer(string, add_special_tokens=False).input_ids)
-        wanted = self.add_bos_token if add_special_tokens is None else add_special_tokens
-        bos = self.tokenizer.bos_token_id
-        return ids if not wanted or bos is None or ids[:1] == [bos] else [bos, *ids]
+        if self.add_bos_token if add_special_tokens is None else add_special_tokens:
+            return text_ids(self.tokenizer, string)
+        return list(self.tokenizer(string, add_special_tokens=False).input_ids)
 
     @property
     def tokenizer_name(self) -> str:
@@ -206,17 +206,13 @@ class SteeredLM:
         rows = [self._row(context, continuation) for _, context, continuation in requests]
         found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
         with progress_bar(len(rows), "scoring", self.progress and not disable_tqdm) as advance:
-            for chosen, batch in batches(self.model, rows, self.batch_size):
-                group = [rows[index] for index in chosen]
-                session = None if self.steering is None else session_for(self.model, batch, group, self.steering)
-                logits = answer_logits(self.model, batch, group, session)
-                for index, row in zip(chosen, logits, strict=True):
-                    answer = row.new_tensor(rows[index].answer).long()
-                    logprobs = row.float().log_softmax(dim=-1).gather(1, answer.unsqueeze(1))
-                    found[index] = (float(logprobs.sum()), bool((row.argmax(dim=-1) == answer).all()))
-                    if requests[index][0] is not None:
-                        self._remember("loglikelihood", requests[index][0], found[index])
-                advance(len(chosen))
+            options: Any = {"batch_size": self.batch_size, "advance": advance}
+            for index, logits in each_answer(self.model, rows, self.steering, **options):
+                answer = rows[index].answer
+                greedy = tuple(logits.argmax(dim=-1).tolist()) == answer
+                found[index] = (float(known_logprobs(logits, answer).sum()), greedy)
+                if requests[index][0] is not None:
+                    self._remember("loglikelihood", requests[index][0], found[index])
         return found
 
     def _row(self, context: Sequence[int], continuation: Sequence[int]) -> Answered:
@@ -313,7 +309,7 @@ class SteeredLM:
             progress=self.progress and not disable_tqdm,
         )
         texts = [self.tokenizer.decode(list(one.tokens), skip_special_tokens=True) for one in made]
-        return [text[: min((text.find(end) for end in until if end in text), default=len(text))] for text in texts]
+        return [Stop(self.model, until).cut(text) for text in texts]
 
     def _remember(self, kind: str, request: Any, result: Any) -> None:
         """Tell the harness's cache, where there is one, so that an interrupted run goes on from there."""

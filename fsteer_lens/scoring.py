@@ -70,14 +70,31 @@ def answer_logprobs(
 ) -> list[Float[Tensor, " tokens"]]:
     """Log-probability of every token of each answer, in nats, under a hook object, or None for the bare model."""
     found: list[Tensor] = [torch.empty(0)] * len(rows)
+    for index, logits in each_answer(model, rows, hook_object, batch_size=batch_size):
+        found[index] = known_logprobs(logits, rows[index].answer).cpu()
+    return found
+
+
+def each_answer(
+    model: SteerableModel,
+    rows: Sequence[Answered],
+    hook_object: HookObject | None,
+    *,
+    batch_size: int,
+    advance: Advance = lambda steps: None,
+) -> Iterator[tuple[int, Float[Tensor, "tokens vocab"]]]:
+    """Number of every row and the raw logits that predict its answer, batch by batch; None is the bare model."""
     for chosen, batch in batches(model, rows, batch_size):
         group = [rows[index] for index in chosen]
         session = None if hook_object is None else session_for(model, batch, group, hook_object)
-        logits = answer_logits(model, batch, group, session)
-        for index, row in zip(chosen, logits, strict=True):
-            targets = torch.tensor(rows[index].answer, device=row.device).unsqueeze(1)
-            found[index] = row.float().log_softmax(dim=-1).gather(1, targets).squeeze(1).cpu()
-    return found
+        yield from zip(chosen, answer_logits(model, batch, group, session), strict=True)
+        advance(len(chosen))
+
+
+def known_logprobs(logits: Float[Tensor, "n vocab"], tokens: Sequence[int]) -> Float[Tensor, " n"]:
+    """Log-probability of each of these tokens, in nats."""
+    targets = torch.tensor(tokens, device=logits.device).unsqueeze(1)
+    return logits.float().log_softmax(dim=-1).gather(1, targets).squeeze(1)
 
 
 def answer_divergences(

@@ -48,7 +48,7 @@ def prompt_ids(model: SteerableModel, prompt: Prompt, *, chat: bool = False, con
     """
     check_prompt(prompt)
     if isinstance(prompt, str) and not chat:
-        ids = _text_ids(model, (context or "") + prompt)
+        ids = text_ids(require_tokenizer(model), (context or "") + prompt)
     elif isinstance(prompt, str) or isinstance(prompt[0], Mapping):
         turns: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
         ids = _chat_ids(require_tokenizer(model), turns, context)
@@ -78,8 +78,8 @@ def require_fits(model: SteerableModel, length: int, what: str) -> None:
         )
 
 
-def _text_ids(model: SteerableModel, text: str) -> list[int]:
-    tokenizer = require_tokenizer(model)
+def text_ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text, with exactly one beginning-of-sequence token in front where the tokenizer has one."""
     ids = list(tokenizer(text, add_special_tokens=False).input_ids)
     bos = tokenizer.bos_token_id
     return ids if bos is None or ids[:1] == [bos] else [bos, *ids]

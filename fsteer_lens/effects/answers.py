@@ -20,6 +20,7 @@ from fsteer_lens.scoring import (
     answered,
     batches,
     divergences,
+    each_answer,
     session_for,
 )
 from fsteer_lens.steps import Steps
@@ -100,12 +101,9 @@ def exact_answers(
     rows = answered(model, prompts, answers, chat=chat)
     ended = [Answered(row.prompt, (*row.answer, int(endings[0]))) for row in rows]
     found = torch.zeros(len(rows))
-    for chosen, batch in batches(model, ended, batch_size):
-        group = [ended[index] for index in chosen]
-        session = None if steering is None else session_for(model, batch, group, steering)
-        for index, logits in zip(chosen, answer_logits(model, batch, group, session), strict=True):
-            *said, last = logits.argmax(dim=-1).tolist()
-            found[index] = said == list(rows[index].answer) and last in endings
+    for index, logits in each_answer(model, ended, steering, batch_size=batch_size):
+        *said, last = logits.argmax(dim=-1).tolist()
+        found[index] = said == list(rows[index].answer) and last in endings
     return found
 
 

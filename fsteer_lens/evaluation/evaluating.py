@@ -119,10 +119,11 @@ class Evaluation:
         return both if bool(((values >= 0) & (values <= 1)).all()) else None
 
     def _harmonic(self, method: str) -> tuple[float, Float[Tensor, " draws"]]:
-        if self._both is None:
+        both = self._both
+        if both is None:
             expected = "one effect and one utility, with values in [0, 1]"
             raise InputError(f"harmonic mean on {self.suite!r}", expected=expected, got=self.measures)
-        values = [self.items(method, name) for name in self._both]
+        values = [self.items(method, name) for name in both]
         draws = [resampled_means(one, seed=seed) for seed, one in enumerate(values)]
         return float(_harmonic(*(one.double().mean() for one in values))), _harmonic(*draws)
 
@@ -146,7 +147,7 @@ class Evaluation:
             }
             for method in self.values
             for index, measure in enumerate(self.measures)
-            for group in (None, *(sorted(set(measure.groups)) if len(set(measure.groups)) > 1 else ()))
+            for group in (None, *measure.kinds)
             for estimate in (self.estimate(method, measure.name, group),)
         ]
 
@@ -165,8 +166,7 @@ class Evaluation:
         """
         columns: list[tuple[str, str | None]] = []
         for measure in self.measures:
-            kinds = sorted(set(measure.groups)) if groups and len(set(measure.groups)) > 1 else []
-            columns += [(measure.name, group) for group in (None, *kinds)]
+            columns += [(measure.name, group) for group in (None, *(measure.kinds if groups else ()))]
         head = [f"{name}, {group}" if group else name for name, group in columns]
         effects = [measure.name for measure in self.measures if measure.role == "effect"]
         both = self._both is not None

@@ -33,6 +33,12 @@ class Measure:
     groups: tuple[str, ...]
     role: Role | None = None
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The groups in order, where there are several."""
+        found = sorted(set(self.groups))
+        return tuple(found) if len(found) > 1 else ()
+
 
 @dataclass(frozen=True, eq=False)
 class Setting:
