@@ -117,8 +117,8 @@ lock: ## make the requirement locks anew from pyproject.toml, with the newest ve
 	$(FRESH)
 	$(LOCK_PIP) install --quiet $(PINS) .
 	{ echo "# Every package that fsteer_lens runs on. Made by 'make lock'; do not edit."; $(FREEZE); } > build/requirements.lock
-	$(LOCK_PIP) install --quiet -c build/requirements.lock '.[dev,notebook]'
-	{ echo "# What tests, checks and notebooks need on top. Made by 'make lock'; do not edit."; echo "-r requirements.lock"; $(FREEZE) | grep -vxFf build/requirements.lock; } > requirements-dev.lock
+	$(LOCK_PIP) install --quiet -c build/requirements.lock '.[dev,notebook,docs]'
+	{ echo "# What tests, checks, notebooks and docs need on top. Made by 'make lock'; do not edit."; echo "-r requirements.lock"; $(FREEZE) | grep -vxFf build/requirements.lock; } > requirements-dev.lock
 	mv build/requirements.lock requirements.lock
 	grep -hv -e '^#' -e '^-r' -e '^transformer-lens==' requirements.lock requirements-dev.lock > build/constraints.txt
 	$(FRESH)

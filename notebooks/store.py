@@ -1,4 +1,4 @@
-"""Run every notebook from its first cell to its last and store its outputs: `make notebook-outputs`.
+"""Run notebooks from the first cell to the last and store their outputs: `make notebook-outputs`, all or those named.
 
 A stored plotly figure is blank where no script runs (on a code host, in a mail), so each gets a picture beside it,
 drawn in headless Chromium without network.
@@ -7,6 +7,7 @@ drawn in headless Chromium without network.
 import base64
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,6 @@ if __name__ == "__main__":
     executable = find_browser()
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox", "--disable-gpu"])
-        for notebook_path in sorted(HERE.glob("*.ipynb")):
-            store(notebook_path, chromium)
+        for name in sys.argv[1:] or sorted(path.name for path in HERE.glob("*.ipynb")):
+            store(HERE / name, chromium)
         chromium.close()
