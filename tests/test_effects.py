@@ -437,7 +437,9 @@ def test_explanation_refuses_what_it_cannot_explain(tutor_model: SteerableModel,
         effects.explain_gate(tutor_model, steering.with_gate(None), "<user>hi<tutor>")
     few = effects.explain_gate(tutor_model, steering, "<user>how do i bake bread?<tutor>", limit=2)
     every = effects.explain_gate(tutor_model, steering, "<user>how do i bake bread?<tutor>")
-    assert few.without[:-2].isnan().all() and torch.equal(few.without[-2:], every.without[-2:])
+    assert few.without[:-2].isnan().all()
+    # Batches of other sizes round otherwise.
+    assert few.without[-2:].tolist() == pytest.approx(every.without[-2:].tolist(), abs=1e-5)
     falling = LogisticGate(
         gate.subspace, 8, torch.full((gate.subspace.rank,), -20.0), torch.full((gate.subspace.rank,), 9.0)
     )
