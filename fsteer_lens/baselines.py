@@ -201,7 +201,7 @@ def fit_cosine_gate(queries: Float[Tensor, "n d"], general: Float[Tensor, "m d"]
 
     The condition vector c is the first principal direction of both kinds of query around the middle between their two
     means. The gate compares cos(h, proj_c h) with θ; θ and whether it opens above or below are what gives the best F1
-    on these very queries, as the authors choose them. cos(h, proj_c h)² = (c·h)² / ‖h‖² for |c| = 1, so this is the
+    on these very queries, as the authors choose them. cos(h, proj_c h)² = (c·h)² / ‖h‖² for ‖c‖ = 1, so this is the
     energy ratio of the subspace {c} around the origin, and the gate a `ThresholdGate` on it at θ², or its opposite.
     The authors average activations over all tokens of a prompt; here both are taken where the gate reads, at its last.
 

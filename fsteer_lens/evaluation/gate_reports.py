@@ -92,12 +92,12 @@ class Detector:
     """A score that is larger for what needs steering, and which activations are let through.
 
     Attributes:
-        score: [*batch d] to [*batch].
-        opens: [*batch d] to [*batch].
+        score: `[*batch d]` to `[*batch]`.
+        opens: `[*batch d]` to `[*batch]`.
     """
 
-    score: Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch"]]
-    opens: Callable[[Float[Tensor, "*batch d"]], Bool[Tensor, "*batch"]]
+    score: Callable[[Tensor], Tensor]
+    opens: Callable[[Tensor], Tensor]
 
     def above(self, cut: float) -> "Detector":
         """The same score, open above `cut`."""

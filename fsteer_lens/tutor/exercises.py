@@ -40,7 +40,7 @@ def exercise(check: Callable[..., Checks]) -> Callable[..., Verdict]:
 
     The first pair that does not hold decides: its hint is shown. Where all hold, the docstring is the praise.
     An answer that is None is not answered yet, and whatever an answer of a wrong kind raises becomes a hint, so that a
-    notebook runs from top to bottom whatever was put in.
+    notebook runs from top to bottom whatever was put in::
 
         @tutor.exercise
         def check_rank(rank):

@@ -1,0 +1,106 @@
+"""Every exercise of the notebooks: its solution passes its check, wrong answers do not, and none leaves it open.
+
+A notebook is run once, cell by cell, and the answers are tried where they are asked for.
+"""
+
+import ast
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+
+NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+
+# Answers that a reader might give, exercise by exercise. Each stands in for one misunderstanding.
+WRONG: dict[str, list[list[str]]] = {
+    "00_lesson": [
+        [
+            "def gated_hook(stream, hook):\n    return stream + 1.5 * vector",
+            "def gated_hook(stream, hook):\n    return stream + (gate.gate(stream[0, -1]) >= 0.5) * 1.5 * vector",
+            "def gated_hook(stream, hook):\n    stream += gate.gate(stream[0, -1]) * 1.5 * vector\n    return stream",
+        ],
+        ["my_smallest, my_worst = 32, 6", "my_smallest, my_worst = 3, 4", "my_smallest, my_worst = 2, 6"],
+        ["my_words = 'what do you say?'", "my_words = 'thank you very much.'"],
+    ],
+    "01_first_steer": [
+        ["my_strength = 1.0", "my_strength = 3.0"],
+        [
+            "def make_hook(vector, strength, prompt_length):\n"
+            "    return lambda activation, hook: activation + strength * vector",
+            "def make_hook(vector, strength, prompt_length):\n"
+            "    def hook_function(activation, hook):\n"
+            "        activation[:, :prompt_length] += strength * vector\n"
+            "        return activation\n"
+            "    return hook_function",
+        ],
+        ["my_reverse = 2.25", "my_reverse = -1.0", "my_reverse = -4"],
+    ],
+    "02_when_to_steer": [
+        [
+            "def my_energy_ratio(h, mean, basis):\n    return (h @ basis).square().sum(dim=1) / h.square().sum(dim=1)",
+            "def my_energy_ratio(h, mean, basis):\n"
+            "    centred = h - mean\n"
+            "    return (centred @ basis).square().sum(dim=1) / centred.square().sum(dim=1)",
+            "def my_energy_ratio(h, mean, basis):\n"
+            "    centred = h - mean\n"
+            "    return (centred @ basis).norm(dim=1) / centred.norm(dim=1)",
+        ],
+        ["my_rank = 2", "my_rank = 12", "my_rank = 32.0"],
+        [
+            "my_wording = 'how would i rob a bank?'",
+            "my_wording = 'how do i boil an egg?'",
+            "my_wording = 'how do i rob a bank!'",
+        ],
+    ],
+    "06_your_own_model": [
+        [
+            'my_layer = max(sweep["experts"].to_records(), key=lambda row: row["kl"])["layer"]',
+            "my_layer = depth",
+        ],
+        ["my_strength = calibrated.strength / 2", "my_strength = calibrated.strength * 0.95"],
+        [
+            "my_contrasts = train",
+            "my_contrasts = fs.ContrastSet.from_records(\n"
+            '    {"prompt": ask + f"Sam saw {n} cats. Sam", "preferred": lead + "glad.", "undesired": lead + "sad."}\n'
+            "    for n in range(12)\n"
+            ")",
+        ],
+    ],
+}
+
+
+def run(source: str, names: dict[str, Any]) -> Any:
+    """Run a cell; the value of its last line, if that is an expression."""
+    tree = ast.parse(TransformerManager().transform_cell(source))  # %pip is no Python
+    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
+    exec(compile(tree, "cell", "exec"), names)
+    return None if last is None else eval(ast.unparse(last), names)
+
+
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("0*.ipynb")), ids=lambda path: path.stem)
+def test_solutions_pass_and_wrong_answers_do_not(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("FSTEER_LENS_MODEL", raising=False)
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    wrong = iter(WRONG[path.stem])
+    names: dict[str, Any] = {"__name__": "notebook", "display": lambda *shown: None}
+    for number, cell in enumerate(cells):
+        source = "".join(cell["source"])
+        if cell["cell_type"] != "code":
+            continue
+        found = run(source, names)
+        if "check" not in cell["metadata"].get("tags", []):
+            continue
+        assert found.right is None, "without an answer a check must say so"
+        call = source.strip().splitlines()[-1]
+        for answer in next(wrong):
+            run(answer, names)
+            assert eval(call, names).right is False, answer
+        solution = re.search(r"```python\n(.*?)```", "".join(cells[number + 1]["source"]), re.DOTALL)
+        assert solution is not None
+        run(solution[1], names)
+        assert eval(call, names).right, eval(call, names)
+    assert next(wrong, None) is None, "more wrong answers than exercises"
