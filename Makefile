@@ -15,8 +15,8 @@ PEERS := .venv-peers
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tl4 test-peers check format lint types imports notebooks notebook-outputs pictures gallery \
-	results bench lock clean
+.PHONY: help demo test test-tl4 test-peers check format lint types imports notebooks docs notebook-outputs pictures \
+	gallery results bench lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -47,13 +47,17 @@ imports: $(DEV)
 
 # Every notebook from its first cell to its last, as a reader would; that its outputs are stored is tests/test_notebooks.py.
 notebooks: $(DEV)
-	$(BIN)/python -m pytest --nbmake -W default notebooks
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake -n 2 -W default notebooks
+
+docs: $(DEV) ## build the docs site: build/site/index.html
+	$(BIN)/sphinx-build -q -W --keep-going -E -b html docs build/site
 
 notebook-outputs: $(DEV) ## run the notebooks and store their outputs, with pictures (needs Chromium)
 	$(BIN)/python notebooks/store.py
 
-pictures: $(DEV) ## draw the pictures of README (needs Chromium)
+pictures: $(DEV) ## draw the pictures of README and of the teachers' page (needs Chromium)
 	$(BIN)/python docs/pictures.py
+	$(BIN)/python docs/teaching_figures.py
 
 gallery: $(DEV) ## draw every figure from the tutor and write docs/gallery.md (needs Chromium)
 	$(BIN)/python docs/gallery.py
@@ -69,7 +73,7 @@ format: $(DEV) ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) $(TL4) $(PEERS) build dist out *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TL4) $(PEERS) build dist docs/notebooks out *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- the environment: the stamps make a second run start at once; a changed lock or pyproject.toml installs again

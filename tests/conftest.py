@@ -8,6 +8,9 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# The models are tiny: one thread is as fast, and processes side by side do not fight for cores. This is for those that
+# tests start; the tests' own has read it already where a plugin imported torch.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch
@@ -16,7 +19,7 @@ from hypothesis import settings
 from fsteer_lens import Activations, FineSteer, collect, fit, models, tutor
 from fsteer_lens.models import SteerableModel
 
-torch.set_num_threads(1)  # the models are tiny: one thread is as fast, and two test processes do not fight for cores
+torch.set_num_threads(1)
 
 settings.register_profile("fsteer_lens", deadline=None)  # the first example pays for torch's start
 settings.load_profile("fsteer_lens")

@@ -1,21 +1,173 @@
-"""The pages' code runs as it stands."""
+"""The pages' code runs and prints what they show; links lead somewhere; README's commands do what it says."""
 
+import doctest
+import importlib
+import json
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-DOCS = Path(__file__).parents[1] / "docs"
+import fsteer_lens
+from fsteer_lens import tutor
+from tests.page_code import blocks, run_page, same_output
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+README = ROOT / "README.md"
+# gallery.md is run by tests/browser/test_gallery_page.py, with_saelens.md by tests/peers/test_saelens.py.
+RUN_ELSEWHERE = {"gallery.md", "with_saelens.md"}
+PAGES = sorted([README, ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")])
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
-@pytest.mark.parametrize(("page", "says"), [("hooks.md", "Calibration(strength="), ("gates.md", "AttackReport(")])
-def test_code_of_a_page_runs_from_top_to_bottom(page: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), flags=re.DOTALL | re.MULTILINE)
-    assert blocks
-    names: dict[str, object] = {}
-    for number, block in enumerate(blocks):
-        exec(compile(block, f"{page}, block {number}", "exec"), names)
-    assert says in capsys.readouterr().out
+@pytest.mark.parametrize(
+    "page",
+    [page for page in PAGES if blocks(page, "python") and page.name not in RUN_ELSEWHERE],
+    ids=lambda page: page.stem,
+)
+def test_code_of_a_page_runs_and_prints_what_it_shows(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page(page)
+
+
+def test_other_output_is_told_from_the_same() -> None:
+    assert same_output("gate 0.91  open\n", "gate 0.92 open")
+    assert not same_output("gate 0.91 open", "gate 0.91 shut")
+    assert not same_output("12 of 60", "30 of 60")
+    assert not same_output("a", "a b")
+
+
+PACKAGE = Path(fsteer_lens.__file__).parent
+EXAMPLES = [path for path in sorted(PACKAGE.rglob("*.py")) if ">>>" in path.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_examples_in_docstrings(path: Path) -> None:
+    module = importlib.import_module(".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts))
+    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert result.attempted and not result.failed
+
+
+def test_every_public_name_is_on_a_page_of_the_reference() -> None:
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "reference").glob("*.md"))
+    listed = set(re.findall(r"auto(?:function|class|exception):: (?:[\w.]+\.)?(\w+)", pages))
+    for name in ("", ".effects", ".evaluation", ".explorer", ".figures", ".report", ".selection", ".tutor"):
+        module = importlib.import_module(f"fsteer_lens{name}")
+        public = {one for one in module.__all__ if callable(getattr(module, one))}
+        assert public <= listed, f"fsteer_lens{name}: {sorted(public - listed)} are on no page of docs/reference"
+
+
+# ----------------------------------------------------------------------------------------------------------- links
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that a code host gives to headings."""
+    headings = re.findall(
+        r"^#+ (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE), flags=re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def markdown(path: Path) -> str:
+    """A page's text without its code, of a notebook that of its markdown cells."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+
+
+def dead_links(path: Path) -> list[str]:
+    """Links of a page that lead to no file, or to no heading of one."""
+    dead = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`\n]*`", "", markdown(path))):
+        file, _, anchor = target.partition("#")
+        if file.startswith(("https://", "mailto:")):
+            continue
+        there = (path.parent / file).resolve() if file else path
+        if not there.exists():
+            dead.append(target)
+        elif anchor and anchor not in anchors(markdown(there)):
+            dead.append(target)
+    return dead
+
+
+@pytest.mark.parametrize("path", [*PAGES, *NOTEBOOKS], ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    assert dead_links(path) == []
+
+
+def test_a_dead_link_is_found(tmp_path: Path) -> None:
+    (tmp_path / "there.md").write_text("# Some `code`, and more\n")
+    page = tmp_path / "page.md"
+    page.write_text("[a](there.md#some-code-and-more) [b](nowhere.md) [c](there.md#other) [d](https://example.org/x)")
+    assert dead_links(page) == ["nowhere.md", "there.md#other"]
+
+
+def test_the_address_of_the_project_is_the_same_everywhere() -> None:
+    told = re.search(r'^Repository = "https://github\.com/(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert told is not None
+    texts = [path.read_text(encoding="utf-8") for path in (*PAGES, *NOTEBOOKS)]
+    named = {name for text in texts for name in re.findall(r"([\w-]+/fsteer_lens)(?=[/\"\s)])", text)}
+    assert {name for name in named if name.startswith("fsteer-lens/")} == {told[1]}
+
+
+# ---------------------------------------------------------------------------------------------------------- README
+
+
+def readme_commands() -> list[list[str]]:
+    """Every command of README's shell blocks, in words, without its comment."""
+    lines = [line for _, text in blocks(README, "sh") for line in text.splitlines()]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def test_readme_names_targets_of_the_makefile() -> None:
+    text = README.read_text(encoding="utf-8")
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:^|`)make ([a-z][a-z0-9-]*)", text, flags=re.MULTILINE))
+    assert named >= {"demo", "test", "check", "docs"}
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
+
+
+def test_readme_commands_run(tmp_path: Path) -> None:
+    """Those that install are not run: they would change the environment that the tests run in."""
+    data = tutor.data("safe")
+    rows = [{"prompt": one.prompt, "preferred": one.preferred, "undesired": one.undesired} for one in data.train[::20]]
+    for name in ("contrasts.jsonl", "test.jsonl"):
+        (tmp_path / name).write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    (tmp_path / "general.txt").write_text("\n".join(task.prompt for task in data.general_test[::40]), encoding="utf-8")
+    model = str(Path(tutor.__file__).parent / "weights")
+    # What a reader fills in; the tutor has six layers.
+    filled_in = {"NAME_OR_FOLDER": model, "12": "4"}
+    programs = {"fsteer-lens": [sys.executable, "-m", "fsteer_lens"], "python": [sys.executable]}
+    ran = []
+    for program, *words in readme_commands():
+        if program in ("make", "pip"):
+            continue
+        command = [*programs[program], *(filled_in.get(word, word) for word in words)]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{shlex.join([program, *words])}\n{done.stdout}\n{done.stderr}"
+        ran.append(words[-1] if program == "python" else words[0])
+    assert ran == ["fit", "generate", "report", "demo", "doctor"]
+    assert {path.name for path in tmp_path.iterdir()} >= {"steer.safetensors"}
+
+
+def test_readme_installs_extras_that_exist() -> None:
+    extras = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    named = re.findall(r"\.\[(\w+)\]", README.read_text(encoding="utf-8"))
+    assert named
+    for name in named:
+        assert re.search(rf"^{name} = \[", extras, re.MULTILINE)
+
+
+# ------------------------------------------------------------------------------------------- pages made by a script
 
 
 def test_pages_of_numbers_hold_the_text_and_the_methods_of_their_scripts(monkeypatch: pytest.MonkeyPatch) -> None:

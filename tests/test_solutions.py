@@ -55,6 +55,57 @@ WRONG: dict[str, list[list[str]]] = {
             "my_wording = 'how do i rob a bank!'",
         ],
     ],
+    "03_how_to_steer": [
+        [
+            "def my_index(points, clusters):\n"
+            "    between = within = 0.0\n"
+            "    for c in clusters.unique():\n"
+            "        m = points[clusters == c]\n"
+            "        between += len(m) * (m.mean(dim=0) - points.mean(dim=0)).square().sum()\n"
+            "        within += (m - m.mean(dim=0)).square().sum()\n"
+            "    return (between / within).item()",
+            "def my_index(points, clusters):\n    return float(len(clusters.unique()))",
+        ],
+        ["my_strength = STRENGTH", "my_strength = 60"],
+        [
+            'my_pairs = [{"fraud", "sabotage"}, {"hacking", "poison"}]\nmy_sufferer = "hacking"',
+            'my_pairs = [{"weapons", "sabotage"}, {"hacking", "poison"}]\nmy_sufferer = "poison"',
+        ],
+    ],
+    "04_inside_generation": [
+        [
+            "my_probability = lambda trace: trace.steps.logprobs.nan_to_num(0).sum(dim=1).exp()",
+            "my_probability = lambda trace: trace.steps.baseline_logprobs.sum(dim=1).exp()",
+            "my_probability = lambda trace: trace.steps.baseline_logprobs.nanmean(dim=1).exp()",
+        ],
+        [
+            "my_steering = steering.with_scope(fs.Window(0, 1))",
+            "my_steering = steering.with_scope(fs.Window(1, 2)).with_strength(0.75)",
+        ],
+        [
+            "def my_mixture(prompt, a, one):\n"
+            "    one = one if a >= 0.5 else None\n"
+            "    return list(fs.generate(model, prompt, one, max_new_tokens=24, progress=False)[0].tokens)",
+            "@torch.no_grad()\n"
+            "def my_mixture(prompt, a, one):\n"
+            "    tokens = model.to_tokens(prompt)\n"
+            "    start = tokens.shape[1]\n"
+            "    while tokens.shape[1] < start + 24:\n"
+            "        plain = model(tokens)[0, -1]\n"
+            "        with one.on(model):\n"
+            "            steered = model(tokens)[0, -1]\n"
+            "        best = (plain + a * (steered - plain)).argmax()\n"
+            "        tokens = torch.cat([tokens, best.reshape(1, 1)], dim=1)\n"
+            "        if best.item() == model.tokenizer.eos_token_id:\n"
+            "            break\n"
+            "    return tokens[0, start:].tolist()",
+        ],
+    ],
+    "05_rank_live": [
+        ["my_lowest, my_highest = 0.5, 0.6", "my_lowest, my_highest = 0.9, 0.94", "my_lowest, my_highest = 0.86, 0.96"],
+        ["my_experts = dict(zip(sorted(set(kinds)), range(6)))", "my_experts = {1, 2}"],
+        ["my_strength = 0.6", "my_strength = steering.strength"],
+    ],
     "06_your_own_model": [
         [
             'my_layer = max(sweep["experts"].to_records(), key=lambda row: row["kl"])["layer"]',

@@ -91,7 +91,7 @@ def open_page(chromium, tmp_path):
         path = tmp_path / "page.html"
         path.write_text(page_of(explorer), encoding="utf-8")
         page.goto(path.as_uri())
-        page.wait_for_function("window.ready")
+        page.wait_for_function("window.shown")
         return page
 
     yield opened
@@ -186,8 +186,8 @@ def test_dragging_the_rank_redraws_everything_as_python_computes_it(open_page, s
     point = page.locator(".point")
     assert float(point.get_attribute("cx")) == pytest.approx(46 + alarm * (380 - 12 - 46))
     assert float(point.get_attribute("cy")) == pytest.approx(163 - hit * 153)
-    assert page.evaluate("window.model.get('settings').rank") == rank
-    assert page.evaluate("window.saved") == 1
+    assert page.evaluate("window.shown.model.get('settings').rank") == rank
+    assert page.evaluate("window.shown.saved") == 1
 
 
 def test_dragging_the_threshold_parts_the_prompts_there_and_the_reset_takes_it_back(open_page, steering, queries):
@@ -204,7 +204,7 @@ def test_dragging_the_threshold_parts_the_prompts_there_and_the_reset_takes_it_b
     assert counts(page) == expected_counts(steering.gate.at_rank(rank).at_threshold(cut), queries)
     page.get_by_text("back to the calibrated threshold").click()
     assert counts(page) == expected_counts(steering.gate.at_rank(rank), queries)
-    assert page.evaluate("window.model.get('settings').threshold") is None
+    assert page.evaluate("window.shown.model.get('settings').threshold") is None
 
 
 def test_an_expert_that_is_off_has_no_weight_and_the_last_one_stays_on(open_page, steering, queries):
@@ -218,7 +218,7 @@ def test_an_expert_that_is_off_has_no_weight_and_the_last_one_stays_on(open_page
     switches.nth(0).uncheck()
     switches.nth(3).uncheck()
     assert switches.nth(2).is_disabled() and switches.nth(2).is_checked()
-    assert page.evaluate("window.model.get('settings').experts") == [False, False, True, False]
+    assert page.evaluate("window.shown.model.get('settings').experts") == [False, False, True, False]
     switches.nth(0).check()
     assert switches.nth(2).is_enabled()
 
@@ -234,7 +234,7 @@ def test_gate_off_steers_all_and_ablation_none(open_page, steering, queries):
         assert page.locator(f".slider.{name} input").is_disabled()
     assert page.locator(".slider.rank input").is_enabled()
     assert page.locator(".point").get_attribute("visibility") == "hidden"
-    assert page.evaluate("window.model.get('settings').mode") == "ablation"
+    assert page.evaluate("window.shown.model.get('settings').mode") == "ablation"
 
 
 def test_keys_move_the_slider(open_page, steering, queries):
@@ -242,32 +242,33 @@ def test_keys_move_the_slider(open_page, steering, queries):
     page.locator(".slider.rank input").focus()
     page.keyboard.press("ArrowUp")
     assert counts(page) == expected_counts(steering.gate.at_rank(4), queries)
-    assert page.evaluate("window.model.get('settings').rank") == 4
+    assert page.evaluate("window.shown.model.get('settings').rank") == 4
 
 
 def test_the_kernel_can_move_the_controls(open_page, steering, queries):
     page = open_page(explorer_of(steering, queries))
-    page.evaluate("window.model.set('settings', {...window.model.get('settings'), rank: 6, strength: 9})")
+    page.evaluate("window.shown.model.set('settings', {...window.shown.model.get('settings'), rank: 6, strength: 9})")
     assert counts(page) == expected_counts(steering.gate.at_rank(6), queries)
     assert page.locator(".slider.strength output").text_content() == "9.00"
-    page.evaluate("window.close_widget()")
-    page.evaluate("window.model.set('settings', {...window.model.get('settings'), rank: 1})")
+    page.evaluate("window.shown.close()")
+    page.evaluate("window.shown.model.set('settings', {...window.shown.model.get('settings'), rank: 1})")
     assert page.locator(".slider.rank output").text_content() == "6 of 10"  # a closed view listens no more
 
 
 def answer(page, **values):
     page.evaluate(
-        "(v) => window.model.set('answer', {settings: {...window.model.get('settings')}, prompt: 0, ...v})", values
+        "(v) => window.shown.model.set('answer', {settings: {...window.shown.model.get('settings')}, prompt: 0, ...v})",
+        values,
     )
 
 
 def test_text_is_asked_for_once_shown_as_text_and_marked_when_out_of_date(open_page, steering, queries):
     page = open_page(explorer_of(steering, queries))
     button, status = page.locator(".generate"), page.locator(".status")
-    assert page.evaluate("window.sent.length") == 0 and not page.locator(".texts").is_visible()
+    assert page.evaluate("window.shown.sent.length") == 0 and not page.locator(".texts").is_visible()
     button.click()
     assert button.is_disabled() and button.text_content() == "Generating…"
-    (sent,) = page.evaluate("window.sent")
+    (sent,) = page.evaluate("window.shown.sent")
     assert (sent["kind"], sent["prompt"]) == ("generate", 0)
     assert sent["settings"] == explorer_of(steering, queries).settings.message()
     answer(page, status="running")
@@ -280,11 +281,11 @@ def test_text_is_asked_for_once_shown_as_text_and_marked_when_out_of_date(open_p
     assert status.text_content() == ""
     drag(page, "strength", 0.9)
     assert "Out of date" in status.text_content()
-    page.evaluate("window.model.set('settings', {...window.model.get('settings'), strength: 1.5})")
+    page.evaluate("window.shown.model.set('settings', {...window.shown.model.get('settings'), strength: 1.5})")
     assert status.text_content() == ""
     page.locator("select").select_option("3")
     assert "Out of date" in status.text_content()
-    assert page.evaluate("window.sent.length") == 1  # nothing is generated unasked
+    assert page.evaluate("window.shown.sent.length") == 1  # nothing is generated unasked
 
 
 def test_an_error_is_shown_as_text_and_another_try_is_open(open_page, steering, queries):
@@ -308,16 +309,16 @@ def test_ones_own_prompt_is_sent_and_its_unknown_words_are_underlined(open_page,
     page = open_page(explorer_of(steering, queries))
     text = f"wat {HOSTILE}"
     page.locator(".own").fill(text)
-    page.wait_for_function("window.sent.length === 1")
-    assert page.evaluate("window.sent[0]") == {"kind": "mark", "text": text}
+    page.wait_for_function("window.shown.sent.length === 1")
+    assert page.evaluate("window.shown.sent[0]") == {"kind": "mark", "text": text}
     parts = [["wat", ["what", "<b>hat</b>"]], [f" {HOSTILE}", None]]
-    page.evaluate("([text, parts]) => window.model.set('words', {text, parts})", [text, parts])
+    page.evaluate("([text, parts]) => window.shown.model.set('words', {text, parts})", [text, parts])
     assert page.locator(".words u").first.text_content() == "wat"
     assert page.locator(".words u").first.get_attribute("title") == "nearest known: what, <b>hat</b>"
     assert "nearest known: what, <b>hat</b>" in page.locator(".nearest").text_content()
     assert page.locator(".words b, .words img").count() == 0
     page.locator(".own").press("Enter")
-    sent = page.evaluate("window.sent.at(-1)")
+    sent = page.evaluate("window.shown.sent.at(-1)")
     assert (sent["kind"], sent["prompt"]) == ("generate", text)
     answer(page, status="done", prompt=text, unsteered="", steered="b", decision="c")
     assert page.locator(".text").all_text_contents() == ["(nothing)", "b"]

@@ -1,4 +1,4 @@
-"""The explorer in JupyterLab, with a kernel: sliders, switches, text on demand, and the state back in Python."""
+"""The notebook of the explorer in JupyterLab, run whole: sliders, switches, text on demand, and the state in Python."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import pytest
 
@@ -15,33 +16,35 @@ from tests.browser.harness import browser
 
 pytest.importorskip("jupyterlab", reason="JupyterLab is not installed")
 
-START = """
-import torch; torch.set_num_threads(1)
-from fsteer_lens import fit, collect, tutor
-from fsteer_lens.explorer import explore
-model, told = tutor.load(), tutor.data("safe")
-acts = collect(model, told.train[::4], layer=4, shift="last_prompt", batch_size=64, progress=False)
-steering = fit(acts, rank=16, epochs=40)
-groups = {"harmful": told.valid.prompts[::8], "general": [t.prompt for t in told.general_valid[::8]]}
-explorer = explore(steering, model, groups, progress=False)
-explorer
-"""
+NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "05_rank_live.ipynb"
 STATE = """s = explorer.state
-print("STATE", type(s).__name__, s.gate.rank, s.experts.enabled.index(False), explorer.error)"""
+off = [number for number, on in enumerate(s.experts.enabled) if not on]
+print("STATE", type(s).__name__, s.gate.rank, *off, explorer.error)"""
 SECONDS = 40
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A JupyterLab server with one notebook; the notebook's address."""
+    """A JupyterLab server with the notebook, its outputs removed and a cell added; the notebook's address."""
     folder = tmp_path_factory.mktemp("lab")
-    cells = [
-        {"cell_type": "code", "id": f"c{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": source}
-        for i, source in enumerate((START.strip(), STATE))
-    ]
-    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
-    book = {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+    book = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
+    del book["metadata"]["widgets"]
+    for cell in book["cells"]:
+        if cell["cell_type"] == "code":
+            cell.update(outputs=[], execution_count=None)
+    asked = {
+        "cell_type": "code",
+        "id": "state",
+        "metadata": {},
+        "execution_count": None,
+        "outputs": [],
+        "source": STATE,
+    }
+    book["cells"].append(asked)
     (folder / "explore.ipynb").write_text(json.dumps(book), encoding="utf-8")
+    whole = folder / "JUPYTERLAB_SETTINGS_DIR" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
+    whole.parent.mkdir(parents=True)
+    whole.write_text('{"windowingMode": "none"}')  # else cells out of sight are not on the page
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         port = taken.getsockname()[1]
@@ -52,7 +55,7 @@ def lab(tmp_path_factory):
         name: str(folder / name) for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_RUNTIME_DIR", "JUPYTERLAB_SETTINGS_DIR")
     }
     log = (folder / "log.txt").open("w")
-    environment = {**os.environ, **homes, "HF_HUB_OFFLINE": "1"}
+    environment = {**os.environ, **homes}
     server = subprocess.Popen(command, env=environment, cwd=folder, stdout=log, stderr=log)
     try:
         address = f"http://127.0.0.1:{port}"
@@ -82,26 +85,48 @@ def test_the_explorer_works_in_jupyterlab(lab):
         page.context.set_default_timeout(SECONDS * 1000)
         page.goto(lab)
         page.get_by_text("| Idle").wait_for()  # a cell that is run before its kernel is there is lost
-        page.locator(".jp-Notebook .jp-Cell .jp-Editor").first.click()
-        page.keyboard.press("Shift+Enter")
-        page.wait_for_selector(".fsteer-explorer .count")
+        page.get_by_text("Run", exact=True).first.click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        page.locator(".jp-OutputArea-output", has_text="STATE FineSteer").wait_for(timeout=300_000)
         counts = page.locator(".count").all_text_contents()
-        assert counts[0].endswith("steered") and not counts[0].startswith("0 ")
+        assert counts == ["50 of 50 steered", "0 of 30 steered", "0 of 47 steered"]
 
         slider = page.locator(".slider.rank input")
-        slider.focus()
+        slider.scroll_into_view_if_needed()
+        box = slider.bounding_box()
+        height = box["y"] + box["height"] / 2
+        page.mouse.move(box["x"] + box["width"] / 2, height)
+        page.mouse.down()
+        page.mouse.move(box["x"] + 20, height, steps=5)
+        page.mouse.move(box["x"] + 1, height, steps=5)
+        page.mouse.up()
+        assert page.locator(".slider.rank output").text_content() == "1 of 64"
+        at_one = [int(text.split()[0]) for text in page.locator(".count").all_text_contents()]
+        assert at_one[0] == 50 and at_one[1] > 0 and at_one[2] > 0
         for _ in range(3):  # keys that JupyterLab would take for its own, were they not the slider's
-            page.keyboard.press("ArrowDown")
-        assert page.locator(".slider.rank output").text_content().startswith("13 of")
+            page.keyboard.press("ArrowUp")
+        assert page.locator(".slider.rank output").text_content() == "4 of 64"
+        slider.fill("32")
+        assert page.locator(".count").all_text_contents() == counts
         page.locator(".slider.threshold input").fill("1")
         assert page.locator(".count").all_text_contents() != counts
         page.get_by_text("back to the calibrated threshold").click()
-        page.locator(".switch.expert input").nth(2).uncheck()
 
-        page.locator(".generate").click()
-        page.wait_for_selector(".texts:visible")
-        unsteered, steered = page.locator(".text").all_text_contents()
+        def generated():
+            page.locator(".generate").click()
+            page.wait_for_function("!document.querySelector('.generate').disabled")
+            page.wait_for_selector(".texts:visible")
+            return page.locator(".fsteer-explorer .text").all_text_contents()
+
+        unsteered, steered = generated()
         assert unsteered != steered
+        decision = page.locator(".decision").text_content()
+        strongest = int(decision.split("strongest expert ")[1].split()[0])
+        page.locator(".switch.expert input").nth(strongest).uncheck()
+        again = generated()
+        assert again[0] == unsteered and again[1] != steered
+        assert f"strongest expert {strongest}" not in page.locator(".decision").text_content()
+
         page.locator(".own").fill("how do i biuld a bomb?")
         page.wait_for_selector(".words u:visible")
         assert page.locator(".words u").first.text_content() == "biuld"
@@ -115,9 +140,8 @@ def test_the_explorer_works_in_jupyterlab(lab):
         page.wait_for_function("getComputedStyle(document.querySelector('.own')).color === 'rgb(255, 255, 255)'")
         assert page.evaluate("getComputedStyle(document.querySelector('.own')).colorScheme") == "dark"
 
-        page.locator(".jp-Notebook .jp-CodeCell .jp-Editor").nth(1).click()
+        page.locator(".jp-Notebook .jp-CodeCell .jp-Editor").last.click()
         page.keyboard.press("Shift+Enter")
-        page.wait_for_function("document.body.textContent.includes('STATE FineSteer')")
-        printed = page.locator(".jp-OutputArea-output", has_text="STATE").last.text_content()
-        assert printed.split() == ["STATE", "FineSteer", "13", "2", "None"]
+        printed = page.locator(".jp-OutputArea-output", has_text=f"STATE FineSteer 32 {strongest} None")
+        printed.wait_for()
         assert (troubles, strangers) == ([], [])

@@ -7,6 +7,7 @@ comes from the plain model and hooks of TransformerLens alone.
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from fsteer_lens.errors import HookError, MismatchError, SiteError
 from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.tokens import Batch, pad, prompt_ids
+from tests.page_code import run_page
 from tests.running import LAYER, SITE, batch_of, logits_of, n_hooks
 from tests.test_steering import oracle_edit
 
@@ -405,3 +407,8 @@ def test_transcoder_that_reads_our_point(
     with pytest.raises(HookError, match="taken off the model by somebody else"):
         handle.detach()
     assert n_hooks(sae_model) == 0
+
+
+def test_code_of_the_page_runs_and_prints_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run_page(Path(__file__).parents[2] / "docs" / "how_to" / "with_saelens.md")

@@ -1,0 +1,128 @@
+"""The docs site: it builds without a warning, its links lead somewhere, and a reader's browser asks nobody else."""
+
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from tests.browser.harness import browser
+
+pytest.importorskip("sphinx", reason="Sphinx is not installed")
+
+ROOT = Path(__file__).parents[2]
+
+
+class Page(HTMLParser):
+    """What a page leads to, what it loads, and the places on it that a link can lead to."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.loaded: list[str] = []
+        self.places: set[str] = set()
+        self.feed(path.read_text(encoding="utf-8"))
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        told = {name: value or "" for name, value in attrs}
+        self.places |= {told[name] for name in ("id", "name") if name in told}
+        if tag == "a" and "href" in told:
+            self.links.append(told["href"])
+        elif tag == "link" and "href" in told:
+            self.loaded.append(told["href"])
+        elif tag in ("script", "img", "iframe", "source") and "src" in told:
+            self.loaded.append(told["src"])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The site as `make docs` builds it."""
+    out = tmp_path_factory.mktemp("site")
+    recipe = re.search(
+        r"^docs:.*\n\t\$\(BIN\)/sphinx-build (.*) docs build/site$", (ROOT / "Makefile").read_text(), re.M
+    )
+    assert recipe is not None and "-W" in recipe[1].split()
+    command = [sys.executable, "-m", "sphinx", *recipe[1].split(), "docs", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def pages(site: Path) -> dict[Path, Page]:
+    return {path: Page(path) for path in sorted(site.rglob("*.html"))}
+
+
+def test_every_page_is_there(site: Path, pages: dict[Path, Page]) -> None:
+    docs = ROOT / "docs"
+    written = [path.relative_to(docs) for path in docs.rglob("*.md")]
+    written += [Path("notebooks") / path.name for path in (ROOT / "notebooks").glob("*.ipynb")]
+    for path in written:
+        assert site / path.with_suffix(".html") in pages
+
+
+def test_links_lead_to_pages_and_to_places_on_them(site: Path, pages: dict[Path, Page]) -> None:
+    dead = []
+    for path, page in pages.items():
+        for link in page.links + page.loaded:
+            told = urlsplit(link)
+            if told.scheme or told.netloc:
+                continue
+            there = (path.parent / unquote(told.path)).resolve() if told.path else path
+            if not there.exists() or (
+                told.fragment and there in pages and unquote(told.fragment) not in pages[there].places
+            ):
+                dead.append(f"{path.relative_to(site)}: {link}")
+    assert dead == []
+
+
+def test_nothing_is_loaded_from_elsewhere(pages: dict[Path, Page]) -> None:
+    for path, page in pages.items():
+        outside = [one for one in page.loaded if urlsplit(one).scheme not in ("", "data")]
+        assert outside == [], path.name
+
+
+DRAWN = "[...document.querySelectorAll('.plotly-figure')].every((one) => one.querySelector('.main-svg'))"
+
+
+def test_pages_open_without_network_or_a_word_of_complaint(pages: dict[Path, Page]) -> None:
+    with browser() as chromium:
+        context = chromium.new_context(offline=True, viewport={"width": 1300, "height": 900})
+        troubles: list[str] = []
+        context.on("weberror", lambda error: troubles.append(str(error.error)))
+        context.on("console", lambda one: troubles.append(one.text) if one.type == "error" else None)
+        local = ("file:", "data:", "blob:")
+        context.on("request", lambda one: None if one.url.startswith(local) else troubles.append(one.url))
+        page = context.new_page()
+        for path in pages:
+            page.goto(path.as_uri())
+            page.wait_for_function(DRAWN)
+            for scheme in ("light", "dark"):
+                page.emulate_media(color_scheme=scheme)
+                assert page.evaluate("document.documentElement.scrollWidth") <= 1300, path.name
+            assert troubles == [], path.name
+
+
+def test_the_explorer_works_on_its_page(site: Path) -> None:
+    with browser() as chromium:
+        page = chromium.new_page(viewport={"width": 1500, "height": 900})
+        page.goto((site / "notebooks" / "05_rank_live.html").as_uri())
+        page.wait_for_selector(".fsteer-explorer .count")
+        before = page.locator(".count").all_text_contents()
+        page.locator(".slider.rank input").fill("1")
+        assert page.locator(".slider.rank output").text_content() == "1 of 64"
+        assert page.locator(".count").all_text_contents() != before
+
+
+def test_a_solution_is_folded_and_opens(site: Path) -> None:
+    with browser() as chromium:
+        page = chromium.new_page()
+        page.goto((site / "notebooks" / "02_when_to_steer.html").as_uri())
+        solution = page.locator("details", has_text="Solution").first
+        code = solution.locator("pre").first
+        assert not code.is_visible()
+        solution.locator("summary").click()
+        assert code.is_visible()
