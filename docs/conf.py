@@ -28,6 +28,7 @@ nb_ipywidgets_js = {}  # the default asks a CDN
 # --- reference: docstrings are Google's form, with a name of the code between single backticks
 default_role = "literal"
 napoleon_use_ivar = True
+napoleon_use_param = False  # names that share a description stay together
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_default_options = {"members": True}

@@ -7,8 +7,8 @@
 
     α(h) = softmax((W_K C)ᵀ (W_Q h) / √d)      v(h) = C α(h) + U β(h)      β(h) = Linear → ReLU → Linear
 
-(FineSteer, arXiv 2604.15488, Eq. 11-14.) Trained by that loss alone the routing collapses on one expert, so our default
-adds `route_loss` times the cross-entropy of α against the clusters; `preset="paper"` is the published method.
+(FineSteer, arXiv 2604.15488, Eq. 11-14.) Trained by that loss alone the routing can collapse on few experts, so our
+default adds `route_loss` times the cross-entropy of α against the clusters; `preset="paper"` is the published method.
 """
 
 import math

@@ -423,8 +423,8 @@ def fit_gate(
         queries: activations of the queries that need intervention, at the last prompt token, [n d].
         rank: rank of the subspace whose energy ratio decides; at most (smallest training fold) − 1.
         kind: "quantile" (paper Eq. 8), "logistic" (Eq. 9) or "energy" (Eq. 15).
-        general: activations of queries to be left alone; the logistic gate needs them, the others ignore nothing:
-            giving them to another kind raises.
+        general: activations of queries to be left alone; the logistic gate needs them, and any other kind raises if
+            they are given.
         epsilon: ε of the quantile gate. The paper's value is not public; the default is what measured best on the
             tutor's valid split (docs/tutor_model_card.md).
         gamma: γ of the quantile gate, likewise.
