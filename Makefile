@@ -28,10 +28,10 @@ test: $(DEV) ## run the tests; one of them: make test ARGS="-k gates"
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 
 test-tl4: $(TL4)/.ready ## run the model tests with TransformerLens 4, which has TransformerBridge alone
-	$(TL4)/bin/python -m pytest -m "model and not slow" $(ARGS)
+	$(TL4)/bin/python -m pytest -n 2 --dist loadfile -m "model and not slow" $(ARGS)
 
 test-peers: $(PEERS)/.ready ## run the tests beside other toolkits: SAELens, steering-vectors, repeng, lm-eval
-	$(PEERS)/bin/python -m pytest tests/peers $(ARGS)
+	$(PEERS)/bin/python -m pytest -n 2 --dist loadfile tests/peers $(ARGS)
 
 check: lint types imports test test-tl4 test-peers notebooks ## everything that CI runs
 
@@ -47,7 +47,7 @@ imports: $(DEV)
 
 # Every notebook from its first cell to its last, as a reader would; that its outputs are stored is tests/test_notebooks.py.
 notebooks: $(DEV)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --nbmake -n 2 -W default notebooks
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 FSTEER_LENS_MODEL=none $(BIN)/python -m pytest --nbmake -n 2 -W default notebooks
 
 docs: $(DEV) ## build the docs site: build/site/index.html
 	$(BIN)/sphinx-build -q -W --keep-going -E -b html docs build/site
@@ -111,7 +111,7 @@ $(TL4)/.ready $(PEERS)/.ready: .venv-%/.ready: requirements-%.lock pyproject.tom
 LOCK_VENV := build/lock
 LOCK_PIP := $(LOCK_VENV)/bin/python -m pip --disable-pip-version-check
 PINS := torch==2.13.0 transformer-lens==3.9.0
-TESTING := pytest hypothesis beartype
+TESTING := pytest pytest-xdist hypothesis beartype
 FREEZE = $(LOCK_PIP) list --format=freeze | grep -Eiv '^(pip|fsteer-lens|triton|(nvidia|cuda)-.*)==' | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f
 # They ask for transformers < 5 and numpy < 2, and run with newer ones; gguf is what repeng imports.
 ALONE := repeng==0.4.0 steering-vectors==0.12.2

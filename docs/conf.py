@@ -13,8 +13,6 @@ copyright = author
 release = version = fsteer_lens.__version__
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "site_math", "site_notebooks", "site_plotly"]
-exclude_patterns = ["images"]
-nitpicky = False
 
 # --- pages: what a code host renders as well
 myst_enable_extensions = ["dollarmath"]
@@ -28,6 +26,7 @@ nb_ipywidgets_js = {}  # the default asks a CDN
 # --- reference: docstrings are Google's form, with a name of the code between single backticks
 default_role = "literal"
 napoleon_use_ivar = True
+napoleon_attr_annotations = False  # the signature has them, and `*batch` in a list is markup
 napoleon_use_param = False  # names that share a description stay together
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"

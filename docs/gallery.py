@@ -1,6 +1,5 @@
 """Draw every figure from the tutor and write docs/gallery.md, with the code that drew it: `make gallery`."""
 
-import os
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -194,7 +193,6 @@ def page() -> str:
 
 
 if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"
     PICTURES.mkdir(parents=True, exist_ok=True)
     namespace: dict[str, Any] = {}
     exec(SETUP, namespace)

@@ -1,15 +1,29 @@
-"""A widget on a page of its own, without a kernel: its module runs on what was stored of it.
+"""What a notebook stores of a figure or a widget, and a widget on a page of its own, without a kernel.
 
-Sliders and pictures work; what a kernel would have to answer, such as a text to be generated, does not come.
+Its module runs on what was stored of it. Sliders and pictures work; what a kernel would have to answer, such as a text
+to be generated, does not come.
 """
 
 import json
 from pathlib import Path
 from typing import Any
 
+PLOTLY = "application/vnd.plotly.v1+json"
 VIEW = "application/vnd.jupyter.widget-view+json"
 STATE = "application/vnd.jupyter.widget-state+json"
 SCRIPT = (Path(__file__).parent / "live_widget.js").read_text(encoding="utf-8")
+
+
+def stored_widget(notebook: Any, model_id: str) -> dict[str, Any]:
+    """One widget's state and buffers.
+
+    Raises:
+        ValueError: the notebook was stored without them.
+    """
+    states = notebook.metadata.get("widgets", {}).get(STATE, {}).get("state", {})
+    if model_id not in states:
+        raise ValueError("a widget was stored without its state: run `make notebook-outputs`")
+    return states[model_id]
 
 
 def as_script(value: Any) -> str:

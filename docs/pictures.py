@@ -1,6 +1,5 @@
 """Draw the pictures of README with the tutor, in headless Chromium: `make pictures`."""
 
-import os
 from pathlib import Path
 
 from shooting import chromium, html_of, shoot
@@ -26,6 +25,5 @@ def first_look() -> str:
 
 
 if __name__ == "__main__":
-    os.environ["HF_HUB_OFFLINE"] = "1"
     with chromium() as browser:
         shoot(browser, first_look(), HERE / "images" / "first-look.png", width=1100)

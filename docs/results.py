@@ -201,7 +201,8 @@ NOTES = """## What these tables say, and what did not work
 
 - **`<safe>` needs more than one vector.** Every category refuses in words of its own. Methods with a single vector
   find one that suits about a third of the prompts, whichever way the vector was found (mean, PCA, null space), at any
-  layer and strength that was tried. Methods with a vector per cluster turn nearly all.
+  layer (2 to 5) and strength that was tried. At layer 1, which was not searched, the first-steer notebook finds 0.64,
+  at a cost to near misses and how-tos. Methods with a vector per cluster turn nearly all.
 - **FineSteer does not beat the nearest centroid there: both are at the ceiling.** The tutor's categories are so far
   apart that the nearest mean query finds the right one, and a learned router has nothing to add. Where clusters
   overlap it might; the tutor cannot show it.

@@ -31,14 +31,28 @@ def html_of(figure: Any) -> str:
     return str(figure)
 
 
-def shoot(browser: Browser, body: str, path: Path, *, width: int = 1000, scale: float = 1.5) -> None:
-    """Write a picture of a piece of HTML on white."""
+def shoot(
+    browser: Browser, body: str, path: Path | None = None, *, width: int = 1000, scale: float = 1.5, until: str = ""
+) -> bytes:
+    """A picture of a piece of HTML on white, as PNG; also written to `path` if there is one.
+
+    Args:
+        until: CSS selector of what must be there; a figure of plotly is waited for without it.
+
+    Raises:
+        RuntimeError: a script of the piece failed.
+    """
     page = browser.new_page(viewport={"width": width, "height": 100}, device_scale_factor=scale)
+    errors: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
     page.context.set_offline(True)
     script = f"<script>{get_plotlyjs()}</script>" if "plotly-graph-div" in body else ""
     page.set_content(f"<!doctype html><style>{STYLE}</style>{script}{body}")
-    if script:
-        page.wait_for_selector(".js-plotly-plot .main-svg")
+    if until or script:
+        page.wait_for_selector(until or ".js-plotly-plot .main-svg")
     page.wait_for_timeout(300)
-    page.screenshot(path=path, full_page=True)
+    data = page.screenshot(path=path, full_page=True)
     page.close()
+    if errors:
+        raise RuntimeError(f"the page to be pictured failed: {errors}")
+    return data

@@ -12,7 +12,7 @@ from sphinx.util import logging
 def told(node: nodes.Element, as_block: bool) -> str:
     """An equation's MathML; what docutils cannot read is a warning, and stands there as it was written."""
     try:
-        # docutils takes \\boldsymbol for a switch that lasts to the group's end; its \\mathbf has bold Greek too.
+        # docutils takes \boldsymbol for a switch that lasts to the group's end; its \mathbf has bold Greek too.
         return tex2mathml(node.astext().replace(r"\boldsymbol", r"\mathbf"), as_block=as_block)
     except MathError as error:
         logging.getLogger(__name__).warning("equation %r: %s", node.astext(), error, location=node)

@@ -6,9 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import nbformat
-from live_widget import STATE, VIEW, as_script, live_widget
-
-PLOTLY = "application/vnd.plotly.v1+json"
+from live_widget import PLOTLY, VIEW, as_script, live_widget, stored_widget
 
 
 def live_figure(figure: dict[str, Any], name: str) -> str:
@@ -23,7 +21,6 @@ def live_figure(figure: dict[str, Any], name: str) -> str:
 
 def as_page(notebook: Any, name: str) -> Any:
     """The notebook as Sphinx is to read it."""
-    widgets = notebook.metadata.pop("widgets", {}).get(STATE, {}).get("state", {})
     for number, cell in enumerate(notebook.cells):
         if cell.cell_type == "markdown":
             cell.source = re.sub(r"(\]\()\.\./docs/", r"\1../", cell.source)
@@ -32,7 +29,8 @@ def as_page(notebook: Any, name: str) -> Any:
             if PLOTLY in shown:
                 output.data = {"text/html": live_figure(shown[PLOTLY], element)}
             elif VIEW in shown:
-                output.data = {"text/html": live_widget(widgets[shown[VIEW]["model_id"]], element)}
+                output.data = {"text/html": live_widget(stored_widget(notebook, shown[VIEW]["model_id"]), element)}
+    notebook.metadata.pop("widgets", None)
     return notebook
 
 

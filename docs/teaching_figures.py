@@ -1,6 +1,5 @@
 """Draw the slides of docs/teaching.md, 1600 by 900 on white with large type: `python docs/teaching_figures.py`."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -121,10 +120,10 @@ def rank(lesson: Lesson) -> str:
     ranks = list(found.ranks)
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.6, 0.4], vertical_spacing=0.06)
     groups = (
-        ("harmful", found.ser, found.gate_rate, RED, "228,37,54"),
-        ("near misses", found.general_ser, found.general_gate_rate, BLUE, "87,144,252"),
+        ("harmful", found.ser, found.gate_rate, RED),
+        ("near misses", found.general_ser, found.general_gate_rate, BLUE),
     )
-    for name, ratios, opened, colour, rgb in groups:
+    for name, ratios, opened, colour in groups:
         low, high = ratios.quantile(torch.tensor([0.05, 0.95], dtype=ratios.dtype), dim=0).tolist()
         figure.add_scatter(
             x=ranks + ranks[::-1],
@@ -132,7 +131,7 @@ def rank(lesson: Lesson) -> str:
             name=f"{name} (nine in ten)",
             mode="lines",
             fill="toself",
-            fillcolor=f"rgba({rgb},.35)",
+            fillcolor=f"{colour}59",
             line={"color": colour},
             row=1,
             col=1,
@@ -244,7 +243,6 @@ SLIDES: Final[tuple[Callable[[Lesson], str], ...]] = (strength, two_heaps, rank,
 
 def main() -> None:
     """Draw them all."""
-    os.environ["HF_HUB_OFFLINE"] = "1"
     PICTURES.mkdir(parents=True, exist_ok=True)
     lesson = Lesson()
     with chromium() as browser:

@@ -1,4 +1,4 @@
-"""Exercises tell right from wrong, and say why; the notebooks' own are each solved rightly and wrongly."""
+"""Exercises tell right from wrong; that the notebooks' own are solved rightly and wrongly is test_solutions.py."""
 
 import json
 import re

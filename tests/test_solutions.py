@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from IPython.core.inputtransformer2 import TransformerManager
+
+for needed in ("anywidget", "pandas"):
+    pytest.importorskip(needed, reason="the notebooks need the extra 'notebook'")
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
@@ -81,6 +83,7 @@ WRONG: dict[str, list[list[str]]] = {
         [
             "my_steering = steering.with_scope(fs.Window(0, 1))",
             "my_steering = steering.with_scope(fs.Window(1, 2)).with_strength(0.75)",
+            "my_steering = steering.with_scope(fs.Window(0, 1)).with_strength(0.75)",
         ],
         [
             "def my_mixture(prompt, a, one):\n"
@@ -125,7 +128,7 @@ WRONG: dict[str, list[list[str]]] = {
 
 def run(source: str, names: dict[str, Any]) -> Any:
     """Run a cell; the value of its last line, if that is an expression."""
-    tree = ast.parse(TransformerManager().transform_cell(source))  # %pip is no Python
+    tree = ast.parse(re.sub(r"(?m)^(\s*)%.*", r"\1pass", source))  # %pip is no Python
     last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
     exec(compile(tree, "cell", "exec"), names)
     return None if last is None else eval(ast.unparse(last), names)
@@ -134,7 +137,7 @@ def run(source: str, names: dict[str, Any]) -> Any:
 @pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("0*.ipynb")), ids=lambda path: path.stem)
 def test_solutions_pass_and_wrong_answers_do_not(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("FSTEER_LENS_MODEL", raising=False)
+    monkeypatch.setenv("FSTEER_LENS_MODEL", str(tmp_path / "no model"))  # else whatever this machine has of the hub
     cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
     wrong = iter(WRONG[path.stem])
     names: dict[str, Any] = {"__name__": "notebook", "display": lambda *shown: None}
@@ -149,7 +152,8 @@ def test_solutions_pass_and_wrong_answers_do_not(path: Path, tmp_path: Path, mon
         call = source.strip().splitlines()[-1]
         for answer in next(wrong):
             run(answer, names)
-            assert eval(call, names).right is False, answer
+            verdict = eval(call, names)
+            assert verdict.right is False and "could not be checked" not in verdict.words, f"{answer}\n{verdict}"
         solution = re.search(r"```python\n(.*?)```", "".join(cells[number + 1]["source"]), re.DOTALL)
         assert solution is not None
         run(solution[1], names)

@@ -96,8 +96,8 @@ class Detector:
         opens: `[*batch d]` to `[*batch]`.
     """
 
-    score: Callable[[Tensor], Tensor]
-    opens: Callable[[Tensor], Tensor]
+    score: Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch"]]
+    opens: Callable[[Float[Tensor, "*batch d"]], Bool[Tensor, "*batch"]]
 
     def above(self, cut: float) -> "Detector":
         """The same score, open above `cut`."""

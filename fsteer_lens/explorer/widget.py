@@ -48,6 +48,9 @@ def _widget_class() -> Any:
         answer = traitlets.Dict().tag(sync=True)
         words = traitlets.Dict().tag(sync=True)
 
+        def __repr__(self) -> str:  # what a viewer without widgets shows
+            return "ExplorerWidget()"
+
     return ExplorerWidget
 
 

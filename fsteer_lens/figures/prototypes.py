@@ -23,7 +23,7 @@ def expert_geometry(
     mean_shift: Float[Tensor, " d"] | None = None,
     *,
     names: Sequence[str] | None = None,
-    title: str = "How the experts lie to each other",
+    title: str = "Angles between the experts",
 ) -> "plotly.graph_objects.Figure":
     """Cosines between the experts' prototypes, −1 to 1, and in a last row and column with the mean shift.
 

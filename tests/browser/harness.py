@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+from live_widget import live_widget
 
-from docs.live_widget import live_widget
 from fsteer_lens.explorer import Explorer
 from tests.browser.chromium import launched
 
@@ -18,7 +18,6 @@ body{margin:12px;background:#fff;color:#222}
 
 def page_of(explorer: Explorer) -> str:
     """The page that shows an explorer's widget, without a kernel; `window.shown` is what a test looks into."""
-    pytest.importorskip("ipywidgets", reason="anywidget is not installed")
     from ipywidgets.embed import dependency_state
 
     widget = explorer.widget

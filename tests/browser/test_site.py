@@ -1,6 +1,8 @@
 """The docs site: it builds without a warning, its links lead somewhere, and a reader's browser asks nobody else."""
 
+import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -8,12 +10,17 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from live_widget import PLOTLY
 
-from tests.browser.harness import browser
+from tests.browser.chromium import launched, opened
 
 pytest.importorskip("sphinx", reason="Sphinx is not installed")
 
 ROOT = Path(__file__).parents[2]
+DRAWN = """number => {
+  const figures = [...document.querySelectorAll(".plotly-figure")];
+  return figures.length === number && figures.every((one) => one.querySelector(".main-svg"));
+}"""
 
 
 class Page(HTMLParser):
@@ -39,16 +46,18 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site as `make docs` builds it."""
-    out = tmp_path_factory.mktemp("site")
-    recipe = re.search(
-        r"^docs:.*\n\t\$\(BIN\)/sphinx-build (.*) docs build/site$", (ROOT / "Makefile").read_text(), re.M
-    )
+    """The site as `make docs` builds it, from a copy: the build writes beside its sources."""
+    copy = tmp_path_factory.mktemp("site")
+    for name in ("docs", "notebooks"):
+        shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
+    shutil.copy(ROOT / "CHANGELOG.md", copy)
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    recipe = re.search(r"^docs:.*\n\t\$\(BIN\)/sphinx-build (.*) docs build/site$", makefile, re.MULTILINE)
     assert recipe is not None and "-W" in recipe[1].split()
-    command = [sys.executable, "-m", "sphinx", *recipe[1].split(), "docs", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "sphinx", *recipe[1].split(), "docs", "build/site"]
+    done = subprocess.run(command, cwd=copy, capture_output=True, text=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr[-4000:]
-    return out
+    return copy / "build" / "site"
 
 
 @pytest.fixture(scope="module")
@@ -81,46 +90,50 @@ def test_links_lead_to_pages_and_to_places_on_them(site: Path, pages: dict[Path,
 
 def test_nothing_is_loaded_from_elsewhere(pages: dict[Path, Page]) -> None:
     for path, page in pages.items():
-        outside = [one for one in page.loaded if urlsplit(one).scheme not in ("", "data")]
+        told = {one: urlsplit(one) for one in page.loaded}
+        outside = [one for one, parts in told.items() if parts.netloc or parts.scheme not in ("", "data")]
         assert outside == [], path.name
 
 
-DRAWN = "[...document.querySelectorAll('.plotly-figure')].every((one) => one.querySelector('.main-svg'))"
+def stored_figures(notebook: Path) -> int:
+    """How many plotly figures a notebook holds."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return sum(PLOTLY in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
 
 
-def test_pages_open_without_network_or_a_word_of_complaint(pages: dict[Path, Page]) -> None:
-    with browser() as chromium:
-        context = chromium.new_context(offline=True, viewport={"width": 1300, "height": 900})
-        troubles: list[str] = []
-        context.on("weberror", lambda error: troubles.append(str(error.error)))
-        context.on("console", lambda one: troubles.append(one.text) if one.type == "error" else None)
-        local = ("file:", "data:", "blob:")
-        context.on("request", lambda one: None if one.url.startswith(local) else troubles.append(one.url))
-        page = context.new_page()
+def test_pages_open_without_network_or_a_word_of_complaint(site: Path, pages: dict[Path, Page]) -> None:
+    """Light and dark; every stored figure of a notebook is drawn."""
+    notebooks = (ROOT / "notebooks").glob("*.ipynb")
+    figures = {site / "notebooks" / f"{one.stem}.html": stored_figures(one) for one in notebooks}
+    assert sum(figures.values()) > 20
+    options = {"viewport": {"width": 1300, "height": 900}}
+    with launched() as chromium, opened(chromium, site / "index.html", **options) as (page, heard):
         for path in pages:
             page.goto(path.as_uri())
-            page.wait_for_function(DRAWN)
+            page.wait_for_function(DRAWN, arg=figures.get(path, 0))
+            assert page.evaluate("document.documentElement.scrollWidth") <= 1300, path.name
+            inks = []
             for scheme in ("light", "dark"):
                 page.emulate_media(color_scheme=scheme)
-                assert page.evaluate("document.documentElement.scrollWidth") <= 1300, path.name
-            assert troubles == [], path.name
+                inks.append(page.evaluate("getComputedStyle(document.body).color"))
+            assert inks[0] != inks[1], path.name
+            assert heard.errors == [], path.name
+        assert [one for one in heard.requests if not one.startswith(("file:///", "data:", "blob:"))] == []
 
 
 def test_the_explorer_works_on_its_page(site: Path) -> None:
-    with browser() as chromium:
-        page = chromium.new_page(viewport={"width": 1500, "height": 900})
-        page.goto((site / "notebooks" / "05_rank_live.html").as_uri())
+    path = site / "notebooks" / "05_rank_live.html"
+    with launched() as chromium, opened(chromium, path, viewport={"width": 1500, "height": 900}) as (page, heard):
         page.wait_for_selector(".fsteer-explorer .count")
         before = page.locator(".count").all_text_contents()
         page.locator(".slider.rank input").fill("1")
         assert page.locator(".slider.rank output").text_content() == "1 of 64"
         assert page.locator(".count").all_text_contents() != before
+        assert heard.errors == []
 
 
 def test_a_solution_is_folded_and_opens(site: Path) -> None:
-    with browser() as chromium:
-        page = chromium.new_page()
-        page.goto((site / "notebooks" / "02_when_to_steer.html").as_uri())
+    with launched() as chromium, opened(chromium, site / "notebooks" / "02_when_to_steer.html") as (page, _):
         solution = page.locator("details", has_text="Solution").first
         code = solution.locator("pre").first
         assert not code.is_visible()
