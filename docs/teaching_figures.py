@@ -21,7 +21,7 @@ OTHERS: Final = ("capital", "colour", "opposite", "sum", "howto")
 
 
 class Lesson:
-    """What the slides are drawn from: the lesson's model, myths, vector and gate."""
+    """What the slides are drawn from: the lesson's model, myths, vector and gate, and harmful requests."""
 
     def __init__(self) -> None:
         self.model = fs.tutor.load()
@@ -30,6 +30,8 @@ class Lesson:
         self.vector = fs.fit_mean_shift(self.trained, strength=1.5)
         self.steering: Any = fs.tutor.fit(self.model, "honest", activations=self.trained, progress=False)
         self.gate = self.steering.gate
+        self.safe_data = fs.tutor.data("safe")
+        self.safe: Any = fs.tutor.activations(self.model, "safe", layer=LAYER, progress=False)
 
     def read(self, items: Any) -> torch.Tensor:
         """The stream at the last token of each prompt."""
@@ -113,9 +115,8 @@ def two_heaps(lesson: Lesson) -> str:
 
 def rank(lesson: Lesson) -> str:
     """Where ratios and threshold lie at every rank, and for whom the gate opens: harmful requests and near misses."""
-    data = fs.tutor.data("safe")
-    trained = fs.tutor.activations(lesson.model, "safe", layer=LAYER, progress=False)
-    gate: Any = fs.fit_gate(trained.queries, rank=32, groups=trained.groups)
+    data = lesson.safe_data
+    gate: Any = fs.fit_gate(lesson.safe.queries, rank=32, groups=lesson.safe.groups)
     found = effects.rank_sweep(gate, lesson.read(data.valid), lesson.read(data.near_miss_valid))
     ranks = list(found.ranks)
     figure = make_subplots(rows=2, cols=1, shared_xaxes=True, row_heights=[0.6, 0.4], vertical_spacing=0.06)
@@ -190,8 +191,7 @@ def experts(lesson: Lesson) -> str:
 
 def collapse(lesson: Lesson) -> str:
     """Routing trained by the error alone, as published, and with a routing loss: harmful requests, six categories."""
-    data = fs.tutor.data("safe")
-    trained: Any = fs.tutor.activations(lesson.model, "safe", layer=LAYER, progress=False)
+    data, trained = lesson.safe_data, lesson.safe
     whole: Any = fs.tutor.fit(lesson.model, "safe", activations=trained, progress=False)
     published = whole.with_experts(fs.fit_experts(trained.queries, trained.shifts, preset="paper"))
     queries = lesson.read(data.test)

@@ -30,20 +30,22 @@ def same_output(shown: str, printed: str) -> bool:
     return all(map(as_near, re.findall(NUMBER, shown), re.findall(NUMBER, printed)))
 
 
-def run_page(page: Path) -> None:
-    """Run the page's Python from top to bottom; what stands in a text block is what was printed before it.
+def differences(page: Path) -> list[str]:
+    """Run the page's Python from top to bottom; where a text block is not what was printed before it.
 
     A page that shows something of what it prints shows all of it.
     """
     names: dict[str, object] = {}
-    printed = io.StringIO()
+    printed, found = io.StringIO(), []
     pieces = blocks(page, "python", "text")
     for number, (language, text) in enumerate(pieces):
         if language == "python":
             with contextlib.redirect_stdout(printed):
                 exec(compile(text, f"{page.name}, block {number}", "exec"), names)
             continue
-        assert same_output(text, printed.getvalue()), f"{page.name} shows\n{text}\nprinted was\n{printed.getvalue()}"
+        if not same_output(text, printed.getvalue()):
+            found.append(f"shown is\n{text}\nprinted was\n{printed.getvalue()}")
         printed = io.StringIO()
-    shows = any(language == "text" for language, _ in pieces)
-    assert not (shows and printed.getvalue()), f"{page.name} does not show\n{printed.getvalue()}"
+    if printed.getvalue() and any(language == "text" for language, _ in pieces):
+        found.append(f"not shown is\n{printed.getvalue()}")
+    return found

@@ -32,6 +32,11 @@ class Heard:
     errors: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
 
+    @property
+    def outside(self) -> list[str]:
+        """What was asked for that is neither a file nor a part of the page."""
+        return [url for url in self.requests if not url.startswith(("file:///", "data:", "blob:"))]
+
     def listen(self, page: Any) -> None:
         def dismissed(dialog: Any) -> None:
             self.errors.append(f"dialog: {dialog.message}")

@@ -19,7 +19,7 @@ from fsteer_lens.errors import HookError, MismatchError, SiteError
 from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.tokens import Batch, pad, prompt_ids
-from tests.page_code import run_page
+from tests.page_code import differences
 from tests.running import LAYER, SITE, batch_of, logits_of, n_hooks
 from tests.test_steering import oracle_edit
 
@@ -411,4 +411,4 @@ def test_transcoder_that_reads_our_point(
 
 def test_code_of_the_page_runs_and_prints_what_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    run_page(Path(__file__).parents[2] / "docs" / "how_to" / "with_saelens.md")
+    assert differences(Path(__file__).parents[2] / "docs" / "how_to" / "with_saelens.md") == []
