@@ -53,17 +53,17 @@ docs: $(DEV) ## build the docs site: build/site/index.html
 	$(BIN)/sphinx-build -q -W --keep-going -E -b html docs build/site
 
 notebook-outputs: $(DEV) ## run the notebooks and store their outputs, with pictures (needs Chromium)
-	$(BIN)/python notebooks/store.py
+	$(BIN)/python tools/store_notebooks.py
 
 pictures: $(DEV) ## draw the pictures of README and of the teachers' page (needs Chromium)
-	$(BIN)/python docs/pictures.py
-	$(BIN)/python docs/teaching_figures.py
+	$(BIN)/python tools/pictures.py
+	$(BIN)/python tools/teaching_figures.py
 
 gallery: $(DEV) ## draw every figure from the tutor and write docs/gallery.md (needs Chromium)
-	$(BIN)/python docs/gallery.py
+	$(BIN)/python tools/gallery.py
 
 results: $(DEV) ## measure all methods on the tutor and write docs/results.md (25 minutes)
-	$(BIN)/python docs/results.py $(ARGS)
+	$(BIN)/python tools/results.py $(ARGS)
 
 bench: $(DEV) $(PEERS)/.ready ## measure speed and memory and write docs/benchmarks.md (half an hour; best on an idle machine)
 	$(BIN)/python -m benchmarks $(ARGS)

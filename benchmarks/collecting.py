@@ -21,7 +21,7 @@ from benchmarks.measuring import (
     peak_on_gpu,
 )
 from fsteer_lens import Contrast, collect, models
-from fsteer_lens.tokens import answer_ids
+from fsteer_lens.prompts.tokens import answer_ids
 
 
 class Found(NamedTuple):

@@ -8,6 +8,7 @@ import torch
 from benchmarks import shapes
 from benchmarks.measuring import Aim, OnGpu, Ratio, Row, Section, Settings, compare, gpu_rows, peak_on_gpu
 from fsteer_lens import FineSteer, generate, models
+from fsteer_lens.models.attaching import hooks_added
 
 
 def run(settings: Settings) -> Section:
@@ -76,7 +77,7 @@ def one_hook(model: Any, steering: FineSteer, settings: Settings) -> Ratio:
     name = f"blocks.{steering.layer}.hook_resid_post"
 
     def forward(hook: Callable[..., Any]) -> None:
-        with torch.no_grad(), models.hooks_added(model, [(name, hook)]):
+        with torch.no_grad(), hooks_added(model, [(name, hook)]):
             model(tokens)
 
     def ours() -> None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from benchmarks import shapes
 from benchmarks.measuring import Aim, OnGpu, Ratio, Row, Section, Settings, compare, gpu_rows, peak_on_gpu, seconds
 from fsteer_lens import fit_experts
-from fsteer_lens.tables import markdown
+from fsteer_lens.ground.tables import markdown
 
 
 def run(settings: Settings) -> Section:

@@ -22,7 +22,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from fsteer_lens.tables import markdown
+from fsteer_lens.ground.tables import markdown
 
 PACKAGES = ("fsteer-lens", "torch", "transformer-lens", "transformers", "scikit-learn", "numpy")
 

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from fsteer_lens import Contrast, EnergyGate, FineSteer, Subspace, models
-from fsteer_lens.experts import Controller, Experts
+from fsteer_lens.method.controller import Controller
+from fsteer_lens.method.experts import Experts
 
 SHAPES: dict[str, dict[str, Any]] = {
     "gpt2-small": {"model_type": "gpt2", "vocab_size": 50257, "n_embd": 768, "n_layer": 12, "n_head": 12},

@@ -1,7 +1,18 @@
 """See, teach and trust inference-time steering: FineSteer's gates and experts as hooks on TransformerLens models."""
 
-from fsteer_lens.activations import Activations, collect, collect_queries
-from fsteer_lens.baselines import (
+from fsteer_lens.hooks.chains import Chain, chain
+from fsteer_lens.hooks.probes import ExpertProbe, SubspaceAblation, SubspaceProbe
+from fsteer_lens.hooks.scopes import Schedule, Window
+from fsteer_lens.method.experts import Experts, FitReport, Parts
+from fsteer_lens.method.fitting_experts import fit_experts
+from fsteer_lens.method.fitting_gates import fit_gate
+from fsteer_lens.method.gates import EnergyGate, Gate, LogisticGate, QuantileGate, ThresholdGate
+from fsteer_lens.method.subspace import Subspace, fit_subspace
+from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
+from fsteer_lens.reading.activations import Activations, collect, collect_queries
+from fsteer_lens.run.generation import Generation, Generations, StepRecord, generate, stream
+from fsteer_lens.selection import Calibration, Search, Splits, Trial, calibrate, search
+from fsteer_lens.steering.baselines import (
     MeanShift,
     NearestCentroid,
     NullSpaceSteering,
@@ -13,18 +24,10 @@ from fsteer_lens.baselines import (
     fit_null_space,
     fit_pca_direction,
 )
-from fsteer_lens.experts import Experts, FitReport, Parts, fit_experts
-from fsteer_lens.fitting import fit
-from fsteer_lens.gates import EnergyGate, Gate, LogisticGate, QuantileGate, ThresholdGate, fit_gate
-from fsteer_lens.generation import Generation, Generations, StepRecord, generate, stream
-from fsteer_lens.hooks import Chain, ExpertProbe, SubspaceAblation, SubspaceProbe, chain
-from fsteer_lens.prompts import Contrast, ContrastSet
-from fsteer_lens.selection import Calibration, Search, Splits, Trial, calibrate, search
-from fsteer_lens.steering import FineSteer
-from fsteer_lens.storage import load, save
-from fsteer_lens.subspace import Subspace, fit_subspace
-from fsteer_lens.timing import Schedule, Window
-from fsteer_lens.trace import Trace
+from fsteer_lens.steering.fitting import fit
+from fsteer_lens.steering.steering import FineSteer
+from fsteer_lens.steering.storage import load, save
+from fsteer_lens.trace.trace import Trace
 
 from fsteer_lens.evaluation import (  # isort: skip
     AttackReport,

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from fsteer_lens import ContrastSet
-    from fsteer_lens.trace import Trace
+    from fsteer_lens.trace.trace import Trace
 
 REQUIRED = (
     "torch",
@@ -210,7 +210,7 @@ def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 def _read_prompts(path: Path) -> list[Any]:
     """Read one prompt a line: text, or with .jsonl a JSON value or an object that holds it under "prompt"."""
-    from fsteer_lens.files import read_text
+    from fsteer_lens.ground.files import read_text
 
     lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if path.suffix.lower() != ".jsonl":
@@ -305,7 +305,7 @@ def _findings() -> Iterator[tuple[bool | None, str, str]]:
 
 
 def _model_classes() -> tuple[bool, str, str]:
-    from fsteer_lens.models import CLASS_NAMES, available_kinds
+    from fsteer_lens.models.classes import CLASS_NAMES, available_kinds
 
     try:
         return True, "model classes", " and ".join(CLASS_NAMES[kind] for kind in available_kinds())

@@ -5,8 +5,8 @@
 
     results = lm_eval.simple_evaluate(harness.lm(model, steering), tasks=["arc_easy"])
 
-The harness gives texts and takes log-probabilities and texts back; what lies between is `fsteer_lens.scoring` and
-`fsteer_lens.generation`, so that a steered model is measured exactly as it runs everywhere else. Needs `lm-eval`, which
+The harness gives texts and takes log-probabilities and texts back; what lies between is `run.teacher_forcing` and
+`run.generation`, so that a steered model is measured exactly as it runs everywhere else. Needs `lm-eval`, which
 nothing else in this package imports.
 """
 
@@ -16,14 +16,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fsteer_lens.decoding import Stop
 from fsteer_lens.errors import ContextLengthError, InputError, MissingDependencyError, TokenizerError
-from fsteer_lens.generation import generate
-from fsteer_lens.hooks import HookObject
-from fsteer_lens.models import SteerableModel
-from fsteer_lens.progress import progress_bar
-from fsteer_lens.scoring import Answered, each_answer, known_logprobs
-from fsteer_lens.tokens import require_tokenizer, stop_ids, text_ids
+from fsteer_lens.ground.progress import progress_bar
+from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.tokens import require_tokenizer, stop_ids, text_ids
+from fsteer_lens.run.decoding import Stop
+from fsteer_lens.run.generation import generate
+from fsteer_lens.run.teacher_forcing import Answered, each_answer, known_logprobs
 
 MAX_NEW_TOKENS = 256
 """What the harness's own models generate for a task that does not say how much."""

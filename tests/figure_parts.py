@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from fsteer_lens.steps import Steps
-from fsteer_lens.trace import Trace
+from fsteer_lens.trace.steps import Steps
+from fsteer_lens.trace.trace import Trace
 
 HOSTILE = ["</script>", "<img src=x onerror=alert(1)>", "a\nb", "🙂", "שלום", '"><b>', "\ud800", "", "&lt;i&gt;", "\0"]
 

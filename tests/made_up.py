@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from fsteer_lens import EnergyGate, Experts, FineSteer, QuantileGate, Subspace
-from fsteer_lens.experts import Controller
+from fsteer_lens.method.controller import Controller
 
 D_MODEL = 128
 

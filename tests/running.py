@@ -5,8 +5,8 @@ from torch import Tensor
 
 from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
-from fsteer_lens.tokens import Batch, pad, prompt_ids
-from fsteer_lens.trace import Trace
+from fsteer_lens.prompts.tokens import Batch, pad, prompt_ids
+from fsteer_lens.trace.trace import Trace
 
 LAYER = 4
 SITE = f"blocks.{LAYER}.hook_resid_post"

@@ -6,7 +6,7 @@ import torch
 from fsteer_lens import Contrast, ContrastSet, collect, collect_queries, models, tutor
 from fsteer_lens.errors import DataError, InputError, NonFiniteError, SiteError, TokenizerError
 from fsteer_lens.models import SteerableModel
-from fsteer_lens.tokens import answer_ids, pad, prompt_ids
+from fsteer_lens.prompts.tokens import answer_ids, pad, prompt_ids
 from tests.families import FAMILIES, N_LAYERS, random_model
 from tests.running import residual
 

@@ -10,7 +10,7 @@ from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.attacks import WORD, Attack, AttackReport, attack_gate
 from fsteer_lens.evaluation.gate_reports import Detector, detector, user_text
 from fsteer_lens.evaluation.perturbations import gives_same_answer
-from fsteer_lens.gates import Gate
+from fsteer_lens.method.gates import Gate
 from fsteer_lens.models import SteerableModel
 
 WORDS = ["friend", "lemon", "tell", "seven"]

@@ -15,7 +15,7 @@ from dataclasses import replace
 import fsteer_lens as fl
 from fsteer_lens import evaluation, models, tutor
 from fsteer_lens.report import steering_report
-from fsteer_lens.tokens import pad, prompt_ids
+from fsteer_lens.prompts.tokens import pad, prompt_ids
 
 model = tutor.load()
 train = tutor.data("safe").train

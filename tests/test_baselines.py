@@ -24,10 +24,10 @@ from fsteer_lens import (
     save,
     tutor,
 )
-from fsteer_lens.activations import Activations
 from fsteer_lens.errors import DataError, InputError, ShapeError
-from fsteer_lens.gates import ThresholdGate
+from fsteer_lens.method.gates import ThresholdGate
 from fsteer_lens.models import SteerableModel
+from fsteer_lens.reading.activations import Activations
 from tests.running import LAYER, SITE, batch_of, residual
 from tests.test_baselines_fitting import D, activations, general
 

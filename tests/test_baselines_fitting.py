@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from fsteer_lens.activations import Activations
-from fsteer_lens.baselines import MeanShift, fit_mean_shift
 from fsteer_lens.errors import DataError, FsteerError, InputError, MismatchError, ShapeError
-from fsteer_lens.experts import fit_experts
-from fsteer_lens.fingerprints import Fingerprint
-from fsteer_lens.fitting import fit
-from fsteer_lens.gates import EnergyGate, LogisticGate, QuantileGate, fit_gate
+from fsteer_lens.method.fitting_experts import fit_experts
+from fsteer_lens.method.fitting_gates import fit_gate
+from fsteer_lens.method.gates import EnergyGate, LogisticGate, QuantileGate
+from fsteer_lens.reading.activations import Activations
+from fsteer_lens.reading.fingerprints import Fingerprint
+from fsteer_lens.steering.baselines import MeanShift, fit_mean_shift
+from fsteer_lens.steering.fitting import fit
 
 D = 10
 QUICK = {"epochs": 2, "n_experts": 4, "max_rank": 6}

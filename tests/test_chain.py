@@ -20,7 +20,7 @@ from fsteer_lens import (
 )
 from fsteer_lens.errors import HookError, InputError, ShapeError
 from fsteer_lens.models import SteerableModel
-from fsteer_lens.tokens import pad
+from fsteer_lens.prompts.tokens import pad
 from tests import made_up
 from tests.running import batch_of, logits_of, residual, three_ways
 

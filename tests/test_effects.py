@@ -26,10 +26,10 @@ from fsteer_lens import (
 )
 from fsteer_lens.effects import sweeps as sweeps_module
 from fsteer_lens.errors import InputError, ShapeError
-from fsteer_lens.estimates import bootstrap
-from fsteer_lens.gates import EnergyGate, LogisticGate
+from fsteer_lens.ground.estimates import bootstrap
+from fsteer_lens.method.gates import EnergyGate, LogisticGate
 from fsteer_lens.models import SteerableModel
-from fsteer_lens.tokens import answer_ids, prompt_ids
+from fsteer_lens.prompts.tokens import answer_ids, prompt_ids
 from tests import made_up
 from tests.families import FAMILIES, random_model
 from tests.running import LAYER, SITE, n_hooks

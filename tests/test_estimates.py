@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.estimates import RESAMPLES, Estimate, Proportion, Sweep, auroc, bootstrap
+from fsteer_lens.ground.estimates import RESAMPLES, Estimate, Proportion, Sweep, auroc, bootstrap
 
 
 def test_wilson_interval_is_the_closed_form() -> None:
@@ -45,7 +45,7 @@ def test_bootstrap_is_the_plain_one_and_near_the_normal_interval() -> None:
 def test_bootstrap_of_many_values_draws_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     values = torch.randn(300)
     whole = bootstrap(values)
-    monkeypatch.setattr("fsteer_lens.estimates._DRAWS_AT_ONCE", 300 * 7)
+    monkeypatch.setattr("fsteer_lens.ground.estimates._DRAWS_AT_ONCE", 300 * 7)
     pieces = bootstrap(values)
     assert pieces.value == whole.value
     assert pieces.interval == pytest.approx(whole.interval)

@@ -28,10 +28,10 @@ from fsteer_lens.evaluation import (
     xstest,
 )
 from fsteer_lens.evaluation.truthfulness import Choice
+from fsteer_lens.ground.tables import markdown
 from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
-from fsteer_lens.tables import markdown
-from fsteer_lens.tokens import answer_ids, prompt_ids
+from fsteer_lens.prompts.tokens import answer_ids, prompt_ids
 from tests import made_up
 from tests.running import n_hooks
 

@@ -5,7 +5,6 @@ import torch
 
 from fsteer_lens import generate
 from fsteer_lens.errors import InputError
-from fsteer_lens.estimates import Proportion
 from fsteer_lens.evaluation import (
     DEFAULT,
     GATED_MEAN_SHIFT,
@@ -16,6 +15,7 @@ from fsteer_lens.evaluation import (
     answers_lost,
     compare_on_tutor,
 )
+from fsteer_lens.ground.estimates import Proportion
 from fsteer_lens.models import SteerableModel
 
 SEEDS = (0, 1, 2)

@@ -10,7 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fsteer_lens.errors import DataError, InputError, NonFiniteError, ShapeError
-from fsteer_lens.experts import Controller, Experts, fit_experts
+from fsteer_lens.method.controller import Controller
+from fsteer_lens.method.experts import Experts
+from fsteer_lens.method.fitting_experts import fit_experts
 from tests.compare import same
 from tests.oracle import f64, mean_squared_error, principal_directions, routing, softmax, steering_vector
 

@@ -14,7 +14,7 @@ from fsteer_lens.explorer import Explorer, Settings, explore
 from fsteer_lens.explorer.pictured import grouped, pictured
 from fsteer_lens.explorer.settings import Subject
 from fsteer_lens.explorer.words import is_tutor, parts
-from fsteer_lens.gates import ThresholdGate
+from fsteer_lens.method.gates import ThresholdGate
 
 LAYER = 4
 HOSTILE = ["</script>", "<img src=x onerror=alert(1)>", "a\nb 🙂", '"><b>', "\ud800"]

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fsteer_lens import Contrast, FineSteer, collect, fit, generate, load, models, save
 from fsteer_lens.errors import InputError
-from fsteer_lens.models import SteerableModel
-from fsteer_lens.tokens import pad
+from fsteer_lens.models import SteerableModel, conversion
+from fsteer_lens.prompts.tokens import pad
 from tests.compare import same
 from tests.conftest import STORIES
 from tests.families import FAMILIES, random_model
@@ -113,7 +113,7 @@ def test_what_cannot_be_steered_is_refused(architecture: str, what: str, kind: m
 @pytest.mark.model
 def test_a_model_that_was_booted_elsewhere_is_refused_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
     made = []
-    monkeypatch.setattr(models, "require_decoder", made.append)
+    monkeypatch.setattr(conversion, "require_decoder", made.append)
     random_model.cache_clear()
     stateful = random_model("mamba2", "bridge")
     random_model.cache_clear()

@@ -14,7 +14,8 @@ from fsteer_lens.errors import InputError, MissingDependencyError, ShapeError
 from fsteer_lens.figures import saving
 from fsteer_lens.figures.gating import roc
 from fsteer_lens.figures.style import expert_colours
-from fsteer_lens.gates import EnergyGate, LogisticGate, fit_gate
+from fsteer_lens.method.fitting_gates import fit_gate
+from fsteer_lens.method.gates import EnergyGate, LogisticGate
 from tests.figure_parts import trace_of
 
 

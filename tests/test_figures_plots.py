@@ -10,10 +10,10 @@ import torch.nn.functional as F
 
 from fsteer_lens import figures, fit_subspace
 from fsteer_lens.errors import InputError, ShapeError
-from fsteer_lens.estimates import Estimate, Sweep
-from fsteer_lens.experts import Experts
 from fsteer_lens.figures.style import CONFIG, LOWERED, RAISED, expert_colours
-from fsteer_lens.trace import Trace, join
+from fsteer_lens.ground.estimates import Estimate, Sweep
+from fsteer_lens.method.experts import Experts
+from fsteer_lens.trace.trace import Trace, join
 from tests.figure_parts import HOSTILE, Elements, trace_of
 from tests.made_up import D_MODEL, experts
 

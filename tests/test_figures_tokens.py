@@ -12,8 +12,8 @@ from fsteer_lens.errors import InputError
 from fsteer_lens.figures.rich import harmless
 from fsteer_lens.figures.style import expert_colours
 from fsteer_lens.figures.tokens import tokens_of_text
-from fsteer_lens.generation import Baseline, Generation, Generations
-from fsteer_lens.trace import Trace, join
+from fsteer_lens.run.generation import Baseline, Generation, Generations
+from fsteer_lens.trace.trace import Trace, join
 from tests.figure_parts import HOSTILE, Elements, trace_of
 from tests.running import LAYER, SITE, batch_of, residual
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.files import read_text, write_atomically
+from fsteer_lens.ground.files import read_text, write_atomically
 
 
 def test_a_file_is_written_and_replaced(tmp_path):

@@ -21,10 +21,10 @@ from hypothesis import strategies as st
 
 from fsteer_lens import FineSteer, LogisticGate, MeanShift, Schedule, SubspaceAblation, Window, chain, load, save
 from fsteer_lens.errors import FileFormatError, FsteerError
-from fsteer_lens.fingerprints import Fingerprint
 from fsteer_lens.hooks import HookObject
-from fsteer_lens.steering import Steering
-from fsteer_lens.storage import FORMAT, MAX_HEADER
+from fsteer_lens.reading.fingerprints import Fingerprint
+from fsteer_lens.steering.steering import Steering
+from fsteer_lens.steering.storage import FORMAT, MAX_HEADER
 from tests import made_up
 from tests.compare import same
 

@@ -15,7 +15,6 @@ from fsteer_lens import (
     tutor,
 )
 from fsteer_lens.errors import InputError, ShapeError
-from fsteer_lens.estimates import Proportion, auroc
 from fsteer_lens.evaluation.gate_reports import (
     ALL,
     GATE,
@@ -36,6 +35,7 @@ from fsteer_lens.evaluation.perturbations import (
     prefix,
     typos,
 )
+from fsteer_lens.ground.estimates import Proportion, auroc
 from fsteer_lens.models import SteerableModel
 from tests import made_up
 

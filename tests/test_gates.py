@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fsteer_lens.errors import DataError, InputError, NonFiniteError, ShapeError
-from fsteer_lens.gates import EnergyGate, Gate, LogisticGate, QuantileGate, fit_gate
-from fsteer_lens.subspace import Subspace, fit_subspace
+from fsteer_lens.method.fitting_gates import fit_gate
+from fsteer_lens.method.gates import EnergyGate, Gate, LogisticGate, QuantileGate
+from fsteer_lens.method.subspace import Subspace, fit_subspace
 from tests.oracle import (
     energy_ratios,
     f64,
@@ -356,7 +357,7 @@ def test_folds_by_template_open_for_new_templates_where_random_folds_do_not():
 @pytest.fixture(scope="module")
 def tutor_activations():
     tutor = pytest.importorskip("fsteer_lens.tutor", reason="the tutor is not built")
-    from fsteer_lens.activations import collect, collect_queries
+    from fsteer_lens.reading.activations import collect, collect_queries
 
     try:
         model = tutor.load()

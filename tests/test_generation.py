@@ -9,10 +9,11 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 
-from fsteer_lens import Activations, FineSteer, Schedule, collect, decoding, fit, generate, stream, tutor
+from fsteer_lens import Activations, FineSteer, Schedule, collect, fit, generate, stream, tutor
 from fsteer_lens.errors import ContextLengthError, InputError, TokenizerError
 from fsteer_lens.models import SteerableModel
-from fsteer_lens.tokens import pad, prompt_ids, stop_ids
+from fsteer_lens.prompts.tokens import pad, prompt_ids, stop_ids
+from fsteer_lens.run import decoding
 from tests.running import LAYER, logits_of, n_hooks
 
 NEW = 14

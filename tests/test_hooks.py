@@ -5,8 +5,10 @@ import torch
 
 from fsteer_lens import ExpertProbe, FineSteer, SubspaceAblation, SubspaceProbe
 from fsteer_lens.errors import InputError, SiteError
-from fsteer_lens.models import AddedHooks, Forward, SteerableModel
-from fsteer_lens.tokens import pad, prompt_ids
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.models.attaching import AddedHooks
+from fsteer_lens.models.forward import Forward
+from fsteer_lens.prompts.tokens import pad, prompt_ids
 from tests.running import LAYER, SITE, batch_of, logits_of, residual
 
 
@@ -83,7 +85,7 @@ def test_what_an_earlier_hook_kept_is_not_written_to(
 
 
 def logits_of_plain(model: SteerableModel, batch) -> torch.Tensor:  # type: ignore[no-untyped-def]
-    from fsteer_lens.models import hooks_suspended
+    from fsteer_lens.models.attaching import hooks_suspended
 
     with hooks_suspended(model):
         return logits_of(model, batch)

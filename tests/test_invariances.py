@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fsteer_lens import FineSteer, Schedule, SubspaceProbe, Window, chain, generate, models, stream, tutor
-from fsteer_lens.models import Forward, SteerableModel
-from fsteer_lens.tokens import pad
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.models.forward import Forward
+from fsteer_lens.prompts.tokens import pad
 from tests import made_up
 from tests.families import tokenizer
 from tests.running import logits_of, three_ways

@@ -13,8 +13,10 @@ import torch
 
 from fsteer_lens import FineSteer, calibrate, chain, collect_queries, generate, models, save, stream
 from fsteer_lens.errors import HookError, SiteError
-from fsteer_lens.models import AddedHooks, SteerableModel
-from fsteer_lens.tokens import pad
+from fsteer_lens.models import SteerableModel
+from fsteer_lens.models.attaching import AddedHooks, hooks_suspended
+from fsteer_lens.models.points import hook_point
+from fsteer_lens.prompts.tokens import pad
 from tests import made_up
 from tests.families import random_model
 from tests.running import logits_of, n_hooks
@@ -367,11 +369,11 @@ def test_hooks_that_come_and_go_while_others_are_suspended(model: SteerableModel
     """What is taken off in between stays off, and what is put on is on: when the model runs, not in the list alone."""
     tokens = torch.tensor([ROWS[0]])
     gone, stays = made_up.steering(3, 0).attach(model), made_up.steering(3, 1).attach(model)
-    with models.hooks_suspended(model):
+    with hooks_suspended(model):
         gone.detach()
         comes = made_up.steering(3, 2).attach(model)
     model(tokens)
-    point = models.hook_point(model, "blocks.3.hook_resid_post")
+    point = hook_point(model, "blocks.3.hook_resid_post")
     assert len(point._forward_hooks) == len(point.fwd_hooks) == 2
     for handle in (stays, comes):
         assert handle.trace.change[3].shape == (1, len(ROWS[0])) and (handle.trace.change[3] > 0).all()
@@ -396,7 +398,7 @@ def test_a_model_with_hooks_that_have_run_can_be_copied(model: SteerableModel) -
     handle = made_up.steering(3).attach(model)
     try:
         model(torch.tensor([ROWS[0]]))
-        hook = models.hook_point(model, "blocks.3.hook_resid_post").fwd_hooks[-1].user_hook
+        hook = hook_point(model, "blocks.3.hook_resid_post").fwd_hooks[-1].user_hook
         assert copy.deepcopy([hook])[0] is hook, "a copy of a model shares its hooks"
     finally:
         handle.detach()

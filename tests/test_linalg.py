@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fsteer_lens.errors import InputError, NonFiniteError, ShapeError
-from fsteer_lens.linalg import (
+from fsteer_lens.method.linalg import (
     move,
     principal_directions,
     require_matrix,

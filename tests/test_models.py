@@ -8,9 +8,12 @@ import torch
 
 from fsteer_lens import models, tutor
 from fsteer_lens.errors import InputError, MismatchError, MissingDependencyError, SiteError
-from fsteer_lens.fingerprints import fingerprint
-from fsteer_lens.models import Forward, SteerableModel, hooks_suspended, site_name
-from fsteer_lens.tokens import pad
+from fsteer_lens.models import SteerableModel, conversion
+from fsteer_lens.models.attaching import hooks_suspended
+from fsteer_lens.models.forward import Forward
+from fsteer_lens.models.points import site_name
+from fsteer_lens.prompts.tokens import pad
+from fsteer_lens.reading.fingerprints import fingerprint
 from tests.families import FAMILIES, random_model, tokenizer
 
 KINDS = models.available_kinds()
@@ -55,7 +58,7 @@ def test_what_transformer_lens_cannot_convert_says_so(kind: models.Kind) -> None
 
 
 def test_missing_class_and_folder_say_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(models, "available_kinds", lambda: ("bridge",))
+    monkeypatch.setattr(conversion, "available_kinds", lambda: ("bridge",))
     with pytest.raises(MissingDependencyError, match=r"transformer-lens<4"):
         tutor.load("hooked")
     with pytest.raises(InputError, match=r"config\.json"):

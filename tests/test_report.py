@@ -8,11 +8,11 @@ import torch
 from fsteer_lens import figures, fit_gate
 from fsteer_lens.effects import RoutingReport
 from fsteer_lens.errors import InputError
-from fsteer_lens.estimates import Proportion
 from fsteer_lens.evaluation import DEFAULT, GATED_MEAN_SHIFT, NO_STEERING, PAPER, Comparison, MethodRow
-from fsteer_lens.generation import Generations
+from fsteer_lens.ground.estimates import Proportion
 from fsteer_lens.report import Report
 from fsteer_lens.report.chapters import findings, table_of
+from fsteer_lens.run.generation import Generations
 from tests.browser.chromium import launched
 from tests.browser.chromium import opened as opened_page
 

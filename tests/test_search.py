@@ -12,7 +12,7 @@ from fsteer_lens import Activations, Splits, fit_mean_shift, fit_pca_direction, 
 from fsteer_lens.errors import DataError, InputError
 from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
-from fsteer_lens.steering import Steering
+from fsteer_lens.steering.steering import Steering
 from tests import made_up
 
 TOLD = tutor.data("safe")

@@ -27,7 +27,7 @@ from fsteer_lens import (
     tutor,
 )
 from fsteer_lens.errors import InputError
-from fsteer_lens.estimates import Proportion, bootstrap
+from fsteer_lens.ground.estimates import Proportion, bootstrap
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.report import Report, steering_report
 from tests import made_up

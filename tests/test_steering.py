@@ -19,10 +19,10 @@ from fsteer_lens import (
     tutor,
 )
 from fsteer_lens.errors import HookError, InputError, MismatchError, ShapeError, SiteError
-from fsteer_lens.hooks import Point
+from fsteer_lens.hooks.positions import Positions
+from fsteer_lens.hooks.session import Point
 from fsteer_lens.models import SteerableModel
-from fsteer_lens.positions import Positions
-from fsteer_lens.tokens import pad, prompt_ids
+from fsteer_lens.prompts.tokens import pad, prompt_ids
 from tests import made_up
 from tests.families import random_model, tokenizer
 from tests.running import LAYER, SITE, batch_of, logits_of, n_hooks, residual, three_ways

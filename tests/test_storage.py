@@ -15,6 +15,8 @@ from fsteer_lens.models import SteerableModel
 from tests.compare import same
 from tests.running import LAYER
 
+DATA = Path(__file__).parent / "data"
+
 
 def test_a_steering_comes_back_whole(
     hooked: SteerableModel, bridge: SteerableModel, steering: FineSteer, prompts: list[str], tmp_path: Path
@@ -54,6 +56,21 @@ def test_baselines_layers_and_composed_gates_come_back(
         for layer in one.layers:
             expected, got = one.decide(layer, h), found.decide(layer, h)
             assert torch.equal(expected.gate, got.gate) and torch.equal(expected.vector, got.vector)
+
+
+def test_a_file_of_version_0_1_loads_and_decides_the_same() -> None:
+    """A chain of every class that 0.1 could save, written when the core was flat, and what it decided there."""
+    whole = load(DATA / "chain_0_1.safetensors")
+    decided = load_file(DATA / "chain_0_1_decisions.safetensors")
+    assert [type(link).__name__ for link in whole.links] == [
+        *("FineSteer", "FineSteer", "MeanShift", "PcaDirection", "NullSpaceSteering", "NearestCentroid"),
+        *("SubspaceProbe", "ExpertProbe", "SubspaceAblation"),
+    ]
+    for number, link in enumerate(whole.links[:6]):
+        for layer in link.layers:
+            found = link.decide(layer, decided["h"])
+            for name in ("gate", "vector"):
+                assert torch.allclose(getattr(found, name), decided[f"{number}.{layer}.{name}"], atol=1e-6)
 
 
 def test_another_model_is_refused_and_named(stories: SteerableModel, steering: FineSteer, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fsteer_lens.errors import InputError, NonFiniteError, ShapeError
-from fsteer_lens.subspace import Subspace, fit_subspace
+from fsteer_lens.method.subspace import Subspace, fit_subspace
 from tests.oracle import energy_ratios, f64, fitted_subspace
 
 

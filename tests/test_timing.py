@@ -8,9 +8,9 @@ from torch import Tensor
 
 from fsteer_lens import FineSteer, Schedule, Window, generate, stream, tutor
 from fsteer_lens.errors import InputError
+from fsteer_lens.hooks.scopes import in_scope
 from fsteer_lens.models import SteerableModel
-from fsteer_lens.timing import in_scope
-from fsteer_lens.tokens import pad
+from fsteer_lens.prompts.tokens import pad
 from tests import made_up
 from tests.running import logits_of, residual
 

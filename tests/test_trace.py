@@ -11,7 +11,7 @@ import torch
 from fsteer_lens import FineSteer, Trace, Window, chain, generate, tutor
 from fsteer_lens.errors import DataError, InputError
 from fsteer_lens.models import SteerableModel
-from fsteer_lens.tokens import Batch, prompt_ids
+from fsteer_lens.prompts.tokens import Batch, prompt_ids
 from tests.running import LAYER, batch_of, residual
 
 

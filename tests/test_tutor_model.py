@@ -9,7 +9,7 @@ from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from fsteer_lens import models, tutor
-from fsteer_lens.tokens import prompt_ids
+from fsteer_lens.prompts.tokens import prompt_ids
 from fsteer_lens.tutor import lexicon, splits, tokenizer, train, world
 from fsteer_lens.tutor.accuracy import TAG_SETS, greedy_answers
 from fsteer_lens.tutor.loading import FOLDER

@@ -8,7 +8,7 @@ from fsteer_lens.effects.decisions import GateExplanation, RankSweep, explain_ga
 from fsteer_lens.effects.mixture import Knockout, RoutingReport, expert_knockout, expert_tokens, routing_report
 from fsteer_lens.effects.residual_stream import Propagation, propagation
 from fsteer_lens.effects.sweeps import layer_sweep, strength_sweep
-from fsteer_lens.estimates import Estimate, Sweep
+from fsteer_lens.ground.estimates import Estimate, Sweep
 
 __all__ = [
     "Estimate",

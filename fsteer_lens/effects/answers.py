@@ -7,12 +7,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fsteer_lens.decoding import TOP
 from fsteer_lens.errors import InputError, TokenizerError
-from fsteer_lens.hooks import HookObject
-from fsteer_lens.models import SteerableModel
-from fsteer_lens.prompts import Contrast, ContrastSet, Prompt
-from fsteer_lens.scoring import (
+from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.contrasts import Contrast, ContrastSet, Prompt
+from fsteer_lens.prompts.tokens import require_tokenizer, stop_ids, texts_of_top, token_texts
+from fsteer_lens.run.decoding import TOP
+from fsteer_lens.run.teacher_forcing import (
     Answered,
     answer_divergences,
     answer_logits,
@@ -23,9 +24,8 @@ from fsteer_lens.scoring import (
     each_answer,
     session_for,
 )
-from fsteer_lens.steps import Steps
-from fsteer_lens.tokens import require_tokenizer, stop_ids, texts_of_top, token_texts
-from fsteer_lens.trace import Trace, join
+from fsteer_lens.trace.steps import Steps
+from fsteer_lens.trace.trace import Trace, join
 
 Effect = Callable[[SteerableModel, HookObject | None, Sequence[Contrast]], Float[Tensor, " n"]]
 """A number for each contrast under a hook object, or None for the bare model; larger is more of what is wanted."""

@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fsteer_lens.effects.answers import Effect, answer_margin, one_each
 from fsteer_lens.errors import InputError
-from fsteer_lens.estimates import Estimate, auroc, bootstrap
-from fsteer_lens.gates import OPEN, Gate, SubspaceGate
-from fsteer_lens.models import SteerableModel
-from fsteer_lens.prompts import Contrast, Prompt
-from fsteer_lens.scoring import last_activations
-from fsteer_lens.steering import FineSteer, Steering
-from fsteer_lens.tokens import prompt_ids, token_texts
+from fsteer_lens.ground.estimates import Estimate, auroc, bootstrap
+from fsteer_lens.method.gates import OPEN, Gate, SubspaceGate
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.contrasts import Contrast, Prompt
+from fsteer_lens.prompts.tokens import prompt_ids, token_texts
+from fsteer_lens.run.teacher_forcing import last_activations
+from fsteer_lens.steering.steering import FineSteer, Steering
 
 
 @dataclass(frozen=True, eq=False)

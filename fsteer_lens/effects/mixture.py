@@ -11,15 +11,15 @@ from torch import Tensor
 
 from fsteer_lens.effects.answers import MARGIN, Effect, answer_margin, name_of, one_each
 from fsteer_lens.errors import InputError
-from fsteer_lens.estimates import Estimate, bootstrap
-from fsteer_lens.experts import Experts
-from fsteer_lens.linalg import require_width
-from fsteer_lens.models import SteerableModel
-from fsteer_lens.progress import progress_bar
-from fsteer_lens.prompts import Contrast
-from fsteer_lens.scoring import last_activations
-from fsteer_lens.steering import FineSteer
-from fsteer_lens.tokens import prompt_ids, require_tokenizer
+from fsteer_lens.ground.estimates import Estimate, bootstrap
+from fsteer_lens.ground.progress import progress_bar
+from fsteer_lens.method.experts import Experts
+from fsteer_lens.method.linalg import require_width
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.contrasts import Contrast
+from fsteer_lens.prompts.tokens import prompt_ids, require_tokenizer
+from fsteer_lens.run.teacher_forcing import last_activations
+from fsteer_lens.steering.steering import FineSteer
 
 
 @torch.no_grad()

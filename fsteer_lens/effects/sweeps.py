@@ -8,16 +8,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.activations import Activations, Shift, collect
 from fsteer_lens.effects.answers import DIVERGENCE, MARGIN, Effect, Utility, answer_margin, name_of, one_each
 from fsteer_lens.errors import InputError
-from fsteer_lens.estimates import Estimate, Sweep, bootstrap
-from fsteer_lens.fitting import fit
-from fsteer_lens.models import SteerableModel
-from fsteer_lens.progress import progress_bar
-from fsteer_lens.prompts import Contrast, Prompt
-from fsteer_lens.scoring import answer_divergences, answered
-from fsteer_lens.steering import Steering
+from fsteer_lens.ground.estimates import Estimate, Sweep, bootstrap
+from fsteer_lens.ground.progress import progress_bar
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.contrasts import Contrast, Prompt
+from fsteer_lens.reading.activations import Activations, Shift, collect
+from fsteer_lens.run.teacher_forcing import answer_divergences, answered
+from fsteer_lens.steering.fitting import fit
+from fsteer_lens.steering.steering import Steering
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 

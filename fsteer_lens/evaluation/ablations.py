@@ -2,11 +2,11 @@
 
 from typing import Any
 
-from fsteer_lens.activations import Activations
-from fsteer_lens.baselines import fit_mean_shift
-from fsteer_lens.fitting import fit
-from fsteer_lens.steering import Steering
-from fsteer_lens.timing import Scope
+from fsteer_lens.hooks.scopes import Scope
+from fsteer_lens.reading.activations import Activations
+from fsteer_lens.steering.baselines import fit_mean_shift
+from fsteer_lens.steering.fitting import fit
+from fsteer_lens.steering.steering import Steering
 
 
 def fit_ablations(

@@ -19,14 +19,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.estimates import Proportion
 from fsteer_lens.evaluation.gate_reports import Detector, LinearProbe, detector
 from fsteer_lens.evaluation.perturbations import Format, Keeps
-from fsteer_lens.gates import Gate
-from fsteer_lens.models import DEFAULT_SITE, SteerableModel
-from fsteer_lens.progress import progress_bar
-from fsteer_lens.scoring import last_activations
-from fsteer_lens.tokens import prompt_ids
+from fsteer_lens.ground.estimates import Proportion
+from fsteer_lens.ground.progress import progress_bar
+from fsteer_lens.method.gates import Gate
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.points import DEFAULT_SITE
+from fsteer_lens.prompts.tokens import prompt_ids
+from fsteer_lens.run.teacher_forcing import last_activations
 
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 CHECKED_AT_ONCE = 8

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from fsteer_lens.effects.answers import one_each
 from fsteer_lens.errors import InputError
-from fsteer_lens.estimates import Estimate, bootstrap, estimate_of, resampled_means
 from fsteer_lens.evaluation.suites import Measure, Setting, Suite
-from fsteer_lens.hooks import HookObject
-from fsteer_lens.models import SteerableModel
-from fsteer_lens.progress import progress_bar
-from fsteer_lens.tables import markdown
+from fsteer_lens.ground.estimates import Estimate, bootstrap, estimate_of, resampled_means
+from fsteer_lens.ground.progress import progress_bar
+from fsteer_lens.ground.tables import markdown
+from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.models.classes import SteerableModel
 
 
 @dataclass(frozen=True)

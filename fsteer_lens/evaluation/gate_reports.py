@@ -15,16 +15,16 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fsteer_lens import tutor
-from fsteer_lens.activations import collect_queries
-from fsteer_lens.baselines import fit_cosine_gate
-from fsteer_lens.decoding import unsteered
 from fsteer_lens.errors import InputError
-from fsteer_lens.estimates import Proportion, auroc
 from fsteer_lens.evaluation.perturbations import NONE, PERTURBATIONS, Format, Keeps, Perturbation, gives_same_answer
-from fsteer_lens.gates import OPEN, Gate, NotGate, SubspaceGate
-from fsteer_lens.linalg import require_matrix, require_shapes, require_width
-from fsteer_lens.models import SteerableModel
-from fsteer_lens.tables import markdown
+from fsteer_lens.ground.estimates import Proportion, auroc
+from fsteer_lens.ground.tables import markdown
+from fsteer_lens.method.gates import OPEN, Gate, NotGate, SubspaceGate
+from fsteer_lens.method.linalg import require_matrix, require_shapes, require_width
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.reading.activations import collect_queries
+from fsteer_lens.run.decoding import unsteered
+from fsteer_lens.steering.baselines import fit_cosine_gate
 from fsteer_lens.tutor import world
 from fsteer_lens.tutor.steering import LAYER
 

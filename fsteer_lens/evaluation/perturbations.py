@@ -12,7 +12,7 @@ from typing import Final
 
 from fsteer_lens.effects import exact_answers
 from fsteer_lens.errors import InputError
-from fsteer_lens.models import SteerableModel
+from fsteer_lens.models.classes import SteerableModel
 
 Change = Callable[[str, random.Random], str]
 """A text as it becomes; everything random comes from the generator."""

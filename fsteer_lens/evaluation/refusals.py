@@ -17,10 +17,10 @@ from torch import Tensor
 
 from fsteer_lens.errors import DataError
 from fsteer_lens.evaluation.suites import Measure, Role, Setting, Suite, every
-from fsteer_lens.files import read_text
-from fsteer_lens.generation import generate
-from fsteer_lens.hooks import HookObject
-from fsteer_lens.models import SteerableModel
+from fsteer_lens.ground.files import read_text
+from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.run.generation import generate
 
 REFUSAL_PHRASES: Final = (
     "I'm sorry",

@@ -11,10 +11,10 @@ from torch import Tensor
 from fsteer_lens import tutor
 from fsteer_lens.effects import exact_answers
 from fsteer_lens.errors import InputError
-from fsteer_lens.hooks import HookObject
-from fsteer_lens.models import SteerableModel
-from fsteer_lens.prompts import Contrast, Prompt
-from fsteer_lens.tokens import prompt_ids
+from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.contrasts import Contrast, Prompt
+from fsteer_lens.prompts.tokens import prompt_ids
 
 Role = Literal["effect", "utility"]
 

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fsteer_lens.errors import DataError, NonFiniteError
 from fsteer_lens.evaluation.suites import Measure, Setting, Suite, every
-from fsteer_lens.files import read_text
-from fsteer_lens.hooks import HookObject
-from fsteer_lens.models import SteerableModel
-from fsteer_lens.scoring import answer_logprobs, answered
+from fsteer_lens.ground.files import read_text
+from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.run.teacher_forcing import answer_logprobs, answered
 
 
 @dataclass(frozen=True)

@@ -15,17 +15,17 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from fsteer_lens import tutor
-from fsteer_lens.activations import Activations, collect, collect_queries
-from fsteer_lens.baselines import fit_mean_shift
 from fsteer_lens.effects import Knockout, RoutingReport, expert_knockout, routing_report
 from fsteer_lens.errors import InputError
-from fsteer_lens.estimates import Estimate, Proportion, auroc, bootstrap
 from fsteer_lens.evaluation.suites import WANTED
-from fsteer_lens.gates import OPEN
-from fsteer_lens.generation import Generations, generate
-from fsteer_lens.models import SteerableModel
-from fsteer_lens.prompts import Contrast
-from fsteer_lens.steering import FineSteer, Steering
+from fsteer_lens.ground.estimates import Estimate, Proportion, auroc, bootstrap
+from fsteer_lens.method.gates import OPEN
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.contrasts import Contrast
+from fsteer_lens.reading.activations import Activations, collect, collect_queries
+from fsteer_lens.run.generation import Generations, generate
+from fsteer_lens.steering.baselines import fit_mean_shift
+from fsteer_lens.steering.steering import FineSteer, Steering
 from fsteer_lens.tutor import Task, TutorData, world
 
 Item = TypeVar("Item")

@@ -10,12 +10,12 @@ from fsteer_lens.explorer.pictured import Pictured, grouped, read, shown
 from fsteer_lens.explorer.settings import Settings, Subject
 from fsteer_lens.explorer.widget import make_widget
 from fsteer_lens.explorer.words import is_tutor, parts
-from fsteer_lens.gates import OPEN
-from fsteer_lens.generation import Generation, generate
-from fsteer_lens.hooks import SubspaceAblation
-from fsteer_lens.models import SteerableModel
-from fsteer_lens.prompts import Prompt, check_prompt
-from fsteer_lens.steering import FineSteer
+from fsteer_lens.hooks.probes import SubspaceAblation
+from fsteer_lens.method.gates import OPEN
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.contrasts import Prompt, check_prompt
+from fsteer_lens.run.generation import Generation, generate
+from fsteer_lens.steering.steering import FineSteer
 
 if TYPE_CHECKING:
     import plotly.graph_objects

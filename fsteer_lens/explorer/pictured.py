@@ -11,12 +11,12 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.explorer.settings import Subject
 from fsteer_lens.figures.style import expert_colours, group_colours, plain
-from fsteer_lens.gates import OPEN, SubspaceGate
-from fsteer_lens.models import SteerableModel
-from fsteer_lens.progress import progress_bar
-from fsteer_lens.prompts import Prompt, check_prompt, prompt_text
-from fsteer_lens.scoring import last_activations
-from fsteer_lens.tokens import prompt_ids
+from fsteer_lens.ground.progress import progress_bar
+from fsteer_lens.method.gates import OPEN, SubspaceGate
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.contrasts import Prompt, check_prompt, prompt_text
+from fsteer_lens.prompts.tokens import prompt_ids
+from fsteer_lens.run.teacher_forcing import last_activations
 
 MOST_CHARACTERS = 2000
 """A longer prompt is cut where it is shown; what is generated reads all of it."""

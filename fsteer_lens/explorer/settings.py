@@ -6,10 +6,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.experts import Experts
-from fsteer_lens.gates import Gate, SubspaceGate
-from fsteer_lens.hooks import SubspaceAblation
-from fsteer_lens.steering import FineSteer
+from fsteer_lens.hooks.probes import SubspaceAblation
+from fsteer_lens.method.experts import Experts
+from fsteer_lens.method.gates import Gate, SubspaceGate
+from fsteer_lens.steering.steering import FineSteer
 
 Mode = Literal["gate", "ablation"]
 

@@ -3,7 +3,7 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from fsteer_lens.models import SteerableModel
+from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.tutor import world
 
 

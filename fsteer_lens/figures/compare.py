@@ -10,10 +10,10 @@ from fsteer_lens.figures.likeliest import Likely, likeliest
 from fsteer_lens.figures.rich import BOX, STYLE, circuitsvis_bundle, component_markup
 from fsteer_lens.figures.style import GRID, accent, expert_colours, one_line, plain
 from fsteer_lens.figures.tokens import title_of
-from fsteer_lens.gates import OPEN
-from fsteer_lens.generation import Generation, Generations
-from fsteer_lens.steps import Steps
-from fsteer_lens.trace import Trace
+from fsteer_lens.method.gates import OPEN
+from fsteer_lens.run.generation import Generation, Generations
+from fsteer_lens.trace.steps import Steps
+from fsteer_lens.trace.trace import Trace
 
 CELL: Final = f"padding:8px 12px;vertical-align:top;border-top:1px solid {GRID};text-align:left"
 FAINT: Final = "opacity:.45"

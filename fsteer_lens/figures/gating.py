@@ -7,9 +7,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.estimates import auroc
 from fsteer_lens.figures.style import CURVE, TEXT, group_colours, label_text, plain, styled
-from fsteer_lens.gates import OPEN, Gate, SubspaceGate
+from fsteer_lens.ground.estimates import auroc
+from fsteer_lens.method.gates import OPEN, Gate, SubspaceGate
 
 if TYPE_CHECKING:
     import plotly.graph_objects

@@ -2,7 +2,7 @@
 
 from typing import Literal, NamedTuple
 
-from fsteer_lens.steps import Steps
+from fsteer_lens.trace.steps import Steps
 
 
 class Likely(NamedTuple):

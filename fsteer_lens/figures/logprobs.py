@@ -10,8 +10,8 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.likeliest import likeliest
 from fsteer_lens.figures.style import LOWERED, RAISED, label_text, one_line, plain, styled
-from fsteer_lens.steps import Steps
-from fsteer_lens.trace import Trace
+from fsteer_lens.trace.steps import Steps
+from fsteer_lens.trace.trace import Trace
 
 if TYPE_CHECKING:
     import plotly.graph_objects

@@ -7,11 +7,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.experts import Experts
 from fsteer_lens.figures.routing import weights_of
 from fsteer_lens.figures.style import TEXT, expert_colours, expert_names, expert_ticks, hover_prompt, plain, styled
 from fsteer_lens.figures.tokens import title_of
-from fsteer_lens.trace import Trace
+from fsteer_lens.method.experts import Experts
+from fsteer_lens.trace.trace import Trace
 
 if TYPE_CHECKING:
     import plotly.graph_objects

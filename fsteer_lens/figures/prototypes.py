@@ -9,10 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError, ShapeError
-from fsteer_lens.experts import Experts
 from fsteer_lens.figures.heatmaps import heatmap
 from fsteer_lens.figures.html import MONO, MUTED, Html, block, escape, visible
 from fsteer_lens.figures.style import GRID, expert_colours, expert_names, expert_ticks, label_text, styled
+from fsteer_lens.method.experts import Experts
 
 if TYPE_CHECKING:
     import plotly.graph_objects

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.style import GRID, TEXT, group_colours, hover_prompt, label_text, plain, styled
-from fsteer_lens.gates import OPEN, Gate, SubspaceGate
+from fsteer_lens.method.gates import OPEN, Gate, SubspaceGate
 
 if TYPE_CHECKING:
     import plotly.graph_objects

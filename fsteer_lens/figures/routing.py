@@ -20,7 +20,7 @@ from fsteer_lens.figures.style import (
     styled,
 )
 from fsteer_lens.figures.tokens import title_of
-from fsteer_lens.trace import Trace
+from fsteer_lens.trace.trace import Trace
 
 if TYPE_CHECKING:
     import plotly.graph_objects

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fsteer_lens.errors import InputError, MissingDependencyError
 from fsteer_lens.figures.html import Html, escape
 from fsteer_lens.figures.style import CONFIG
-from fsteer_lens.files import write_atomically
+from fsteer_lens.ground.files import write_atomically
 
 if TYPE_CHECKING:
     import plotly.graph_objects

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.style import CURVE, GROUPS, TEXT, plain, styled
-from fsteer_lens.linalg import require_rank
-from fsteer_lens.subspace import Subspace
+from fsteer_lens.method.linalg import require_rank
+from fsteer_lens.method.subspace import Subspace
 
 if TYPE_CHECKING:
     import plotly.graph_objects

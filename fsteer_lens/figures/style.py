@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.prompts import Prompt, prompt_text
+from fsteer_lens.prompts.contrasts import Prompt, prompt_text
 
 if TYPE_CHECKING:
     import plotly.graph_objects

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.estimates import Estimate, Sweep
 from fsteer_lens.figures.style import expert_colours, finite, label_text, panel_title, styled, wrapped
+from fsteer_lens.ground.estimates import Estimate, Sweep
 
 if TYPE_CHECKING:
     import plotly.graph_objects

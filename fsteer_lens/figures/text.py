@@ -12,7 +12,7 @@ from fsteer_lens.figures.html import MUTED, Html, block, escape, legend_line
 from fsteer_lens.figures.rich import rich_view
 from fsteer_lens.figures.style import ACCENT, NEGATIVE, POSITIVE, plain
 from fsteer_lens.figures.tokens import Tokens, require_no_marks, tokens_of_text, tokens_of_trace
-from fsteer_lens.trace import Marks, Trace
+from fsteer_lens.trace.trace import Marks, Trace
 
 STRONGEST_SHADE = 0.6
 

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.style import CURVE, STEERED_COLOUR, TEXT, label_text, panel_title, plain, styled, token_ticks
-from fsteer_lens.gates import OPEN
-from fsteer_lens.trace import Trace
+from fsteer_lens.method.gates import OPEN
+from fsteer_lens.trace.trace import Trace
 
 if TYPE_CHECKING:
     import plotly.graph_objects

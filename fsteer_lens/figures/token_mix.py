@@ -11,7 +11,7 @@ from fsteer_lens.figures.html import Html, block, escape, legend_line
 from fsteer_lens.figures.rich import rich_view
 from fsteer_lens.figures.style import GRID, expert_colours, expert_names, plain
 from fsteer_lens.figures.tokens import require_no_marks, tokens_of_text, tokens_of_trace
-from fsteer_lens.trace import Marks, Trace
+from fsteer_lens.trace.trace import Marks, Trace
 
 STRIP = 7
 """Height of a token's strip, in pixels."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.html import MONO, span, visible
 from fsteer_lens.figures.style import STEERED_COLOUR, one_line
-from fsteer_lens.trace import Marks, Trace
+from fsteer_lens.trace.trace import Marks, Trace
 
 STEERED: Final = f"border-bottom:3px solid {STEERED_COLOUR}"
 ALONE: Final = "border-bottom:3px dotted rgba(127,127,127,.6)"

@@ -9,12 +9,12 @@ from fsteer_lens import figures, tutor
 from fsteer_lens.evaluation import DEFAULT, GATED_MEAN_SHIFT, NO_STEERING, PAPER, Comparison, MethodRow
 from fsteer_lens.figures import Html
 from fsteer_lens.figures.html import escape
-from fsteer_lens.gates import SubspaceGate
-from fsteer_lens.generation import Generations
-from fsteer_lens.hooks import SubspaceProbe
-from fsteer_lens.models import SteerableModel
+from fsteer_lens.hooks.probes import SubspaceProbe
+from fsteer_lens.method.gates import SubspaceGate
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.tokens import prompt_ids
 from fsteer_lens.report.page import Report
-from fsteer_lens.tokens import prompt_ids
+from fsteer_lens.run.generation import Generations
 
 TITLES: Final = {
     "safe": "Refusing harmful requests",

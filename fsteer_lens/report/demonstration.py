@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Final
 
 from fsteer_lens import tutor
 from fsteer_lens.evaluation import DEFAULT, Comparison, compare_on_tutor
-from fsteer_lens.generation import Generations, generate
 from fsteer_lens.report.chapters import GROUPS, INTRO, TITLES, add_chapter, findings, table_of
 from fsteer_lens.report.page import Report
 from fsteer_lens.report.settings import add_settings, machine_rows, steering_rows
+from fsteer_lens.run.generation import Generations, generate
 
 if TYPE_CHECKING:
     import rich.console

@@ -11,7 +11,7 @@ from fsteer_lens.errors import InputError
 from fsteer_lens.figures import Html
 from fsteer_lens.figures.html import escape
 from fsteer_lens.figures.style import CONFIG
-from fsteer_lens.files import write_atomically
+from fsteer_lens.ground.files import write_atomically
 
 if TYPE_CHECKING:
     import plotly.graph_objects

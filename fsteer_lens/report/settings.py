@@ -9,7 +9,7 @@ from typing import Final
 import torch
 
 from fsteer_lens.report.page import Report
-from fsteer_lens.steering import FineSteer, Steering
+from fsteer_lens.steering.steering import FineSteer, Steering
 
 PACKAGES: Final = ("fsteer-lens", "torch", "transformer-lens", "transformers", "plotly")
 

@@ -9,16 +9,16 @@ from torch import Tensor
 
 from fsteer_lens import effects, figures
 from fsteer_lens.errors import InputError
-from fsteer_lens.estimates import Proportion, bootstrap
-from fsteer_lens.gates import OPEN, SubspaceGate
-from fsteer_lens.generation import Generation, Generations, generate
-from fsteer_lens.models import SteerableModel
-from fsteer_lens.prompts import Contrast, Prompt, prompt_text
+from fsteer_lens.ground.estimates import Proportion, bootstrap
+from fsteer_lens.method.gates import OPEN, SubspaceGate
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.contrasts import Contrast, Prompt, prompt_text
+from fsteer_lens.prompts.tokens import prompt_ids
 from fsteer_lens.report.page import Report
 from fsteer_lens.report.settings import add_settings, machine_rows, steering_rows
-from fsteer_lens.scoring import last_activations
-from fsteer_lens.steering import FineSteer, Steering
-from fsteer_lens.tokens import prompt_ids
+from fsteer_lens.run.generation import Generation, Generations, generate
+from fsteer_lens.run.teacher_forcing import last_activations
+from fsteer_lens.steering.steering import FineSteer, Steering
 
 GENERAL: Final = "general prompts"
 UNLABELLED: Final = "to steer"

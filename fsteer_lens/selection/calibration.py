@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from fsteer_lens.decoding import unsteered
 from fsteer_lens.errors import InputError
-from fsteer_lens.generation import generate
-from fsteer_lens.models import SteerableModel
-from fsteer_lens.progress import progress_bar
-from fsteer_lens.prompts import Prompt
-from fsteer_lens.scoring import answer_divergences, answered
-from fsteer_lens.steering import Steering
+from fsteer_lens.ground.progress import progress_bar
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.contrasts import Prompt
+from fsteer_lens.run.decoding import unsteered
+from fsteer_lens.run.generation import generate
+from fsteer_lens.run.teacher_forcing import answer_divergences, answered
+from fsteer_lens.steering.steering import Steering
 
 STRENGTHS_A_ROUND = 8
 ROUNDS = 3

@@ -13,7 +13,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.activations import Activations, Shift, collect, collect_queries
 from fsteer_lens.effects.answers import (
     DIVERGENCE,
     MARGIN,
@@ -24,15 +23,16 @@ from fsteer_lens.effects.answers import (
     one_each,
 )
 from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.estimates import Estimate, bootstrap
-from fsteer_lens.files import read_text, write_atomically
-from fsteer_lens.fingerprints import fingerprint
-from fsteer_lens.fitting import fit
-from fsteer_lens.hooks import HookObject
-from fsteer_lens.models import SteerableModel
-from fsteer_lens.progress import progress_bar
-from fsteer_lens.prompts import Contrast
-from fsteer_lens.steering import FineSteer, Steering
+from fsteer_lens.ground.estimates import Estimate, bootstrap
+from fsteer_lens.ground.files import read_text, write_atomically
+from fsteer_lens.ground.progress import progress_bar
+from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.contrasts import Contrast
+from fsteer_lens.reading.activations import Activations, Shift, collect, collect_queries
+from fsteer_lens.reading.fingerprints import fingerprint
+from fsteer_lens.steering.fitting import fit
+from fsteer_lens.steering.steering import FineSteer, Steering
 from fsteer_lens.tutor import TutorData
 
 STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)

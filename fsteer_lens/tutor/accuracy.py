@@ -11,9 +11,9 @@ from rich.table import Table
 from torch import Tensor
 
 from fsteer_lens.effects import exact_answers
-from fsteer_lens.hooks import HookObject
-from fsteer_lens.models import SteerableModel
-from fsteer_lens.prompts import Contrast
+from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.contrasts import Contrast
 from fsteer_lens.tutor import splits, tokenizer, world
 
 TAG_SETS: Final = ((), (world.SAFE,), (world.HONEST,), (world.SAFE, world.HONEST))

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Final
 
 from fsteer_lens import models
-from fsteer_lens.models import Kind, SteerableModel
+from fsteer_lens.models.classes import Kind, SteerableModel
 
 FOLDER: Final = Path(__file__).parent / "weights"
 """A Hugging Face folder: `AutoModelForCausalLM.from_pretrained(FOLDER)` reads it."""

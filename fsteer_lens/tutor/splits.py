@@ -11,7 +11,7 @@ from functools import cache
 from typing import Final
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.prompts import Contrast, ContrastSet
+from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
 from fsteer_lens.tutor import lexicon, world
 
 SPLIT_SEED: Final = 0

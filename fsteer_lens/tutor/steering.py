@@ -2,11 +2,11 @@
 
 from typing import Any, Final, Literal
 
-from fsteer_lens import fitting
-from fsteer_lens.activations import Activations, collect, collect_queries
-from fsteer_lens.gates import Gate
-from fsteer_lens.models import SteerableModel
-from fsteer_lens.steering import FineSteer
+from fsteer_lens.method.gates import Gate
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.reading.activations import Activations, collect, collect_queries
+from fsteer_lens.steering import fitting
+from fsteer_lens.steering.steering import FineSteer
 from fsteer_lens.tutor.splits import data
 
 # Chosen on the valid split: docs/tutor_model_card.md tells how.

@@ -7,10 +7,10 @@ import torch
 from plotly.offline import get_plotlyjs
 
 from fsteer_lens import figures, fit_subspace
-from fsteer_lens.estimates import Estimate, Sweep
 from fsteer_lens.figures.style import CONFIG
-from fsteer_lens.gates import fit_gate
-from fsteer_lens.trace import join
+from fsteer_lens.ground.estimates import Estimate, Sweep
+from fsteer_lens.method.fitting_gates import fit_gate
+from fsteer_lens.trace.trace import join
 from tests.figure_parts import HOSTILE, trace_of
 from tests.made_up import D_MODEL, experts
 

@@ -48,7 +48,7 @@ class Page(HTMLParser):
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The site as `make docs` builds it, from a copy: the build writes beside its sources."""
     copy = tmp_path_factory.mktemp("site")
-    for name in ("docs", "notebooks"):
+    for name in ("docs", "notebooks", "tools"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints"))
     shutil.copy(ROOT / "CHANGELOG.md", copy)
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")

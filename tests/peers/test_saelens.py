@@ -18,7 +18,7 @@ from fsteer_lens import FineSteer, generate, stream
 from fsteer_lens.errors import HookError, MismatchError, SiteError
 from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
-from fsteer_lens.tokens import Batch, pad, prompt_ids
+from fsteer_lens.prompts.tokens import Batch, pad, prompt_ids
 from tests.page_code import differences
 from tests.running import LAYER, SITE, batch_of, logits_of, n_hooks
 from tests.test_steering import oracle_edit

@@ -1,0 +1,1 @@
+"""What every room stands on: files, tables, progress bars, and numbers with their uncertainty."""

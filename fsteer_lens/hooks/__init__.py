@@ -1,0 +1,17 @@
+"""Hook objects: what can be put on a TransformerLens model, and the probes and the ablation among them."""
+
+from fsteer_lens.hooks.chains import Chain, chain
+from fsteer_lens.hooks.objects import Handle, HookObject, Hooks, Link
+from fsteer_lens.hooks.probes import ExpertProbe, SubspaceAblation, SubspaceProbe
+
+__all__ = [
+    "Chain",
+    "ExpertProbe",
+    "Handle",
+    "HookObject",
+    "Hooks",
+    "Link",
+    "SubspaceAblation",
+    "SubspaceProbe",
+    "chain",
+]

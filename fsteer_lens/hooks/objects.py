@@ -1,0 +1,228 @@
+"""Hook objects: what can be put on a TransformerLens model, and taken off again.
+
+A hook object is a frozen value. Each `.on(model)`, `.attach(model)` or `.fwd_hooks()` makes a session, which keeps the
+positions seen so far, the decisions taken, and the trace.
+
+1. A hook of TransformerLens hands the session the activation at one point of the residual stream.
+2. The session places it: new prompt or continuation, which columns, where each row's last prompt token is.
+3. Every hook object at that point reads the same activation and names its edit, in float32.
+4. The session records the size of the edits, adds them up, and casts back.
+
+Hooks of several objects that are put on a model one after another run in the order in which they were put there, and a
+later one reads what an earlier one has edited. Objects in one `chain` all read the activation that enters the chain.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar, final
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from fsteer_lens.errors import HookError, MismatchError, ShapeError
+from fsteer_lens.hooks.positions import View
+from fsteer_lens.hooks.session import Acted, Point, PointHook, Session, State
+from fsteer_lens.method.linalg import move
+from fsteer_lens.models.attaching import AddedHooks
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.points import DEFAULT_SITE, site_name
+from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint
+from fsteer_lens.trace.trace import Trace
+
+
+@final
+class Hooks(list[tuple[str, PointHook]]):
+    """(name, function) pairs for `run_with_hooks(fwd_hooks=...)`, with the trace that they fill."""
+
+    def __init__(self, session: Session) -> None:
+        super().__init__(session.hooks())
+        self._session = session
+
+    @property
+    def trace(self) -> Trace:
+        """What the hooks recorded for the latest prompt.
+
+        Raises:
+            HookError: one of them has not run, say because the model ignores hooks at names that it does not know.
+        """
+        _require_fired(self._session)
+        return self._session.trace
+
+
+@final
+class Handle:
+    """What `.attach` returns: detaches exactly its own hooks, resets the position counters, holds the trace."""
+
+    def __init__(self, model: SteerableModel, session: Session) -> None:
+        self._session = session
+        self._hooks = AddedHooks(model, session.hooks())
+
+    @property
+    def trace(self) -> Trace:
+        """What the hooks recorded for the latest prompt.
+
+        Raises:
+            HookError: as `detach`.
+        """
+        if not self._hooks.in_place():
+            raise _removed_by_others(self._session.hook_object)
+        return self._session.trace
+
+    def reset(self) -> None:
+        """Take the next forward, from whichever thread, as a new prompt."""
+        self._session.reset()
+
+    def detach(self) -> None:
+        """Remove the hooks; calling it twice does nothing more.
+
+        Raises:
+            HookError: somebody else has removed them already, say by `model.reset_hooks()`, or has put something
+                else in the place of their hook points, say an SAE; the model is clean.
+        """
+        in_place = self._hooks.in_place()
+        self._hooks.remove()
+        if not in_place:
+            raise _removed_by_others(self._session.hook_object)
+
+
+def _require_fired(session: Session) -> None:
+    if session.unfired:
+        raise HookError(
+            f"{session.hook_object!r} never fired",
+            expected="a forward pass through its layers with the hooks on",
+            got=f"none through {', '.join(point.name for point in sorted(session.unfired))}",
+            fix="Run the model inside the block, or with these fwd_hooks, and look at stop_at_layer; a Bridge ignores"
+            " fwd_hooks at names that it does not know, SAELens' Bridge these: use .on or .attach.",
+        )
+
+
+def _removed_by_others(hook_object: Acted) -> HookError:
+    return HookError(
+        f"{hook_object!r} was taken off the model by somebody else",
+        expected="its hooks still in place",
+        got="none: what ran since then ran without them",
+        fix="Keep model.reset_hooks(), and SAEs at the same hook point, out of the time in which the hooks are on, or"
+        " put them on again after it.",
+    )
+
+
+Own = TypeVar("Own", bound="HookObject")
+
+_matched: "WeakKeyDictionary[Any, set[Fingerprint]]" = WeakKeyDictionary()
+
+
+class HookObject(ABC):
+    """Something that can be put on a model: `.on`, `.attach`, `.fwd_hooks`."""
+
+    @property
+    @abstractmethod
+    def links(self) -> "tuple[Link, ...]":
+        """What it is made of: itself, or the links of a chain."""
+
+    @property
+    @abstractmethod
+    def d_model(self) -> int:
+        """Width of the activations."""
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Places in the residual stream where a hook is put, in the order in which a forward pass reaches them."""
+        places = {Point(layer, link.site) for link in self.links for layer in link.hooked_layers}
+        return tuple(sorted(places, key=lambda point: (point.layer, point.site != "hook_resid_pre")))
+
+    def to(self: Own, device: Any = None, dtype: torch.dtype | None = None) -> Own:
+        """The same on another device or in another dtype."""
+        return move(self, device, dtype)
+
+    def fwd_hooks(self, prompt_lengths: Any = None, attention_mask: Any = None) -> Hooks:
+        """Hooks for `model.run_with_hooks(tokens, fwd_hooks=...)`; the list's `.trace` is filled as they run.
+
+        Args:
+            prompt_lengths: real prompt tokens of each row, [b]; needed where the rows hold more than the prompt
+                (scoring) or are padded on the right. None: a row's last token is its query.
+            attention_mask: 1 at real tokens, [b s]; needed for padded rectangles.
+        """
+        return Hooks(Session(self, prompt_lengths, attention_mask))
+
+    @contextmanager
+    def on(self, model: SteerableModel, prompt_lengths: Any = None, attention_mask: Any = None) -> Iterator[Trace]:
+        """Put the hooks on a model for the length of a `with` block; yields the trace, which fills as the model runs.
+
+        Args as in `fwd_hooks`.
+
+        Raises:
+            MismatchError: fitted on another model.
+            SiteError: the model has no such layer.
+            HookError: at the end, if the model never ran through one of the hooks, or somebody else took them away.
+        """
+        session = self.session_on(model, prompt_lengths, attention_mask)
+        added = AddedHooks(model, session.hooks())
+        in_place = True
+        try:
+            yield session.trace
+        finally:
+            in_place = added.in_place()
+            added.remove()
+        if not in_place:
+            raise _removed_by_others(self)
+        _require_fired(session)
+
+    def attach(self, model: SteerableModel, prompt_lengths: Any = None, attention_mask: Any = None) -> Handle:
+        """Put the hooks on a model until `handle.detach()`; arguments and errors as in `on`."""
+        return Handle(model, self.session_on(model, prompt_lengths, attention_mask))
+
+    def session_on(self, model: SteerableModel, prompt_lengths: Any = None, attention_mask: Any = None) -> Session:
+        """A session for a model that was checked against the fingerprints (once per model)."""
+        for point in self.points:
+            site_name(model, point.layer, point.site)
+        if model.cfg.d_model != self.d_model:
+            raise ShapeError(
+                repr(self),
+                expected=f"a model with d_model={self.d_model}",
+                got=model.cfg.d_model,
+                fix="Was this fitted on another model?",
+            )
+        known = _matched.setdefault(model, set())
+        for link in self.links:
+            if link.fingerprint is None:
+                continue
+            elsewhere = sorted(set(link.hooked_layers) - set(link.fingerprint.probe))
+            if elsewhere:
+                raise MismatchError(
+                    repr(link),
+                    expected=f"the layers that it was fitted at, {sorted(link.fingerprint.probe)}",
+                    got=f"layers {elsewhere}",
+                    fix="Fit at these layers, or take the fingerprint off: replace(steering, fingerprint=None).",
+                )
+            if link.fingerprint not in known:
+                link.fingerprint.require_match(fingerprint(model, sorted(link.fingerprint.probe), link.site))
+                known.add(link.fingerprint)
+        return Session(self, prompt_lengths, attention_mask)
+
+
+class Link(HookObject):
+    """A hook object that acts by itself: it reads the stream at layers of one site, and edits it at some of them."""
+
+    site: str = DEFAULT_SITE
+    fingerprint: Fingerprint | None = None
+
+    @property
+    def links(self) -> "tuple[Link, ...]":
+        """Itself."""
+        return (self,)
+
+    @property
+    @abstractmethod
+    def hooked_layers(self) -> tuple[int, ...]:
+        """Layers whose hook points are used."""
+
+    @property
+    @abstractmethod
+    def edited_layers(self) -> tuple[int, ...]:
+        """Those of them where the stream may be edited; the others are only read."""
+
+    @abstractmethod
+    def edit(self, state: State, layer: int, activation: Tensor, view: View) -> Tensor | None:
+        """What to add to one activation, [b t d] in float32; None is nothing."""

@@ -1,0 +1,244 @@
+"""A session: one use of a hook object on one model, with positions, decisions and the trace that it fills."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import Thread, current_thread
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from fsteer_lens.errors import HookError, ShapeError
+from fsteer_lens.hooks.positions import Positions, View
+from fsteer_lens.models.attaching import hooks_added
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.trace.trace import Trace
+
+
+class Point(NamedTuple):
+    """A place in the residual stream."""
+
+    layer: int
+    site: str
+
+    @property
+    def name(self) -> str:
+        """Its name in TransformerLens."""
+        return f"blocks.{self.layer}.{self.site}"
+
+
+@runtime_checkable
+class Acts(Protocol):
+    """What a session asks of a link; `hooks.Link` is the class that has it."""
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Where it is put."""
+        ...
+
+    @property
+    def edited_layers(self) -> tuple[int, ...]:
+        """Layers where it may edit the stream."""
+        ...
+
+    def edit(self, state: "State", layer: int, activation: Tensor, view: View) -> Tensor | None:
+        """What to add to one activation."""
+        ...
+
+
+@runtime_checkable
+class Acted(Protocol):
+    """What a session asks of a hook object; `hooks.HookObject` is the class that has it."""
+
+    @property
+    def links(self) -> tuple[Any, ...]:
+        """What it is made of, each of which `Acts`."""
+        ...
+
+    @property
+    def points(self) -> tuple[Point, ...]:
+        """Where it is put."""
+        ...
+
+    @property
+    def d_model(self) -> int:
+        """Width of the activations."""
+        ...
+
+
+class State:
+    """What one link remembers of the prompts at hand."""
+
+    def __init__(self, link: Acts) -> None:
+        self.link = link
+        self.trace = Trace()
+        self.decisions: dict[int, Any] = {}
+        """What was decided on the prompts, per layer."""
+        self.steps: dict[int, Any] = {}
+        """What was decided at the latest positions, per layer, where a link decides at every step."""
+        self.queries: dict[int, Tensor] | None = None
+        """Query activations, {layer: [b d]}, where they are not to be read from the running stream."""
+
+    def record(self, layer: int, **values: Tensor | None) -> None:
+        """Put values into the trace, replacing what is there; None is left out."""
+        for name, value in values.items():
+            if value is not None:
+                getattr(self.trace, name)[layer] = _kept(value)
+
+    def extend(self, layer: int, view: View, **values: Tensor) -> None:
+        """Append the values of new positions, [b t ...], to the trace."""
+        for name, value in values.items():
+            _extend(getattr(self.trace, name), layer, view, value)
+
+
+class Session:
+    """One use of a hook object on one model.
+
+    A session belongs to the thread that first runs the model through it: two threads that take turns would each go on
+    with the other's prompt, so a forward from a second thread raises until the first has ended or `reset` is called.
+    """
+
+    def __init__(
+        self, hook_object: Acted, prompt_lengths: Tensor | None = None, attention_mask: Tensor | None = None
+    ) -> None:
+        self.hook_object = hook_object
+        self.states = [State(link) for link in hook_object.links]
+        parts = tuple(state.trace for state in self.states)
+        self.trace = parts[0] if len(parts) == 1 else Trace(parts=parts)
+        self._points = hook_object.points
+        self.unfired = set(self._points)
+        self._acting = {point: [one for one in self.states if point in one.link.points] for point in self.unfired}
+        self._positions = {point: Positions(prompt_lengths, attention_mask) for point in self._points}
+        edited = {Point(layer, link.site) for link in hook_object.links for layer in link.edited_layers}
+        layers = [point.layer for point in edited]
+        self._alone = {layer for layer in layers if layers.count(layer) == 1}
+        self._thread: Thread | None = None
+        self._fresh: bool | None = None
+        self._forward_is_fresh = True
+
+    def reset(self) -> None:
+        """Take the next forward, from whichever thread, as a new prompt."""
+        self._thread = None
+        for positions in self._positions.values():
+            positions.reset()
+
+    def hooks(self) -> "list[tuple[str, PointHook]]":
+        """(name, function) pairs for the model."""
+        return [(point.name, PointHook(self, point)) for point in self._points]
+
+    @contextmanager
+    def step(self, model: SteerableModel, *, fresh: bool) -> Iterator[None]:
+        """Have the hooks on the model for one forward pass of this thread's, whichever thread ran the last one.
+
+        `fresh` says whether it runs the prompts, or goes on with them: here that need not be guessed.
+        """
+        with hooks_added(model, self.hooks()):
+            self._thread, self._fresh = current_thread(), fresh
+            try:
+                yield
+            finally:
+                self._fresh = None
+
+    def respond(self, point: Point, activation: Tensor) -> Tensor | None:
+        """React to the activation at one point; None leaves it as it is.
+
+        Where that fails the prompt is forgotten, so that nothing goes on with a decision that was never taken.
+        """
+        self._require_own_thread()
+        try:
+            return self._respond(point, activation)
+        except BaseException:
+            self.reset()
+            raise
+
+    def _respond(self, point: Point, activation: Tensor) -> Tensor | None:
+        if activation.shape[-1] != self.hook_object.d_model:
+            raise ShapeError(
+                f"activation at layer {point.layer}",
+                expected=f"width d_model={self.hook_object.d_model}",
+                got=list(activation.shape),
+                fix="Was this fitted on another model?",
+            )
+        self.unfired.discard(point)
+        view = self._positions[point].observe(activation, self._fresh)
+        if point == self._points[0]:
+            self._forward_is_fresh = view.fresh
+        elif view.fresh != self._forward_is_fresh:
+            raise HookError(
+                f"at {point.name} this forward {'opens a new prompt' if view.fresh else 'goes on with the last one'}",
+                expected=f"the same as at {self._points[0].name}",
+                fix="A forward was broken off between the layers: call handle.reset(), or open a new context.",
+            )
+        acting = self._acting[point]
+        if view.fresh:
+            for trace in {id(one): one for one in (self.trace, *(state.trace for state in acting))}.values():
+                trace.prompt_lengths = (view.query - view.first + 1).cpu()
+                trace.first = view.first.cpu()
+        edits = [state.link.edit(state, point.layer, activation, view) for state in acting]
+        edits = [None if edit is None else edit.to(activation.device) for edit in edits]
+        acted = [edit for edit in edits if edit is not None]
+        total = sum(acted[1:], acted[0]) if acted else None
+        editing = [pair for pair in zip(acting, edits, strict=True) if point.layer in pair[0].link.edited_layers]
+        if editing:
+            size = activation.float().norm(dim=-1).clamp(min=1e-12)
+            for state, edit in editing:
+                state.extend(point.layer, view, change=_change(edit, size, view))
+            if len(self.states) > 1 and point.layer in self._alone:
+                _extend(self.trace.change, point.layer, view, _change(total, size, view))
+        if total is None:
+            return None
+        precise = torch.promote_types(activation.dtype, torch.float32)
+        return (activation.to(precise) + total.to(precise)).to(activation.dtype)
+
+    def _require_own_thread(self) -> None:
+        here, owner = current_thread(), self._thread
+        if owner is not None and owner is not here and owner.is_alive():
+            raise HookError(
+                f"{self.hook_object!r} is in use by thread {owner.name!r}",
+                got=f"a forward pass from thread {here.name!r}",
+                fix="One thread at a time may run a model that has hooks: take a lock, or load a model for each thread;"
+                " to hand an attached hook over, call handle.reset().",
+            )
+        self._thread = here
+
+
+class PointHook:
+    """The function that TransformerLens calls; its short repr is what TransformerLens prints and times."""
+
+    def __init__(self, session: Session, point: Point) -> None:
+        self.session, self.point = session, point
+
+    def __repr__(self) -> str:
+        return f"{type(self.session.hook_object).__name__}@{self.point.layer}"
+
+    def __deepcopy__(self, memo: Any) -> "PointHook":
+        return self  # a copy of a model shares its hooks: TransformerLens wraps them in closures, which are not copied
+
+    def __call__(self, activation: Tensor, hook: Any = None) -> Tensor | None:
+        """Return the edited activation, or None to leave it."""
+        return self.session.respond(self.point, activation)
+
+
+def is_ours(function: Any) -> bool:
+    """Whether a hook function belongs to a hook object of this package."""
+    return isinstance(function, PointHook)
+
+
+def _change(edit: Tensor | None, size: Tensor, view: View) -> Tensor:
+    """‖edit‖ / ‖residual stream‖ at every position, NaN at pads, [b t]."""
+    change = torch.zeros_like(size) if edit is None else edit.norm(dim=-1) / size
+    return change.masked_fill(~view.real, float("nan"))
+
+
+def _extend(log: dict[int, Tensor], layer: int, view: View, value: Tensor) -> None:
+    value = _kept(value)
+    if view.fresh or layer not in log:
+        log[layer] = value
+    else:
+        log[layer] = torch.cat([log[layer], value[:, value.shape[1] - view.n_new :]], dim=1)
+
+
+def _kept(value: Tensor) -> Tensor:
+    """A copy that outlives inference mode."""
+    with torch.inference_mode(False):
+        return value.detach().clone()

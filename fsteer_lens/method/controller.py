@@ -1,0 +1,129 @@
+"""The controller of the experts: the learned maps W_Q, W_K and β, and how they are trained."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fsteer_lens.ground.progress import progress_bar
+
+
+class Controller(NamedTuple):
+    """The learned maps: W_Q, W_K and the two layers of β, each a weight [out in] with its bias [out]."""
+
+    query_weight: Tensor
+    query_bias: Tensor
+    key_weight: Tensor
+    key_bias: Tensor
+    hidden_weight: Tensor
+    hidden_bias: Tensor
+    output_weight: Tensor
+    output_bias: Tensor
+
+    def logits(self, h: Float[Tensor, "*batch d"], prototypes: Float[Tensor, "k d"]) -> Float[Tensor, "*batch k"]:
+        """(W_K C)ᵀ (W_Q h) / √d_k, with d_k = d."""
+        keys = F.linear(prototypes, self.key_weight, self.key_bias)
+        return F.linear(h, self.query_weight, self.query_bias) @ keys.T / math.sqrt(keys.shape[-1])
+
+    def logits_of_many(self, h: Float[Tensor, "n d"], prototypes: Float[Tensor, "k d"]) -> Float[Tensor, "n k"]:
+        """The same for n ≫ k: W_Qᵀ (W_K C) comes first, so that nothing of width d_k is made for each h."""
+        keys = F.linear(prototypes, self.key_weight, self.key_bias)
+        return F.linear(h, keys @ self.query_weight, keys @ self.query_bias) / math.sqrt(keys.shape[-1])
+
+    def coefficients(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch m"]:
+        """β(h)."""
+        hidden = F.relu(F.linear(h, self.hidden_weight, self.hidden_bias))
+        return F.linear(hidden, self.output_weight, self.output_bias)
+
+
+def train_controller(
+    h: Float[Tensor, "n d"],
+    delta: Float[Tensor, "n d"],
+    prototypes: Float[Tensor, "k d"],
+    residual_basis: Float[Tensor, "d m"],
+    clusters: Int[Tensor, " n"],
+    *,
+    route_loss: float,
+    learning_rate: float,
+    weight_decay: float,
+    epochs: int,
+    patience: int,
+    standardize: bool,
+    n_valid: int,
+    clip: float,
+    seed: int,
+    progress: bool,
+) -> tuple[Controller, int, Int[Tensor, " n_valid"]]:
+    """Train on mean ‖v(h) − δ‖² (+ `route_loss` times the cross-entropy of α against the clusters), AdamW, full batch.
+
+    Args:
+        h, delta: queries and shifts, [n d].
+        prototypes, residual_basis: C [k d] and U [d m], frozen.
+        clusters: cluster of every query, [n].
+        route_loss, learning_rate, weight_decay, epochs, patience, standardize, clip, seed, progress: of `fit_experts`.
+        n_valid: this many queries, drawn at random, are kept for early stopping.
+
+    Returns:
+        The controller of the best epoch in the units of `h` and `delta`, that epoch, and the rows that were kept.
+    """
+    n, d_model = h.shape
+    ones = h.new_ones(())
+    centre, spread, length, size = h.new_zeros(d_model), ones, ones, ones
+    if standardize:
+        centre = h.mean(dim=0)
+        spread = (h - centre).square().mean().sqrt().clamp(min=1e-12)
+        length = delta.square().sum(dim=1).mean().sqrt()
+        size = prototypes.square().mean().sqrt().clamp(min=1e-12)
+    x, target, mixed, keyed = (h - centre) / spread, delta / length, prototypes / length, prototypes / size
+
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs' generators as well
+        sizes = [(d_model, d_model)] * 3 + [(d_model, residual_basis.shape[1])]
+        layers = [torch.nn.Linear(*pair, dtype=h.dtype) for pair in sizes]
+        order = torch.randperm(n)
+    parameters = [p.to(h.device).detach().requires_grad_() for layer in layers for p in (layer.weight, layer.bias)]
+    controller = Controller(*parameters)
+    valid_rows, train_rows = order[:n_valid].to(h.device), order[n_valid:].to(h.device)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+
+    def part(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x[rows], target[rows], clusters[rows]
+
+    def loss(x: Tensor, target: Tensor, clusters: Tensor) -> Tensor:
+        logits = controller.logits_of_many(x, keyed)
+        vector = logits.softmax(dim=-1) @ mixed + controller.coefficients(x) @ residual_basis.T
+        error = (vector - target).square().sum(dim=1).mean()
+        return error + route_loss * F.cross_entropy(logits, clusters) if route_loss else error
+
+    train, watched_part = part(train_rows), part(valid_rows if n_valid else train_rows)
+
+    best_loss, best_epoch, best = math.inf, 0, [p.detach().clone() for p in parameters]
+    with torch.enable_grad(), progress_bar(epochs, "training the experts", progress) as advance:
+        for epoch in range(1, epochs + 1):
+            optimizer.zero_grad()
+            objective = loss(*train)
+            objective.backward()
+            torch.nn.utils.clip_grad_norm_(parameters, clip)
+            optimizer.step()
+            advance(1)
+            with torch.no_grad():
+                watched = float(loss(*watched_part))
+            if watched < best_loss:
+                best_loss, best_epoch, best = watched, epoch, [p.detach().clone() for p in parameters]
+            elif n_valid and epoch - best_epoch >= patience:
+                break
+    query_weight, query_bias, key_weight, key_bias, hidden_weight, hidden_bias, output_weight, output_bias = best
+    folded = Controller(
+        query_weight / spread,
+        query_bias - query_weight @ centre / spread,
+        key_weight / size,
+        key_bias,
+        hidden_weight / spread,
+        hidden_bias - hidden_weight @ centre / spread,
+        output_weight * length,
+        output_bias * length,
+    )
+    return folded, best_epoch, valid_rows

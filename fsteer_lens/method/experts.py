@@ -1,0 +1,185 @@
+"""MoSE, the experts: how to steer.
+
+1. Divide every response shift δ by its norm; K-means on these, K chosen by the Calinski-Harabasz index.
+2. A prototype per cluster: the mean of its members' shifts. C holds them, frozen.
+3. U: the first m principal directions of the raw shifts, frozen.
+4. Learn the routing and the residual coefficients on mean ‖v(ĥ) − δ‖²:
+
+    α(h) = softmax((W_K C)ᵀ (W_Q h) / √d)      v(h) = C α(h) + U β(h)      β(h) = Linear → ReLU → Linear
+
+(FineSteer, arXiv 2604.15488, Eq. 11-14.) Trained by that loss alone the routing can collapse on few experts, so our
+default adds `route_loss` times the cross-entropy of α against the clusters; `preset="paper"` is the published method.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fsteer_lens.errors import InputError
+from fsteer_lens.method.controller import Controller
+from fsteer_lens.method.linalg import move, require_shapes, require_width, variant
+
+
+class Parts(NamedTuple):
+    """A steering vector and what it is made of, for a batch of query activations."""
+
+    weights: Float[Tensor, "*batch k"]
+    prototype_part: Float[Tensor, "*batch d"]
+    coefficients: Float[Tensor, "*batch m"]
+    residual_part: Float[Tensor, "*batch d"]
+    vector: Float[Tensor, "*batch d"]
+
+
+@dataclass(frozen=True, eq=False)
+class FitReport:
+    """What the fit of the experts came to, on its own training set.
+
+    Attributes:
+        agreement: share of queries whose strongest expert is their cluster.
+        dead: share of experts that are nobody's strongest.
+        prototype_share: mean of ‖C α‖ / ‖v‖.
+        explained: 1 − mean ‖v − δ‖² / mean ‖δ‖².
+        train_loss: mean ‖v − δ‖² over the training part.
+        valid_loss: the same over the validation part, None where there is none.
+        epochs: epochs until the best validation loss.
+        criterion: Calinski-Harabasz index of every K that was tried.
+        clusters: the cluster of every query, [n].
+    """
+
+    agreement: float
+    dead: float
+    prototype_share: float
+    explained: float
+    train_loss: float
+    valid_loss: float | None
+    epochs: int
+    criterion: Mapping[int, float]
+    clusters: Int[Tensor, " n"] = field(repr=False)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Experts:
+    """Prototype vectors, a residual basis, and the learned controller that mixes them for a query.
+
+    Attributes:
+        prototypes: C, one row per expert, [k d].
+        residual_basis: U, orthonormal columns, [d m].
+        controller: the learned maps.
+        enabled: which experts take part; the weights of the others are 0.
+        use_residual: whether U β(h) is added.
+        report: what the fit came to; None for experts that were put together by hand.
+    """
+
+    prototypes: Float[Tensor, "k d"]
+    residual_basis: Float[Tensor, "d m"]
+    controller: Controller
+    enabled: tuple[bool, ...]
+    use_residual: bool = True
+    report: FitReport | None = None
+
+    def __post_init__(self) -> None:
+        learned = self.controller
+        require_shapes(
+            "experts",
+            prototypes=(self.prototypes, "k d"),
+            residual_basis=(self.residual_basis, "d m"),
+            query_weight=(learned.query_weight, "d_k d"),
+            query_bias=(learned.query_bias, "d_k"),
+            key_weight=(learned.key_weight, "d_k d"),
+            key_bias=(learned.key_bias, "d_k"),
+            hidden_weight=(learned.hidden_weight, "hidden d"),
+            hidden_bias=(learned.hidden_bias, "hidden"),
+            output_weight=(learned.output_weight, "m hidden"),
+            output_bias=(learned.output_bias, "m"),
+        )
+        self._require_switches(self.enabled)
+        if not isinstance(self.use_residual, bool):
+            raise InputError("experts use_residual", expected="True or False", got=repr(self.use_residual))
+        if not isinstance(self.report, FitReport | None):
+            raise InputError("experts report", expected="a FitReport or None", got=type(self.report).__name__)
+
+    def __repr__(self) -> str:
+        off = [index for index, on in enumerate(self.enabled) if not on]
+        switched = (f", without={off}" if off else "") + ("" if self.use_residual else ", residual=off")
+        return (
+            f"Experts(n_experts={self.n_experts}, d_model={self.d_model}, residual_rank={self.residual_rank}{switched})"
+        )
+
+    @property
+    def n_experts(self) -> int:
+        """Number of experts, switched off ones included."""
+        return self.prototypes.shape[0]
+
+    @property
+    def d_model(self) -> int:
+        """Width of the activations."""
+        return self.prototypes.shape[1]
+
+    @property
+    def residual_rank(self) -> int:
+        """m, the number of residual directions."""
+        return self.residual_basis.shape[1]
+
+    def route(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch k"]:
+        """Weight α of each expert: dense, non-negative, summing to 1 over the enabled ones."""
+        require_width(h, "activation", self.d_model)
+        logits = self.controller.logits(h.to(self.prototypes), self.prototypes)
+        return logits.masked_fill(self._off(logits.device), -math.inf).softmax(dim=-1)
+
+    def parts(self, h: Float[Tensor, "*batch d"]) -> Parts:
+        """The steering vector of each query activation with its parts, in the experts' dtype."""
+        weights = self.route(h)
+        coefficients = self.controller.coefficients(h.to(self.prototypes)) * self.use_residual
+        prototype_part = weights @ self.prototypes
+        residual_part = coefficients @ self.residual_basis.T
+        return Parts(weights, prototype_part, coefficients, residual_part, prototype_part + residual_part)
+
+    def vector(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
+        """The steering vector v(h) = C α(h) + U β(h)."""
+        return self.parts(h).vector
+
+    def nearest(self, shifts: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch"]:
+        """The expert, of those that are on, whose prototype has the largest cosine with each shift."""
+        cosines = shifts.to(self.prototypes) @ F.normalize(self.prototypes, dim=-1).T
+        return cosines.masked_fill(self._off(cosines.device), -math.inf).argmax(dim=-1)
+
+    def without_expert(self, index: int) -> "Experts":
+        """The same experts with one switched off: its logit is masked and the other weights renormalised."""
+        self._check(index)
+        return self._switched(tuple(on and other != index for other, on in enumerate(self.enabled)))
+
+    def only_expert(self, index: int) -> "Experts":
+        """The same experts with one of them at weight 1."""
+        self._check(index)
+        return self._switched(tuple(other == index for other in range(self.n_experts)))
+
+    def without_residual(self) -> "Experts":
+        """The same experts without U β(h)."""
+        return variant(self, use_residual=False)
+
+    def to(self, device: Any = None, dtype: torch.dtype | None = None) -> "Experts":
+        """The same experts on another device or in another dtype."""
+        return move(self, device, dtype)
+
+    def _off(self, device: torch.device) -> Bool[Tensor, " k"]:
+        return torch.tensor([not on for on in self.enabled], device=device)
+
+    def _switched(self, enabled: tuple[bool, ...]) -> "Experts":
+        self._require_switches(enabled)
+        return variant(self, enabled=enabled)
+
+    def _require_switches(self, enabled: tuple[bool, ...]) -> None:
+        if len(enabled) != self.n_experts or not any(enabled) or not all(isinstance(on, bool) for on in enabled):
+            raise InputError(
+                "experts enabled", expected=f"{self.n_experts} switches, at least one of them on", got=enabled
+            )
+
+    def _check(self, index: int) -> None:
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.n_experts:
+            raise InputError("expert", expected=f"an int in 0..{self.n_experts - 1}", got=index)

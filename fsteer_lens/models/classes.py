@@ -1,0 +1,67 @@
+"""The two model classes of TransformerLens, and what this package asks of both."""
+
+from collections.abc import Mapping
+from importlib import import_module
+from typing import Any, Literal, Protocol, runtime_checkable
+
+from fsteer_lens.errors import InputError
+
+Kind = Literal["hooked", "bridge"]
+CLASS_NAMES: Mapping[Kind, str] = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}
+
+
+@runtime_checkable
+class SteerableModel(Protocol):
+    """What HookedTransformer and TransformerBridge have in common and this package uses."""
+
+    cfg: Any
+    tokenizer: Any
+    hook_dict: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a forward pass."""
+        ...
+
+
+def available_kinds() -> tuple[Kind, ...]:
+    """Model classes that the installed TransformerLens has, the preferred one first."""
+    classes: dict[Kind, tuple[str, str]] = {
+        "hooked": ("transformer_lens", "HookedTransformer"),
+        "bridge": ("transformer_lens.model_bridge", "TransformerBridge"),
+    }
+
+    def is_there(module: str, name: str) -> bool:
+        try:
+            return hasattr(import_module(module), name)
+        except ImportError:  # TransformerLens 4 raises it for a name that it dropped
+            return False
+
+    return tuple(kind for kind, where in classes.items() if is_there(*where))
+
+
+def kind_of(model: SteerableModel) -> Kind:
+    """Whether a model is a HookedTransformer ("hooked") or a TransformerBridge ("bridge")."""
+    return "bridge" if hasattr(model, "original_model") else "hooked"
+
+
+def require_decoder(model: SteerableModel) -> None:
+    """Raise `InputError` unless the model is a decoder that reads left to right by attention alone.
+
+    An encoder's last token knows what comes after it, and a model that carries a running state (Mamba, say) reads
+    padding as text: both would be steered without an error, and wrongly.
+    """
+    original = getattr(model, "original_model", None)
+    if original is None:
+        causal = getattr(model.cfg, "attention_dir", "causal") == "causal"
+        stateful = False
+    else:
+        causal = original.can_generate() and not original.config.is_encoder_decoder
+        stateful = getattr(original, "_is_stateful", False)
+    if not causal or stateful:
+        raise InputError(
+            "this model cannot be steered",
+            expected="a decoder that reads left to right by attention alone",
+            got=f"{type(model if original is None else original).__name__}, "
+            + ("which carries a running state" if stateful else "which is an encoder or has one"),
+            fix="Use a causal language model without recurrent layers.",
+        )

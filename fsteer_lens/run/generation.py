@@ -1,0 +1,353 @@
+"""`generate` and `stream`: steered text with the trace of how it came about.
+
+1. Prompts are tokenised, sorted by length and padded on the left.
+2. One decoding loop serves both model classes; the hooks are on the model only while it computes a token.
+3. With `compare=True` an unsteered pass is fed the steered tokens in chunks of steps, so that no
+   [batch, tokens, vocabulary] rectangle is ever held; and the same prompts are generated without steering.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from fsteer_lens.errors import InputError
+from fsteer_lens.ground.progress import progress_bar
+from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.hooks.session import Session
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.contrasts import Prompt
+from fsteer_lens.prompts.tokens import (
+    Batch,
+    Detokenizer,
+    pad,
+    prompt_ids,
+    require_fits,
+    require_tokenizer,
+    texts_of_top,
+    token_texts,
+)
+from fsteer_lens.run.decoding import TOP, Read, Sampling, Step, Stop, Unsteered, decode, open_session, unsteered
+from fsteer_lens.trace.steps import Steps
+from fsteer_lens.trace.trace import Trace, join
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What the model generates for a prompt without steering."""
+
+    text: str
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Generation:
+    """One prompt's generated text.
+
+    Attributes:
+        prompt: as it was given.
+        text: generated text without special tokens.
+        tokens: generated ids, with the one that ended the answer.
+        trace: what steering did, a `Trace` of one row.
+        baseline: the unsteered run, with `compare=True`.
+    """
+
+    prompt: Prompt
+    text: str
+    tokens: tuple[int, ...]
+    trace: Trace
+    baseline: Baseline | None = None
+
+    def __repr__(self) -> str:
+        return f"Generation({self.text[:60]!r}, {len(self.tokens)} tokens)"
+
+
+class Generations(Sequence[Generation]):
+    """Generated texts, one per prompt, in the order of the prompts."""
+
+    def __init__(self, items: Iterable[Generation]) -> None:
+        self._items = tuple(items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, index: int) -> Generation: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Generations": ...
+    def __getitem__(self, index: int | slice) -> "Generation | Generations":
+        return Generations(self._items[index]) if isinstance(index, slice) else self._items[index]
+
+    def __repr__(self) -> str:
+        return f"Generations({len(self)} texts)"
+
+    @property
+    def texts(self) -> list[str]:
+        """The generated texts."""
+        return [item.text for item in self]
+
+    @property
+    def trace(self) -> Trace:
+        """One trace with all rows."""
+        return join([item.trace for item in self])
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One generated token as `stream` yields it.
+
+    Attributes:
+        step: 0 for the first generated token.
+        token: its id.
+        logprob: its log-probability under the steered model's raw logits, in nats.
+        top: the most probable tokens with their log-probabilities.
+        gate: gate value at every steered layer: the prompt's, or with refresh="step" this step's.
+        change: ‖edit‖ / ‖residual stream‖ at the position that predicted this token, at every steered layer.
+        parts: (gate, change) of each link, of a chain.
+    """
+
+    step: int
+    token: int
+    logprob: float
+    top: tuple[tuple[str, float], ...]
+    gate: Mapping[int, float]
+    change: Mapping[int, float]
+    parts: tuple[tuple[Mapping[int, float], Mapping[int, float]], ...] = ()
+
+
+def generate(
+    model: SteerableModel,
+    prompts: Prompt | Sequence[Prompt],
+    steering: HookObject | None = None,
+    *,
+    max_new_tokens: int = 64,
+    stop: Sequence[int | str] | None = None,
+    chat: bool = False,
+    do_sample: bool = False,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    batch_size: int = 8,
+    compare: bool = False,
+    read: Read | None = None,
+    use_past_kv_cache: bool = True,
+    progress: bool = True,
+) -> Generations:
+    """Generate text, steered, with a trace of what steering did to every row, layer and token.
+
+    Args:
+        model: a HookedTransformer or TransformerBridge.
+        prompts: one prompt or several; see `tokens.prompt_ids` for how they become tokens.
+        steering: what to put on the model: a steering, a probe, an ablation or a chain; None generates without.
+        max_new_tokens: tokens to generate at most.
+        stop: token ids and texts that end an answer; None takes the model's end-of-sequence ids and the chat
+            template's end of turn.
+        chat: send string prompts as the user's turn through the chat template.
+        do_sample, temperature, top_k, top_p, seed: draw tokens instead of taking the most probable one. Each prompt
+            draws from a generator of its own, so that batching does not change the draws.
+        batch_size: rows per forward pass; a compared prompt counts twice.
+        compare: also run without steering: `baseline` of each generation, and per token KL(steered ‖ unsteered) and
+            the unsteered log-probabilities in `trace.steps`, from one pass of the steered text through the
+            unsteered model. Unsteered is without any hook of this package; hooks of others stay on.
+        read: where the query activations come from where there are several layers: "clean", one unsteered pass over the
+            prompt, or "live", the running stream, in which later layers see what earlier ones have added. None is
+            "clean", but "live" with refresh="step".
+        use_past_kv_cache: False runs the whole text again for every token; the same tokens, slower.
+        progress: show a progress bar.
+
+    Raises:
+        InputError: no prompts, options that contradict each other or have no effect.
+        ContextLengthError: a prompt with its new tokens does not fit into the context.
+        MismatchError: the steering was fitted on another model.
+    """
+    many: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
+    if not many:
+        raise InputError("prompts", expected="at least one", got="none")
+    _require_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
+    if compare and steering is None:
+        raise InputError("compare=True without a steering has nothing to compare", fix="Give steering=.")
+    sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
+    if do_sample and seed is None:
+        sampling = replace(sampling, seed=torch.Generator().seed())
+    ending = Stop(model, stop)
+    rows = [prompt_ids(model, prompt, chat=chat) for prompt in many]
+    for number, row in enumerate(rows):
+        require_fits(model, len(row) + max_new_tokens, f"prompt {number} with {max_new_tokens} new tokens")
+    size = max(1, batch_size // 2) if compare else batch_size
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    results: dict[int, Generation] = {}
+    with progress_bar(len(rows), "generating", progress) as advance:
+        for start in range(0, len(order), size):
+            chosen = order[start : start + size]
+            ids = [rows[index] for index in chosen]
+            batch = pad(model, ids, "left")
+            made = _generate_batch(
+                model, ids, batch, steering, sampling, chosen, ending, max_new_tokens, use_past_kv_cache, compare, read
+            )
+            for index, (text, tokens, trace, baseline) in zip(chosen, made, strict=True):
+                results[index] = Generation(many[index], text, tokens, trace, baseline)
+            advance(len(chosen))
+    return Generations(results[index] for index in range(len(rows)))
+
+
+def stream(
+    model: SteerableModel,
+    prompt: Prompt,
+    steering: HookObject | None = None,
+    *,
+    max_new_tokens: int = 64,
+    stop: Sequence[int | str] | None = None,
+    chat: bool = False,
+    do_sample: bool = False,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    read: Read | None = None,
+    use_past_kv_cache: bool = True,
+) -> Iterator[tuple[str, StepRecord]]:
+    """Generate one text token by token, yielding (text that the token adds, step record); the tokens of `generate`.
+
+    Arguments and errors as in `generate`. The hooks are on the model only while it computes a token.
+    """
+    _require_counts(max_new_tokens=max_new_tokens)
+    sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
+    ids = prompt_ids(model, prompt, chat=chat)
+    require_fits(model, len(ids) + max_new_tokens, f"the prompt with {max_new_tokens} new tokens")
+    batch = pad(model, [ids], "left")
+    session = None if steering is None else open_session(model, batch, steering, batch.mask.sum(dim=1), read)
+    ending = Stop(model, stop)
+    generators = sampling.generators([0]) if do_sample else []
+    steps = decode(model, batch, session, sampling, generators, ending, max_new_tokens, use_past_kv_cache)
+    return _records(steps, require_tokenizer(model), ids, Trace() if session is None else session.trace)
+
+
+def _require_counts(**counts: int) -> None:
+    for name, count in counts.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise InputError(name, expected="an int >= 1", got=repr(count))
+
+
+def _records(steps: Iterator[Step], tokenizer: Any, ids: list[int], trace: Trace) -> Iterator[tuple[str, StepRecord]]:
+    detokenize = Detokenizer(tokenizer, ids)
+    for number, step in enumerate(steps):
+        token = int(step.chosen[0])
+        top = step.logprobs[0].topk(min(TOP, step.logprobs.shape[-1]))
+        yield (
+            detokenize(token),
+            StepRecord(
+                number,
+                token,
+                float(step.logprobs[0, token]),
+                tuple(
+                    (tokenizer.decode([i]), p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+                ),
+                *_latest(trace),
+                parts=tuple(_latest(part) for part in trace.parts),
+            ),
+        )
+
+
+def _latest(trace: Trace) -> tuple[dict[int, float], dict[int, float]]:
+    """Gate and change at the latest position of a trace with one row, per layer."""
+    gate = {layer: float(value[0]) for layer, value in trace.gate.items()}
+    gate |= {layer: float(value[0, -1]) for layer, value in trace.step_gate.items()}
+    return gate, {layer: float(value[0, -1]) for layer, value in trace.change.items()}
+
+
+def _is_one(prompts: Any) -> bool:
+    """Whether this is one prompt: a string, chat messages, or token ids."""
+    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | Mapping))
+
+
+def _generate_batch(
+    model: SteerableModel,
+    ids: Sequence[Sequence[int]],
+    batch: Batch,
+    steering: HookObject | None,
+    sampling: Sampling,
+    numbers: Sequence[int],
+    stop: Stop,
+    max_new_tokens: int,
+    cache: bool,
+    compare: bool,
+    read: Read | None,
+) -> list[tuple[str, tuple[int, ...], Trace, Baseline | None]]:
+    def run(session: Session | None) -> Iterator[Step]:
+        generators = sampling.generators(numbers) if sampling.do_sample else []
+        return decode(model, batch, session, sampling, generators, stop, max_new_tokens, cache)
+
+    session = None if steering is None else open_session(model, batch, steering, batch.mask.sum(dim=1), read)
+    beside = Unsteered(model, batch, cache) if compare else None
+    chosen, alive, logprobs, top = [], [], [], []
+    for step in run(session):
+        chosen.append(step.chosen)
+        alive.append(step.alive)
+        logprobs.append(step.logprobs.gather(1, step.chosen.unsqueeze(1)).squeeze(1))
+        top.append(step.logprobs.topk(min(TOP, step.logprobs.shape[-1]), dim=-1))
+        if beside is not None:
+            beside.add(step)
+    if beside is not None:
+        beside.flush()
+    lived = torch.stack(alive, dim=1).cpu()
+
+    def shown(values: Sequence[Tensor], fill: int | float) -> Tensor:
+        stacked = torch.stack(list(values), dim=1).cpu()
+        return stacked.masked_fill(~lived.reshape(*lived.shape, *[1] * (stacked.ndim - 2)), fill)
+
+    tokenizer = require_tokenizer(model)
+    tokens = shown(chosen, -1)
+    top_ids = shown([values.indices for values in top], -1)
+    rows = [[token for token in row if token >= 0] for row in tokens.tolist()]
+    nan = float("nan")
+    steps = Steps(
+        tokens=tokens,
+        texts=tuple(token_texts(model, row, before) for row, before in zip(rows, ids, strict=True)),
+        logprobs=shown(logprobs, nan),
+        top_ids=top_ids,
+        top_logprobs=shown([values.values for values in top], nan),
+        top_texts=texts_of_top(tokenizer, top_ids),
+        special=torch.isin(tokens, torch.tensor(tokenizer.all_special_ids)) & lived,
+    )
+    baselines: list[Baseline | None] = [None] * len(ids)
+    if beside is not None:
+        base_ids = shown([values.indices for values in beside.top], -1)
+        steps = replace(
+            steps,
+            kl=shown(beside.kl, nan),
+            baseline_logprobs=shown(beside.logprobs, nan),
+            baseline_top_ids=base_ids,
+            baseline_top_logprobs=shown([values.values for values in beside.top], nan),
+            baseline_top_texts=texts_of_top(tokenizer, base_ids),
+        )
+        with unsteered(model):
+            plain = [(step.chosen, step.alive) for step in run(None)]
+        for index in range(len(ids)):
+            row = [int(one[index]) for one, lives in plain if lives[index]]
+            baselines[index] = Baseline(_answer(model, ids[index], row, stop), tuple(row))
+    trace = (Trace() if session is None else session.trace).cpu()
+    trace.prompt_lengths = batch.mask.sum(dim=1).cpu()
+    trace.first = batch.tokens.shape[1] - trace.prompt_lengths
+    trace.bos = torch.tensor([row[0] == tokenizer.bos_token_id for row in ids])
+    trace.prompts = tuple(token_texts(model, row) for row in ids)
+    trace.steps = steps
+    if beside is not None:
+        answers = [() if one is None else one.tokens for one in baselines]
+        trace.unsteered = tuple(token_texts(model, row, before) for row, before in zip(answers, ids, strict=True))
+    return [
+        (_answer(model, ids[index], rows[index], stop), tuple(rows[index]), trace.row(index), baselines[index])
+        for index in range(len(ids))
+    ]
+
+
+def _answer(model: SteerableModel, prompt: Sequence[int], generated: Sequence[int], stop: Stop) -> str:
+    """Generated text without special tokens, up to a stop text, with the spacing that it has after its prompt."""
+    tokenizer = require_tokenizer(model)
+    before, after = (
+        tokenizer.decode(list(part), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        for part in (prompt, [*prompt, *generated])
+    )
+    return stop.cut(after[len(before) :])

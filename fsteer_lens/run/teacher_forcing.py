@@ -1,0 +1,187 @@
+"""Teacher-forced passes: what steering does to the probabilities of answers that are given, not generated."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fsteer_lens.errors import InputError
+from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.hooks.positions import at
+from fsteer_lens.hooks.session import Session
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.forward import run_up_to
+from fsteer_lens.models.points import site_name
+from fsteer_lens.prompts.contrasts import Prompt
+from fsteer_lens.prompts.tokens import Batch, answer_ids, pad, prompt_ids, require_fits
+from fsteer_lens.run.decoding import CHUNK_NUMBERS, divergence, open_session, unsteered
+
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A prompt and an answer to it, both as token ids; without an answer its first token is still predicted."""
+
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...] = ()
+
+    @property
+    def fed(self) -> tuple[int, ...]:
+        """What the model reads: the answer's last token predicts nothing."""
+        return self.prompt + self.answer[:-1]
+
+
+def answered(
+    model: SteerableModel,
+    prompts: Sequence[Prompt],
+    answers: Sequence[str | Sequence[int]] | None,
+    *,
+    chat: bool = False,
+) -> list[Answered]:
+    """Prompts with their answers as ids; an answer is text or ids, and None for all of them asks for no answer.
+
+    Raises:
+        InputError: no prompts, another number of answers, or an answer without a token.
+        ContextLengthError: a prompt with its answer does not fit into the context.
+    """
+    if not len(prompts) or isinstance(prompts, str):
+        raise InputError("prompts", expected="a sequence of at least one prompt", got=repr(prompts)[:60])
+    if answers is not None and (isinstance(answers, str) or len(answers) != len(prompts)):
+        got = "a text" if isinstance(answers, str) else len(answers)
+        raise InputError("answers", expected=f"one for each of {len(prompts)} prompts", got=got)
+    rows = []
+    for number, prompt in enumerate(prompts):
+        given: Any = () if answers is None else answers[number]
+        row = Answered(
+            tuple(prompt_ids(model, prompt, chat=chat)),
+            tuple(answer_ids(model, given) if isinstance(given, str) else given),
+        )
+        if answers is not None and not row.answer:
+            raise InputError(f"answer {number}", expected="at least one token", got="none")
+        require_fits(model, len(row.prompt) + len(row.answer), f"prompt {number} with its answer")
+        rows.append(row)
+    return rows
+
+
+def answer_logprobs(
+    model: SteerableModel, rows: Sequence[Answered], hook_object: HookObject | None, *, batch_size: int = 16
+) -> list[Float[Tensor, " tokens"]]:
+    """Log-probability of every token of each answer, in nats, under a hook object, or None for the bare model."""
+    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    for index, logits in each_answer(model, rows, hook_object, batch_size=batch_size):
+        found[index] = known_logprobs(logits, rows[index].answer).cpu()
+    return found
+
+
+def each_answer(
+    model: SteerableModel,
+    rows: Sequence[Answered],
+    hook_object: HookObject | None,
+    *,
+    batch_size: int,
+    advance: Advance = lambda steps: None,
+) -> Iterator[tuple[int, Float[Tensor, "tokens vocab"]]]:
+    """Number of every row and the raw logits that predict its answer, batch by batch; None is the bare model."""
+    for chosen, batch in batches(model, rows, batch_size):
+        group = [rows[index] for index in chosen]
+        session = None if hook_object is None else session_for(model, batch, group, hook_object)
+        yield from zip(chosen, answer_logits(model, batch, group, session), strict=True)
+        advance(len(chosen))
+
+
+def known_logprobs(logits: Float[Tensor, "n vocab"], tokens: Sequence[int]) -> Float[Tensor, " n"]:
+    """Log-probability of each of these tokens, in nats."""
+    targets = torch.tensor(tokens, device=logits.device).unsqueeze(1)
+    return logits.float().log_softmax(dim=-1).gather(1, targets).squeeze(1)
+
+
+def answer_divergences(
+    model: SteerableModel,
+    rows: Sequence[Answered],
+    hook_objects: Sequence[HookObject],
+    *,
+    batch_size: int = 16,
+    advance: Advance = lambda steps: None,
+) -> list[list[Float[Tensor, " tokens"]]]:
+    """KL(steered ‖ unsteered) of the next-token distributions at every token of each answer, in nats.
+
+    One list per hook object, of one tensor per row; a row without an answer has one number, for its first token. One
+    unsteered pass serves all hook objects. The query activation of a row is that of its prompt alone. `advance` is
+    told how many rows are done.
+    """
+    found: list[list[Tensor]] = [[torch.empty(0)] * len(rows) for _ in hook_objects]
+    for chosen, batch in batches(model, rows, batch_size):
+        group = [rows[index] for index in chosen]
+        base = answer_logits(model, batch, group, None)
+        for number, hook_object in enumerate(hook_objects):
+            steered = answer_logits(model, batch, group, session_for(model, batch, group, hook_object))
+            for index, one, other in zip(chosen, steered, base, strict=True):
+                found[number][index] = divergences(one, other)
+        advance(len(chosen))
+    return found
+
+
+def batches(model: SteerableModel, rows: Sequence[Answered], batch_size: int) -> Iterator[tuple[list[int], Batch]]:
+    """The rows in batches of like length, padded on the right, with their numbers."""
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise InputError("batch_size", expected="an int >= 1", got=repr(batch_size))
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index].fed))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        yield chosen, pad(model, [rows[index].fed for index in chosen], "right")
+
+
+def session_for(model: SteerableModel, batch: Batch, rows: Sequence[Answered], hook_object: HookObject) -> Session:
+    """A session for one batch of prompts with answers."""
+    return open_session(model, batch, hook_object, torch.tensor([len(row.prompt) for row in rows]))
+
+
+@torch.no_grad()
+def answer_logits(
+    model: SteerableModel, batch: Batch, rows: Sequence[Answered], session: Session | None
+) -> list[Float[Tensor, "tokens vocab"]]:
+    """Raw logits that predict the tokens of each answer; without a session those of the unsteered model."""
+    with unsteered(model), nullcontext() if session is None else session.step(model, fresh=True):
+        whole = model(batch.tokens, attention_mask=batch.mask.long(), return_type="logits")
+    starts = [len(row.prompt) - 1 for row in rows]
+    return [
+        logits[start : start + max(1, len(row.answer))] for logits, start, row in zip(whole, starts, rows, strict=True)
+    ]
+
+
+def divergences(
+    steered: Float[Tensor, "tokens vocab"], base: Float[Tensor, "tokens vocab"]
+) -> Float[Tensor, " tokens"]:
+    """KL(steered ‖ unsteered) at every token from raw logits, in nats, in chunks of tokens, on the CPU."""
+    size = max(1, CHUNK_NUMBERS // base.shape[-1])
+    pairs = zip(steered.split(size), base.split(size), strict=True)
+    return torch.cat([divergence(*(logits.float().log_softmax(dim=-1) for logits in pair)).cpu() for pair in pairs])
+
+
+def last_activations(
+    model: SteerableModel,
+    rows: Sequence[Sequence[int]],
+    layer: int,
+    site: str,
+    *,
+    batch_size: int = 16,
+    advance: Advance = lambda steps: None,
+) -> Float[Tensor, "n d"]:
+    """Activations of the unsteered model at the last token of each row of ids, in float32 on the CPU."""
+    name = site_name(model, layer, site)
+    found = torch.empty(len(rows), model.cfg.d_model)
+    for chosen, batch in batches(model, [Answered(tuple(row)) for row in rows], batch_size):
+        last = batch.mask.sum(dim=1) - 1
+
+        def keep(activation: Tensor, hook: object, chosen: list[int] = chosen, last: Tensor = last) -> None:
+            found[chosen] = at(activation, last.to(activation.device)).float().cpu()
+
+        with unsteered(model):
+            run_up_to(model, batch.tokens, batch.mask, layer, [(name, keep)])
+        advance(len(chosen))
+    return found

@@ -1,0 +1,324 @@
+"""What FineSteer is compared with: the same protocol, trace and files.
+
+- mean shift, or contrastive activation addition (Rimsky et al. 2024, arXiv 2312.06681): `fit_mean_shift`
+- principal direction of the shifts, a reading vector of RepE (Zou et al. 2023, arXiv 2310.01405): `fit_pca_direction`
+- conditional steering, a cosine gate on a condition vector (CAST, Lee et al. 2024, arXiv 2409.05907):
+  `fit_cosine_gate` gives the gate, for any of the others
+- directional ablation (Arditi et al. 2024, arXiv 2406.11717): `fit_directional_ablation`
+- a linear map of the query in the null space of general queries (AlphaSteer, Sheng et al. 2025, arXiv 2506.07022):
+  `fit_null_space`
+- the mean shift of the nearest cluster, experts without a learned router: `fit_nearest_centroid`
+"""
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from fsteer_lens.errors import DataError, InputError
+from fsteer_lens.hooks.probes import SubspaceAblation
+from fsteer_lens.method.experts import Experts
+from fsteer_lens.method.gates import Gate, ThresholdGate
+from fsteer_lens.method.linalg import require_matrix, require_shapes, require_width
+from fsteer_lens.method.subspace import Subspace
+from fsteer_lens.reading.activations import Activations
+from fsteer_lens.steering.steering import Decision, Steering
+
+
+class _OneLayer(Steering):
+    """A method at one layer, behind an optional gate."""
+
+    gate: Gate | None
+
+    def __post_init__(self) -> None:
+        name = type(self).__name__
+        if self.layer is None:
+            raise InputError(name, expected="layer=", got=None)
+        if self.gate is not None:
+            if not isinstance(self.gate, Gate):
+                raise InputError(f"{name} gate", expected="a gate or None", got=type(self.gate).__name__)
+            require_width(self.gate.subspace.mean, "gate", self.d_model)
+        super().__post_init__()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The one layer."""
+        assert self.layer is not None
+        return (self.layer,)
+
+    def gate_at(self, layer: int) -> Gate | None:
+        """The gate; None is always open."""
+        return self.gate
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class _OneVector(_OneLayer):
+    """One vector for every query."""
+
+    vector: Float[Tensor, " d"]
+    gate: Gate | None = None
+
+    def __post_init__(self) -> None:
+        require_shapes(type(self).__name__, vector=(self.vector, "d"))
+        super().__post_init__()
+
+    @property
+    def d_model(self) -> int:
+        """Width of the activations."""
+        return len(self.vector)
+
+    def vectors(self, layer: int, h: Float[Tensor, "*batch d"]) -> Decision:
+        """The same vector for every activation."""
+        require_width(h, "activation", self.d_model)
+        return Decision(h.new_ones(h.shape[:-1]), self.vector.to(h).expand(h.shape))
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class MeanShift(_OneVector):
+    """One vector for every query, the mean response shift: h ← h + λ · g(ĥ) · mean δ.
+
+    Contrastive activation addition (Rimsky et al. 2024, arXiv 2312.06681) with an optional gate.
+
+    Attributes:
+        vector: what is added, [d].
+        gate: when to add it; None for always.
+    """
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class PcaDirection(_OneVector):
+    """One vector for every query, the direction in which the shifts are longest: h ← h + λ · g(ĥ) · w.
+
+    A reading vector of representation engineering (Zou et al. 2023, arXiv 2310.01405), used for control.
+
+    Attributes:
+        vector: what is added, [d].
+        gate: when to add it; None for always.
+    """
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class NullSpaceSteering(_OneLayer):
+    """A vector that is linear in the query: h ← h + λ · g(ĥ) · M ĥ, with M = 0 on the span of general queries.
+
+    AlphaSteer (Sheng et al. 2025, arXiv 2506.07022), M = Δ P.
+
+    Attributes:
+        matrix: M, [d d].
+        gate: when to add it; None for always: the null space is this method's own way of leaving prompts alone.
+    """
+
+    matrix: Float[Tensor, "d d"]
+    gate: Gate | None = None
+
+    def __post_init__(self) -> None:
+        require_shapes("NullSpaceSteering", matrix=(self.matrix, "d d"))
+        super().__post_init__()
+
+    @property
+    def d_model(self) -> int:
+        """Width of the activations."""
+        return len(self.matrix)
+
+    def vectors(self, layer: int, h: Float[Tensor, "*batch d"]) -> Decision:
+        """M h for every activation."""
+        require_width(h, "activation", self.d_model)
+        return Decision(h.new_ones(h.shape[:-1]), h @ self.matrix.to(h).T)
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class NearestCentroid(_OneLayer):
+    """The mean shift of the cluster whose mean query is nearest: experts without a learned router.
+
+    Attributes:
+        centroids: mean query of each cluster, [k d].
+        shifts: mean shift of each cluster, [k d].
+        gate: when to add it; None for always.
+    """
+
+    centroids: Float[Tensor, "k d"]
+    shifts: Float[Tensor, "k d"]
+    gate: Gate | None = None
+
+    def __post_init__(self) -> None:
+        require_shapes("NearestCentroid", centroids=(self.centroids, "k d"), shifts=(self.shifts, "k d"))
+        super().__post_init__()
+
+    @property
+    def d_model(self) -> int:
+        """Width of the activations."""
+        return self.centroids.shape[1]
+
+    def vectors(self, layer: int, h: Float[Tensor, "*batch d"]) -> Decision:
+        """The nearest cluster's shift; its weight is 1, that of the others 0."""
+        require_width(h, "activation", self.d_model)
+        rows = h.to(self.centroids)
+        nearest = torch.cdist(rows.reshape(-1, self.d_model), self.centroids).argmin(dim=-1).reshape(rows.shape[:-1])
+        weights = F.one_hot(nearest, len(self.centroids)).to(h)
+        return Decision(h.new_ones(h.shape[:-1]), weights @ self.shifts.to(h), weights=weights)
+
+
+def fit_mean_shift(activations: Activations, *, gate: Gate | None = None, **options: Any) -> MeanShift:
+    """The mean of the response shifts as a steering; `options` (strength, scope, schedule) as in `MeanShift`.
+
+    Raises:
+        DataError: activations without shifts.
+    """
+    return MeanShift(_shifts(activations).mean(dim=0), gate, **_about(activations), **options)
+
+
+def fit_pca_direction(activations: Activations, *, gate: Gate | None = None, **options: Any) -> PcaDirection:
+    """The first right singular vector of the shifts, which are not centred, as a steering.
+
+    That is their first principal direction where every pair is as likely to be subtracted the other way round, as
+    RepE does. The direction is known up to sign and length: it points to the side of the mean shift and is as long as
+    that, so that equal strengths mean equal lengths.
+
+    Args:
+        activations: from `collect`, one layer.
+        gate: when to steer; None for always.
+        options: strength, scope, schedule and the other fields of a steering.
+
+    Raises:
+        DataError: activations without shifts.
+    """
+    shifts = require_matrix(_shifts(activations), "shifts")
+    mean = shifts.mean(dim=0)
+    direction = torch.linalg.svd(shifts.double(), full_matrices=False).Vh[0].to(shifts)
+    sign = -1.0 if float(direction @ mean) < 0 else 1.0
+    return PcaDirection(sign * mean.norm() * direction, gate, **_about(activations), **options)
+
+
+def fit_cosine_gate(queries: Float[Tensor, "n d"], general: Float[Tensor, "m d"]) -> Gate:
+    """A gate on the cosine between an activation and a condition vector (CAST, Lee et al. 2024, arXiv 2409.05907).
+
+    The condition vector c is the first principal direction of both kinds of query around the middle between their two
+    means. The gate compares cos(h, proj_c h) with θ; θ and whether it opens above or below are what gives the best F1
+    on these very queries, as the authors choose them. cos(h, proj_c h)² = (c·h)² / ‖h‖² for ‖c‖ = 1, so this is the
+    energy ratio of the subspace {c} around the origin, and the gate a `ThresholdGate` on it at θ², or its opposite.
+    The authors average activations over all tokens of a prompt; here both are taken where the gate reads, at its last.
+
+    Args:
+        queries: activations of prompts that need steering, [n d].
+        general: activations of prompts to be left alone, [m d].
+
+    Raises:
+        ShapeError, NonFiniteError: not two finite floating matrices of one width.
+    """
+    rows = require_matrix(queries, "queries")
+    others = require_matrix(general, "general", d_model=rows.shape[1]).to(rows)
+    both = torch.cat([rows, others]) - (rows.mean(dim=0) + others.mean(dim=0)) / 2
+    direction = torch.linalg.svd(both.double(), full_matrices=False).Vh[0].to(rows)
+    explained = (both @ direction).square().sum() / both.square().sum().clamp(min=1e-30)
+    condition = Subspace(torch.zeros_like(direction), direction.unsqueeze(1), explained.reshape(1))
+    wanted, unwanted = condition.energy_ratio(rows), condition.energy_ratio(others)
+    thresholds = torch.cat([wanted, unwanted]).unique()
+    hits, alarms = ((scores >= thresholds.unsqueeze(1)).sum(dim=1) for scores in (wanted, unwanted))
+    above = 2 * hits / (hits + alarms + len(rows))
+    hits, alarms = len(rows) - hits, len(others) - alarms
+    below = 2 * hits / (hits + alarms + len(rows))
+    if float(below.max()) > float(above.max()):
+        return ~ThresholdGate(condition, 1, float(thresholds[below.argmax()]))
+    return ThresholdGate(condition, 1, float(thresholds[above.argmax()]))
+
+
+def fit_directional_ablation(activations: Activations) -> SubspaceAblation:
+    """Take the direction of the undesired behaviour out of every token: h ← h − r̂ r̂ᵀ h, r̂ along the mean shift.
+
+    Directional ablation (Arditi et al. 2024, arXiv 2406.11717) at one layer; `chain` several for more. It removes what
+    the mean shift adds or takes away, so it silences a behaviour and cannot call one up.
+
+    Raises:
+        DataError: activations without shifts, or with a mean shift of zero.
+    """
+    mean = _shifts(activations).mean(dim=0)
+    if not float(mean.norm()) > 0:
+        raise DataError("mean shift", expected="a vector longer than zero", got="zero")
+    basis = (mean / mean.norm()).unsqueeze(1)
+    space = Subspace(torch.zeros_like(mean), basis, torch.ones_like(mean[:1]))
+    return SubspaceAblation(space, layer=activations.layer, site=activations.site, fingerprint=activations.fingerprint)
+
+
+def fit_null_space(
+    activations: Activations,
+    general: Float[Tensor, "m d"],
+    *,
+    kept: float = 0.6,
+    ridge: float = 10.0,
+    gate: Gate | None = None,
+    **options: Any,
+) -> NullSpaceSteering:
+    """Map queries that need steering to the mean shift, linearly, and general queries to nothing.
+
+    P projects on the `kept` share of the directions along which general queries are shortest. Δ minimises
+    ‖Δ P H − R‖² + ridge · ‖Δ P‖² with the queries in the columns of H and the mean shift in those of R, in closed
+    form, and M = Δ P (AlphaSteer, Sheng et al. 2025, arXiv 2506.07022).
+
+    Args:
+        activations: from `collect`, one layer.
+        general: activations of prompts to be left alone, [m d].
+        kept: share of the directions that P keeps, in (0, 1]; the authors vary it by layer.
+        ridge: weight of the penalty, > 0.
+        gate: when to steer; None for always.
+        options: strength, scope, schedule and the other fields of a steering.
+
+    Raises:
+        DataError: activations without shifts.
+        InputError: options out of range.
+        ShapeError, NonFiniteError: `general` is no finite floating matrix of the same width.
+    """
+    target = _shifts(activations).double().mean(dim=0)
+    h = activations.queries.double()
+    others = require_matrix(general, "general", d_model=h.shape[1]).double()
+    if not 0 < kept <= 1 or not ridge > 0:
+        raise InputError("fit_null_space", expected="0 < kept <= 1 and ridge > 0", got=(kept, ridge))
+    directions = torch.linalg.eigh(others.T @ others / len(others)).eigenvectors  # the shortest first
+    basis = directions[:, : max(1, round(kept * h.shape[1]))]
+    inside = h @ basis
+    # with D = Δ · basis: D = R inside (insideᵀ inside + ridge)⁻¹ and M = D basisᵀ
+    gram = inside.T @ inside + ridge * torch.eye(inside.shape[1], dtype=h.dtype, device=h.device)
+    inner = torch.linalg.solve(gram, inside.sum(dim=0))
+    matrix = torch.outer(target, basis @ inner).to(activations.queries)
+    return NullSpaceSteering(matrix, gate, **_about(activations), **options)
+
+
+def fit_nearest_centroid(
+    activations: Activations, experts: Experts, *, gate: Gate | None = None, **options: Any
+) -> NearestCentroid:
+    """Send each query to the nearest mean query of the clusters that experts were fitted with.
+
+    Args:
+        activations: those that the experts were fitted to.
+        experts: fitted experts; their report knows the clusters.
+        gate: when to steer; None for always.
+        options: strength, scope, schedule and the other fields of a steering.
+
+    Raises:
+        DataError: activations without shifts, or others than the experts were fitted to.
+    """
+    shifts = _shifts(activations)
+    clusters = None if experts.report is None else experts.report.clusters
+    if clusters is None or len(clusters) != len(shifts):
+        got = "none" if clusters is None else f"{len(clusters)} of {len(shifts)}"
+        raise DataError("clusters", expected="one for each of the activations that the experts were fitted to", got=got)
+    members = F.one_hot(clusters.to(shifts.device), experts.n_experts).to(shifts)
+    share = members / members.sum(dim=0)
+    return NearestCentroid(share.T @ activations.queries, share.T @ shifts, gate, **_about(activations), **options)
+
+
+def _shifts(activations: Activations) -> Float[Tensor, "n d"]:
+    if activations.shifts is None:
+        raise DataError("activations", expected="response shifts", got="queries only", fix="Use collect().")
+    return activations.shifts
+
+
+def _about(activations: Activations) -> dict[str, Any]:
+    """Where the activations come from, as fields of a steering."""
+    return {name: getattr(activations, name) for name in ("layer", "shift", "site", "fingerprint")}

@@ -1,0 +1,141 @@
+"""`fit`: the whole method, gate and experts, from collected activations in one call."""
+
+import inspect
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from fsteer_lens.errors import DataError, InputError, MismatchError
+from fsteer_lens.hooks.scopes import Schedule, Scope
+from fsteer_lens.method.experts import Experts
+from fsteer_lens.method.fitting_experts import fit_experts
+from fsteer_lens.method.fitting_gates import fit_gate
+from fsteer_lens.method.gates import Gate
+from fsteer_lens.reading.activations import Activations
+from fsteer_lens.reading.fingerprints import merge_fingerprints
+from fsteer_lens.steering.steering import FineSteer, Refresh
+
+RANK = 8
+PAPER = {"cdf": "step", "folds": None}
+
+
+def fit(
+    activations: Activations | Mapping[int, Activations],
+    *,
+    rank: int | None = None,
+    general: Activations | Mapping[int, Activations] | None = None,
+    gate: Gate | Literal["quantile", "logistic", "energy"] | None = None,
+    experts: Experts | None = None,
+    strength: float = 1.0,
+    scope: Scope | None = None,
+    schedule: Schedule | None = None,
+    refresh: Refresh = "prompt",
+    gate_layer: int | None = None,
+    preset: Literal["paper"] | None = None,
+    **options: Any,
+) -> FineSteer:
+    """Fit gate and experts and put them together.
+
+    Args:
+        activations: from `collect`, one layer or {layer: Activations}.
+        rank: of the gate's subspace; None is 8.
+        general: from `collect_queries`, queries to be left alone; for the logistic gate.
+        gate: kind of gate, or a fitted one. None: "logistic" where `general` is given, else "quantile".
+        experts: fitted experts; None fits them.
+        strength, scope, schedule, refresh, gate_layer: as in `FineSteer`.
+        preset: "paper" is the published method: experts of Eq. 11-14, a step CDF calibrated on the very queries that
+            the basis was fitted to, every position steered.
+        options: further arguments of `fit_gate` and `fit_experts`, by name; `seed` goes to both.
+
+    Raises:
+        InputError: an unknown option, or one that has no effect.
+        DataError: activations without shifts.
+        MismatchError: `general` from another layer or model.
+    """
+    layers = {activations.layer: activations} if isinstance(activations, Activations) else dict(activations)
+    if not layers:
+        raise DataError("activations", expected="at least one layer", got="none")
+    fitted_gate, fitted_experts = isinstance(gate, Gate), experts is not None
+    if preset is not None:
+        if preset != "paper":
+            raise InputError("preset", expected="'paper' or None", got=repr(preset))
+        if fitted_gate or fitted_experts or general is not None:
+            raise InputError(
+                'fit(preset="paper")', expected="to fit the gate (one-class) and the experts", got="parts, or general="
+            )
+        options, scope = {**PAPER, **options}, scope or "all"
+    if fitted_gate and rank is not None:
+        raise InputError("fit", got="rank= with a fitted gate", fix="Use gate.at_rank(rank).")
+    names = {
+        "gate": set() if fitted_gate else set(inspect.signature(fit_gate).parameters),
+        "experts": set() if fitted_experts else set(inspect.signature(fit_experts).parameters),
+    }
+    taken = {"queries", "shifts", "rank", "kind", "general", "groups", "preset"}
+    unknown = set(options) - ((names["gate"] | names["experts"]) - taken)
+    if unknown:
+        raise InputError(
+            "fit",
+            expected=f"options among {sorted((names['gate'] | names['experts']) - taken)}",
+            got=sorted(unknown),
+            fix="Options of a part that is given already fitted have no effect.",
+        )
+    if fitted_gate and general is not None:
+        raise InputError("fit", got="general= with a gate that is already fitted", fix="Leave one of them out.")
+    gates: dict[int, Gate] = {}
+    mixtures: dict[int, Experts] = {}
+    for layer, own in layers.items():
+        if own.shifts is None:
+            raise DataError(
+                f"activations of layer {layer}", expected="response shifts", got="queries only", fix="Use collect()."
+            )
+        others = _of_layer(general, layer) if isinstance(general, Mapping) else general
+        if others is not None:
+            _require_same(own, others)
+        if isinstance(gate, Gate):
+            gates[layer] = gate
+        else:
+            gates[layer] = fit_gate(
+                own.queries,
+                rank=RANK if rank is None else rank,
+                kind=gate or ("quantile" if others is None else "logistic"),
+                general=None if others is None else others.queries,
+                groups=own.groups,
+                **{name: value for name, value in options.items() if name in names["gate"]},
+            )
+        mixtures[layer] = experts or fit_experts(
+            own.queries,
+            own.shifts,
+            preset=preset,
+            **{name: value for name, value in options.items() if name in names["experts"]},
+        )
+    first = next(iter(layers.values()))
+    single = isinstance(activations, Activations)
+    return FineSteer(
+        mixtures[first.layer] if single else mixtures,
+        gates[first.layer] if single else gates,
+        layer=first.layer if single else None,
+        strength=strength,
+        scope=scope,
+        schedule=schedule,
+        refresh=refresh,
+        gate_layer=gate_layer,
+        shift=first.shift,
+        site=first.site,
+        fingerprint=merge_fingerprints([own.fingerprint for own in layers.values()]),
+    )
+
+
+def _of_layer(general: Mapping[int, Activations], layer: int) -> Activations:
+    if layer not in general:
+        raise DataError("general", expected=f"activations of layer {layer}", got=f"layers {sorted(general)}")
+    return general[layer]
+
+
+def _require_same(own: Activations, others: Activations) -> None:
+    if (own.layer, own.site) != (others.layer, others.site):
+        raise MismatchError(
+            "general activations",
+            expected=f"layer {own.layer}, {own.site}",
+            got=f"layer {others.layer}, {others.site}",
+            fix="Collect both at the same layer.",
+        )
+    own.fingerprint.require_match(others.fingerprint)

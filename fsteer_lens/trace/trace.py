@@ -1,0 +1,354 @@
+"""The trace: what steering did, row by row, layer by layer, token by token.
+
+A trace holds plain tensors and nothing of the model, so it can be kept, pickled into a data frame, or looked at
+elsewhere. What `generate` returns is on the CPU; under `.on` and `.attach` a trace is where the model computes. A field
+that the way of running could not know is None.
+"""
+
+import gzip
+import json
+import os
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from fsteer_lens.errors import DataError, InputError, MissingDependencyError
+from fsteer_lens.ground.files import read_text, write_atomically
+from fsteer_lens.trace.steps import Steps, jsonable, stack, tensor
+
+PerLayer = dict[int, Tensor]
+
+
+class Marks(NamedTuple):
+    """What each position of a trace is; one layer's point of view.
+
+    Attributes:
+        padding: no real token: pads on either side, and what follows the end of a row, [b s].
+        bos: the beginning-of-sequence token, [b s]; nowhere where the trace does not know its tokens.
+        generated: tokens after the prompt, [b s].
+        steered: positions where something was added to the residual stream, [b s].
+    """
+
+    padding: Bool[Tensor, "b s"]
+    bos: Bool[Tensor, "b s"]
+    generated: Bool[Tensor, "b s"]
+    steered: Bool[Tensor, "b s"]
+
+
+@dataclass(eq=False, repr=False)
+class Trace:
+    """What steering did to a batch of b rows; a hook fills it while the model runs.
+
+    Every mapping goes from layer to tensor and lacks the layers that the hook cannot know; for probes, which read every
+    token, [b r] becomes [b s r] and so on.
+
+    Attributes:
+        ser: energy ratio of the query activation at every fitted rank, [b r].
+        gate: gate value, [b]; 1 where there is no gate.
+        weights: weight of each expert, [b k].
+        coefficients: residual coefficients β, [b m].
+        distance: ‖ĥ − μ‖, how far the query activation is from the mean of the gate's subspace, [b].
+        distance_outside: whether that lies outside what the gate's calibration queries spanned, [b] of bool.
+        energy_outside: the same for the energy ratio at the gate's rank; true of most queries that need no intervention
+            where the gate is one-class, [b] of bool.
+        change: ‖edit‖ / ‖residual stream‖ at every position, 0 where nothing was added, NaN at pads, [b s].
+        step_gate: gate value at every position, NaN before the prompt's last token, [b s]; with refresh="step" only.
+        step_weights: weights of the experts likewise, [b s k].
+        prompt_lengths: real prompt tokens of each row, [b].
+        first: index of each row's first real token, [b]; positions of `change` before it are pads.
+        bos: whether each row's first real token is the beginning-of-sequence token, [b]; from `generate`.
+        prompts: token texts of each prompt; from `generate`.
+        steps: what was generated; from `generate`.
+        unsteered: token texts of what the model generates without steering; from `generate` with `compare=True`.
+        parts: the trace of each link; of a chain, whose own trace has the common `change` and no decisions.
+    """
+
+    ser: PerLayer = field(default_factory=dict)
+    gate: PerLayer = field(default_factory=dict)
+    weights: PerLayer = field(default_factory=dict)
+    coefficients: PerLayer = field(default_factory=dict)
+    distance: PerLayer = field(default_factory=dict)
+    distance_outside: PerLayer = field(default_factory=dict)
+    energy_outside: PerLayer = field(default_factory=dict)
+    change: PerLayer = field(default_factory=dict)
+    step_gate: PerLayer = field(default_factory=dict)
+    step_weights: PerLayer = field(default_factory=dict)
+    prompt_lengths: Int[Tensor, " b"] | None = None
+    first: Int[Tensor, " b"] | None = None
+    bos: Bool[Tensor, " b"] | None = None
+    prompts: tuple[tuple[str, ...], ...] | None = None
+    steps: Steps | None = None
+    unsteered: tuple[tuple[str, ...], ...] | None = None
+    parts: "tuple[Trace, ...]" = ()
+
+    def __repr__(self) -> str:
+        known = [item.name for item in fields(self) if getattr(self, item.name) not in (None, {}, ())]
+        return f"Trace(rows={self.n_rows}, layers={list(self.layers)}, fields={known})"
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers that were recorded, by any part."""
+        own = {layer for name in PER_LAYER for layer in getattr(self, name)}
+        return tuple(sorted(own.union(*(part.layers for part in self.parts))))
+
+    @property
+    def n_rows(self) -> int:
+        """b, the number of rows."""
+        return 0 if self.prompt_lengths is None else len(self.prompt_lengths)
+
+    def row(self, index: int) -> "Trace":
+        """The trace of one row, still with a leading axis of 1 and with the pads before it cut off."""
+        if not -self.n_rows <= index < self.n_rows:
+            raise InputError("row", expected=f"an int in 0..{self.n_rows - 1}", got=index)
+        index %= self.n_rows
+        cut = slice(index, index + 1)
+        start = 0 if self.first is None else int(self.first[index])
+        end: int | None = None
+        steps = self.steps
+        if steps is not None:
+            steps = steps.row(index)
+            if self.prompt_lengths is not None:
+                n = len(steps.texts[0])
+                end = start + int(self.prompt_lengths[index]) + n - 1  # the last token is never fed back
+        return self._cut(cut, slice(start, end), steps)
+
+    def _cut(self, rows: slice, columns: slice, steps: Steps | None) -> "Trace":
+        def pick(name: str) -> PerLayer:
+            values: PerLayer = getattr(self, name)
+            return {
+                layer: value[rows, columns] if _by_position(name, value) else value[rows]
+                for layer, value in values.items()
+            }
+
+        return Trace(
+            **{name: pick(name) for name in PER_LAYER},
+            prompt_lengths=None if self.prompt_lengths is None else self.prompt_lengths[rows],
+            first=None if self.first is None else torch.zeros_like(self.first[rows]),
+            bos=None if self.bos is None else self.bos[rows],
+            prompts=None if self.prompts is None else self.prompts[rows],
+            steps=steps,
+            unsteered=None if self.unsteered is None else self.unsteered[rows],
+            parts=tuple(part._cut(rows, columns, None) for part in self.parts),
+        )
+
+    def link(self, index: int) -> "Trace":
+        """The trace of one link of a chain, with the prompts and the texts that all links share.
+
+        Raises:
+            InputError: no such link, or no chain's trace.
+        """
+        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self.parts):
+            raise InputError("link", expected=f"one of {len(self.parts)} links of a chain", got=index)
+        shared = {name: getattr(self, name) for name in ("bos", "prompts", "steps", "unsteered")}
+        return replace(self.parts[index], **shared)
+
+    def cpu(self) -> "Trace":
+        """The same trace with every tensor on the CPU."""
+        held = {name: {layer: value.cpu() for layer, value in getattr(self, name).items()} for name in PER_LAYER}
+        return replace(self, **held, parts=tuple(part.cpu() for part in self.parts))
+
+    def marks(self, layer: int | None = None) -> Marks:
+        """Tell pads, the beginning-of-sequence token, generated tokens and steered positions apart.
+
+        Args:
+            layer: an edited layer; None takes the only one.
+
+        Raises:
+            InputError: no such layer, or several to choose from.
+        """
+        change = self.change[self.layer_of("change", layer)]
+        assert self.prompt_lengths is not None
+        first = torch.zeros_like(self.prompt_lengths) if self.first is None else self.first
+        columns = torch.arange(change.shape[1])
+        start, length = first.cpu().unsqueeze(1), self.prompt_lengths.cpu().unsqueeze(1)
+        padding = change.isnan().cpu()
+        bos = columns == start
+        bos = bos & (False if self.bos is None else self.bos.cpu().unsqueeze(1))
+        return Marks(padding, bos, (columns >= start + length) & ~padding, change.cpu() > 0)
+
+    def layer_of(self, name: str, layer: int | None = None) -> int:
+        """The layer to take of a field that goes from layer to tensor: the given one, or the only one.
+
+        Raises:
+            InputError: the field lacks it, or has several to choose from.
+        """
+        known = sorted(getattr(self, name))
+        chosen = known[0] if layer is None and len(known) == 1 else layer
+        if chosen is None or chosen not in known:
+            fix = "The links of a chain have traces of their own: trace.link(0)." if self.parts else None
+            raise InputError("layer", expected=f"one of the layers with {name}, {known}", got=layer, fix=fix)
+        return chosen
+
+    def to_records(self) -> list[dict[str, Any]]:
+        """One JSON-ready mapping per row: prompt, per-layer decisions and per-step tokens; NaN becomes None.
+
+        The record of a chain has a record of each link in "parts". `from_records` reads them back.
+        """
+        records = []
+        for index in range(self.n_rows):
+            row = self.row(index)
+            assert row.prompt_lengths is not None
+            record: dict[str, Any] = {"row": index, "prompt_length": int(row.prompt_lengths[0])}
+            record["layers"] = row._layer_records()
+            if row.prompts is not None:
+                record["prompt"] = list(row.prompts[0])
+            if row.bos is not None:
+                record["bos"] = bool(row.bos[0])
+            if row.steps is not None:
+                record["steps"] = row.steps.to_records()
+            if row.unsteered is not None:
+                record["unsteered"] = list(row.unsteered[0])
+            if row.parts:
+                record["parts"] = [{"row": index, "layers": part._layer_records()} for part in row.parts]
+            records.append(record)
+        return records
+
+    def _layer_records(self) -> dict[int, dict[str, Any]]:
+        """What is known of the first row, per layer."""
+        known = {name: getattr(self, name) for name in PER_LAYER}
+        return {
+            layer: {name: jsonable(values[layer][0]) for name, values in known.items() if layer in values}
+            for layer in sorted({layer for values in known.values() for layer in values})
+        }
+
+    @classmethod
+    def from_records(cls, records: Sequence[Mapping[str, Any]]) -> "Trace":
+        """The trace that `to_records` came from, also after a way through JSON; numbers are float32.
+
+        Raises:
+            DataError: no records, or something else than `to_records` gives.
+        """
+        if not records:
+            raise DataError("records of a trace", expected="at least one", got="none")
+        try:
+            return join([cls._of_record(record) for record in records])
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
+            raise DataError(
+                "records of a trace",
+                expected="what Trace.to_records gives",
+                got=f"{type(error).__name__}: {str(error)[:200]}",
+            ) from error
+
+    @classmethod
+    def _of_record(cls, record: Mapping[str, Any], length: int | None = None) -> "Trace":
+        """The trace of one row."""
+        fields_of: dict[str, PerLayer] = {name: {} for name in PER_LAYER}
+        for layer, values in record["layers"].items():
+            for name, value in values.items():
+                kind = torch.bool if name in ("distance_outside", "energy_outside") else torch.float32
+                fields_of[name][int(layer)] = tensor(value, kind).unsqueeze(0)
+        length = record["prompt_length"] if length is None else length
+        return cls(
+            **fields_of,
+            prompt_lengths=torch.tensor([length]),
+            first=torch.zeros(1, dtype=torch.long),
+            bos=torch.tensor([record["bos"]]) if "bos" in record else None,
+            prompts=(tuple(record["prompt"]),) if "prompt" in record else None,
+            steps=Steps.from_records(record["steps"]) if "steps" in record else None,
+            unsteered=(tuple(record["unsteered"]),) if "unsteered" in record else None,
+            parts=tuple(cls._of_record(part, length) for part in record.get("parts", ())),
+        )
+
+    def json_lines(self) -> str:
+        """The records as text, one JSON object a line."""
+        return "".join(json.dumps(record, allow_nan=False) + "\n" for record in self.to_records())
+
+    def to_jsonl(self, path: str | os.PathLike[str]) -> None:
+        """Write one JSON object a row, atomically, compressed where the name ends in .gz.
+
+        `from_jsonl` reads them back, and figures draw from that as from this trace.
+
+        Raises:
+            InputError: the folder does not exist.
+        """
+        data = self.json_lines().encode()
+        write_atomically(path, gzip.compress(data) if Path(path).suffix == ".gz" else data)
+
+    @classmethod
+    def from_jsonl(cls, path: str | os.PathLike[str]) -> "Trace":
+        """Read what `to_jsonl` wrote; no model is needed.
+
+        Raises:
+            DataError: no such file, or no trace in it.
+        """
+        try:
+            zipped = Path(path).suffix == ".gz"
+            text = gzip.decompress(Path(path).read_bytes()).decode() if zipped else read_text(path)
+            return cls.from_records([json.loads(line) for line in text.split("\n") if line.strip()])
+        except (OSError, EOFError, zlib.error, ValueError, DataError) as error:
+            raise DataError(f"{path}", expected="a trace that to_jsonl wrote", got=str(error)) from error
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame with one line per row and layer: gate, energy ratio at full rank, weights, mean change.
+
+        Of a chain, one line per row, link and layer, with the link's number in the column "part".
+
+        Raises:
+            MissingDependencyError: pandas is not installed.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise MissingDependencyError("to_frame needs pandas", fix="pip install pandas.") from error
+        lines = []
+        for record in self.to_records():
+            text = {"text": "".join(step["text"] for step in record["steps"])} if "steps" in record else {}
+            for number, part in enumerate(record.get("parts", [record])):
+                where = {"part": number} if "parts" in record else {}
+                lines += [{**line, **where, **text} for line in _frame_lines(part)]
+        return pandas.DataFrame(lines)
+
+
+PER_LAYER = tuple(item.name for item in fields(Trace) if item.default_factory is dict)
+"""Names of the fields that go from layer to tensor."""
+
+
+def _by_position(name: str, value: Tensor) -> bool:
+    """Whether the second axis of a field's tensor is positions: always, or where a probe read every token."""
+    return name in ("change", "step_gate", "step_weights") or (name in ("ser", "weights") and value.ndim == 3)
+
+
+def _frame_lines(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A line per layer of one record."""
+    lines = []
+    for layer, values in record["layers"].items():
+        line: dict[str, Any] = {"row": record["row"], "layer": layer, "gate": values.get("gate")}
+        ser, weights = values.get("ser", [None]), values.get("weights", [])
+        line["ser"] = None if isinstance(ser[0], list) else ser[-1]  # a list for every token: a probe's, not a decision
+        if weights and not isinstance(weights[0], list):
+            line.update({f"expert_{i}": weight for i, weight in enumerate(weights)})
+        for name in ("distance", "distance_outside", "energy_outside"):
+            line[name] = values.get(name)
+        changes = [value for value in values.get("change", []) if value]
+        line["change"] = sum(changes) / len(changes) if changes else 0.0
+        lines.append(line)
+    return lines
+
+
+def join(traces: Sequence[Trace]) -> Trace:
+    """One trace with the rows of all, padded to the longest; a field that one of them lacks is None."""
+    if len(traces) == 1:
+        return traces[0]
+
+    def joined(values: Sequence[Any]) -> Any:
+        if any(value is None for value in values):
+            return None
+        if isinstance(values[0], Mapping):
+            shared = set.intersection(*(set(value) for value in values))
+            return {layer: joined([value[layer] for value in values]) for layer in sorted(shared)}
+        if isinstance(values[0], tuple) and isinstance(next(iter(values[0]), None), Trace):
+            return tuple(join(parts) for parts in zip(*values, strict=True))
+        if isinstance(values[0], tuple):
+            return tuple(item for value in values for item in value)
+        if isinstance(values[0], Steps):
+            return Steps.join(values)
+        return stack(values)
+
+    names = [item.name for item in fields(Trace)]
+    return replace(Trace(), **{name: joined([getattr(trace, name) for trace in traces]) for name in names})
