@@ -21,9 +21,9 @@ from fsteer_lens.ground.estimates import Proportion, auroc
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.method.gates import OPEN, Gate, NotGate, SubspaceGate
 from fsteer_lens.method.linalg import require_matrix, require_shapes, require_width
+from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.reading.activations import collect_queries
-from fsteer_lens.run.decoding import unsteered
 from fsteer_lens.steering.baselines import fit_cosine_gate
 from fsteer_lens.tutor import world
 from fsteer_lens.tutor.steering import LAYER

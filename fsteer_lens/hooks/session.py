@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import HookError, ShapeError
 from fsteer_lens.hooks.positions import Positions, View
-from fsteer_lens.models.attaching import hooks_added
+from fsteer_lens.models.attaching import OwnHook, hooks_added
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.trace.trace import Trace
 
@@ -202,7 +202,7 @@ class Session:
         self._thread = here
 
 
-class PointHook:
+class PointHook(OwnHook):
     """The function that TransformerLens calls; its short repr is what TransformerLens prints and times."""
 
     def __init__(self, session: Session, point: Point) -> None:
@@ -217,11 +217,6 @@ class PointHook:
     def __call__(self, activation: Tensor, hook: Any = None) -> Tensor | None:
         """Return the edited activation, or None to leave it."""
         return self.session.respond(self.point, activation)
-
-
-def is_ours(function: Any) -> bool:
-    """Whether a hook function belongs to a hook object of this package."""
-    return isinstance(function, PointHook)
 
 
 def _change(edit: Tensor | None, size: Tensor, view: View) -> Tensor:

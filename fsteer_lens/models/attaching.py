@@ -90,6 +90,15 @@ def hooks_suspended(model: SteerableModel, which: Callable[[Any], bool] = lambda
                 point._forward_hooks.update({**kept, **now})
 
 
+class OwnHook:
+    """A hook function of this package: what `unsteered` takes off the model for a while."""
+
+
+def unsteered(model: SteerableModel) -> AbstractContextManager[None]:
+    """The model without any hook of this package; those of others stay on."""
+    return hooks_suspended(model, lambda function: isinstance(function, OwnHook))
+
+
 _locks: "WeakKeyDictionary[Any, AbstractContextManager[Any]]" = WeakKeyDictionary()
 _lock_of_locks = Lock()
 

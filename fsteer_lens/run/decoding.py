@@ -2,7 +2,6 @@
 
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -13,8 +12,8 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.hooks.positions import at
-from fsteer_lens.hooks.session import Point, Session, is_ours
-from fsteer_lens.models.attaching import hooks_suspended, lock_of
+from fsteer_lens.hooks.session import Point, Session
+from fsteer_lens.models.attaching import lock_of, unsteered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.forward import Forward, run_up_to
 from fsteer_lens.prompts.tokens import Batch, stop_ids, token_texts
@@ -142,11 +141,6 @@ def decode(
 def divergence(logprobs: Float[Tensor, "*batch vocab"], base: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
     """KL(p ‖ q) of two next-token distributions given by their log-probabilities, in nats."""
     return (logprobs.exp() * (logprobs - base)).sum(dim=-1).clamp(min=0)
-
-
-def unsteered(model: SteerableModel) -> AbstractContextManager[None]:
-    """The model without any steering of this package; hooks of others stay on."""
-    return hooks_suspended(model, is_ours)
 
 
 Read = Literal["clean", "live"]

@@ -13,12 +13,13 @@ from fsteer_lens.errors import InputError
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.hooks.positions import at
 from fsteer_lens.hooks.session import Session
+from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.forward import run_up_to
 from fsteer_lens.models.points import site_name
 from fsteer_lens.prompts.contrasts import Prompt
 from fsteer_lens.prompts.tokens import Batch, answer_ids, pad, prompt_ids, require_fits
-from fsteer_lens.run.decoding import CHUNK_NUMBERS, divergence, open_session, unsteered
+from fsteer_lens.run.decoding import CHUNK_NUMBERS, divergence, open_session
 
 Advance = Callable[[int], None]
 

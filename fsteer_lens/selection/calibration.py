@@ -9,9 +9,9 @@ import torch
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.progress import progress_bar
+from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Prompt
-from fsteer_lens.run.decoding import unsteered
 from fsteer_lens.run.generation import generate
 from fsteer_lens.run.teacher_forcing import answer_divergences, answered
 from fsteer_lens.steering.steering import Steering
