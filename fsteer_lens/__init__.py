@@ -6,8 +6,10 @@ from fsteer_lens.hooks.scopes import Schedule, Window
 from fsteer_lens.method.experts import Experts, FitReport, Parts
 from fsteer_lens.method.fitting_experts import fit_experts
 from fsteer_lens.method.fitting_gates import fit_gate
-from fsteer_lens.method.gates import EnergyGate, Gate, LogisticGate, QuantileGate, ThresholdGate
+from fsteer_lens.method.gates import Gate
+from fsteer_lens.method.linear_gates import CosineGate, LinearGate
 from fsteer_lens.method.subspace import Subspace, fit_subspace
+from fsteer_lens.method.subspace_gates import EnergyGate, LogisticGate, QuantileGate, ThresholdGate
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
 from fsteer_lens.reading.activations import Activations, collect, collect_queries
 from fsteer_lens.run.generation import Generation, Generations, StepRecord, generate, stream
@@ -17,7 +19,6 @@ from fsteer_lens.steering.baselines import (
     NearestCentroid,
     NullSpaceSteering,
     PcaDirection,
-    fit_cosine_gate,
     fit_directional_ablation,
     fit_mean_shift,
     fit_nearest_centroid,
@@ -52,6 +53,7 @@ __all__ = [
     "Chain",
     "Contrast",
     "ContrastSet",
+    "CosineGate",
     "EnergyGate",
     "Evaluation",
     "ExpertProbe",
@@ -63,6 +65,7 @@ __all__ = [
     "GateReport",
     "Generation",
     "Generations",
+    "LinearGate",
     "LogisticGate",
     "MeanShift",
     "NearestCentroid",
@@ -97,7 +100,6 @@ __all__ = [
     "figures",
     "fit",
     "fit_ablations",
-    "fit_cosine_gate",
     "fit_directional_ablation",
     "fit_experts",
     "fit_gate",

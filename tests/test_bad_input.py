@@ -25,6 +25,13 @@ steer = fl.fit(acts, rank=4, epochs=2)
 spoiled = h.clone(); spoiled[7, 3] = float("nan")
 infinite = d.clone(); infinite[2, 0] = float("inf")
 
+class Own(fl.Gate):
+    def __init__(self, values):
+        self.values = values
+
+    def gate(self, h):
+        return self.values
+
 class NoPad:
     pad_token_id = eos_token_id = bos_token_id = None
 
@@ -81,7 +88,20 @@ cases = {
     "calibrating to nothing": lambda: fl.calibrate(steer, model, ["a"], kl=0),
     "calibrating on one text": lambda: fl.calibrate(steer, model, "hello", kl=1),
     "wrong shift": lambda: fl.collect(model, train[:2], layer=4, shift="mean"),
-    "wrong gate kind": lambda: fl.fit_gate(h, rank=4, kind="cosine"),
+    "wrong gate kind": lambda: fl.fit_gate(h, rank=4, kind="cosines"),
+    "cosine gate without general queries": lambda: fl.fit_gate(h, kind="cosine"),
+    "rank of a linear gate": lambda: fl.fit_gate(h, rank=4, kind="linear", general=d),
+    "epsilon of a logistic gate": lambda: fl.fit_gate(h, rank=4, kind="logistic", general=d, epsilon=0.1),
+    "subspace gate without a rank": lambda: fl.fit_gate(h),
+    "gate that is False": lambda: fl.fit(acts, gate=False),
+    "function for a gate": lambda: steer.with_gate(lambda h: h[..., 0] > 0),
+    "gate and a function": lambda: steer.gate & (lambda h: h[..., 0] > 0),
+    "own gate with a value too few": lambda: steer.with_gate(Own(torch.ones(2))).decide(4, h),
+    "own gate that gives bools": lambda: steer.with_gate(Own(torch.ones(40) > 2)).with_strength(True),
+    "own gate beyond one": lambda: steer.with_gate(Own(torch.full((40,), 3.0))).decide(4, h),
+    "saving a gate of one's own": lambda: fl.save(steer.with_gate(Own(h)), "x.safetensors"),
+    "rank of a gate of one's own": lambda: steer.with_gate(Own(h)).at_rank(3),
+    "rank sweep of a gate of one's own": lambda: fl.effects.rank_sweep(Own(h[:, 0]), h, h),
     "wrong prototype scale": lambda: fl.fit_experts(h, d, prototype_scale="big"),
     "wrong preset": lambda: fl.fit_experts(h, d, preset="papers"),
     "wrong model kind": lambda: tutor.load("hook"),
@@ -105,7 +125,7 @@ cases = {
     "ranks of a tensor": lambda: fl.effects.rank_sweep(h, h, h),
     "counterfactual with an answer too few": lambda: fl.effects.counterfactual(model, steer, ["a", "b"], ["c"]),
     "propagation of a gate": lambda: fl.effects.propagation(model, steer.gate, "hello"),
-    "cosine gate of two widths": lambda: fl.fit_cosine_gate(h, d[:, :9]),
+    "cosine gate of two widths": lambda: fl.fit_gate(h, kind="cosine", general=d[:, :9]),
     "null space of another width": lambda: fl.fit_null_space(acts, d[:, :9]),
     "explaining a gate": lambda: fl.effects.explain_gate(model, steer.gate, "hello"),
     "explaining experts": lambda: fl.effects.explain_gate(model, steer.experts, "hello"),

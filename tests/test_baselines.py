@@ -12,9 +12,9 @@ from fsteer_lens import (
     MeanShift,
     SubspaceAblation,
     collect_queries,
-    fit_cosine_gate,
     fit_directional_ablation,
     fit_experts,
+    fit_gate,
     fit_mean_shift,
     fit_nearest_centroid,
     fit_null_space,
@@ -25,7 +25,7 @@ from fsteer_lens import (
     tutor,
 )
 from fsteer_lens.errors import DataError, InputError, ShapeError
-from fsteer_lens.method.gates import ThresholdGate
+from fsteer_lens.method.linear_gates import CosineGate
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.reading.activations import Activations
 from tests.running import LAYER, SITE, batch_of, residual
@@ -38,7 +38,9 @@ FITS: dict[str, Any] = {
     "nearest centroid": lambda own, others: fit_nearest_centroid(
         own, fit_experts(own.queries, own.queries if own.shifts is None else own.shifts, n_experts=4, epochs=1)
     ),
-    "cosine gate": lambda own, others: fit_mean_shift(own, gate=fit_cosine_gate(own.queries, others.queries)),
+    "cosine gate": lambda own, others: fit_mean_shift(
+        own, gate=fit_gate(own.queries, kind="cosine", general=others.queries)
+    ),
     "directional ablation": lambda own, others: fit_directional_ablation(own),
 }
 
@@ -95,12 +97,13 @@ def test_cosine_gate_is_the_papers(swapped: bool) -> None:
     near = torch.randn(50, D) + 6 * direction
     far = torch.randn(40, D) * 1.5
     rows, others = (far, near) if swapped else (near, far)
-    gate = fit_cosine_gate(rows, others)
+    gate = fit_gate(rows, kind="cosine", general=others)
     c, theta, side = plain_cosine_gate(f64(rows), f64(others))
-    assert abs(float(gate.subspace.basis[:, 0].double() @ torch.tensor(c))) == pytest.approx(1, abs=1e-5)
+    assert isinstance(gate, CosineGate)
+    assert abs(float(gate.condition.double() @ torch.tensor(c))) == pytest.approx(1, abs=1e-5)
     assert side == ("below" if swapped else "above")
-    assert isinstance(gate, ThresholdGate) == (not swapped)
-    assert gate.leaves[0].threshold == pytest.approx(theta**2, abs=1e-5)
+    assert gate.opens_above == (not swapped)
+    assert gate.threshold == pytest.approx(theta, abs=1e-5)
     h = torch.randn(200, D) + 2 * direction
     cosines = (f64(h) @ c) ** 2 / (f64(h) ** 2).sum(axis=1)
     clear = np.abs(cosines - theta**2) > 1e-5

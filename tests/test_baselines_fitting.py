@@ -9,7 +9,7 @@ import torch
 from fsteer_lens.errors import DataError, FsteerError, InputError, MismatchError, ShapeError
 from fsteer_lens.method.fitting_experts import fit_experts
 from fsteer_lens.method.fitting_gates import fit_gate
-from fsteer_lens.method.gates import EnergyGate, LogisticGate, QuantileGate
+from fsteer_lens.method.subspace_gates import EnergyGate, LogisticGate, QuantileGate
 from fsteer_lens.reading.activations import Activations
 from fsteer_lens.reading.fingerprints import Fingerprint
 from fsteer_lens.steering.baselines import MeanShift, fit_mean_shift

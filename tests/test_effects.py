@@ -27,7 +27,7 @@ from fsteer_lens import (
 from fsteer_lens.effects import sweeps as sweeps_module
 from fsteer_lens.errors import InputError, ShapeError
 from fsteer_lens.ground.estimates import bootstrap
-from fsteer_lens.method.gates import EnergyGate, LogisticGate
+from fsteer_lens.method.subspace_gates import EnergyGate, LogisticGate
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts.tokens import answer_ids, prompt_ids
 from tests import made_up

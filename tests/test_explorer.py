@@ -14,7 +14,7 @@ from fsteer_lens.explorer import Explorer, Settings, explore
 from fsteer_lens.explorer.pictured import grouped, pictured
 from fsteer_lens.explorer.settings import Subject
 from fsteer_lens.explorer.words import is_tutor, parts
-from fsteer_lens.method.gates import ThresholdGate
+from fsteer_lens.method.subspace_gates import ThresholdGate
 
 LAYER = 4
 HOSTILE = ["</script>", "<img src=x onerror=alert(1)>", "a\nb 🙂", '"><b>', "\ud800"]
@@ -67,7 +67,7 @@ def test_the_browser_gets_what_gate_and_experts_compute_at_every_rank(made, stee
     data, gate, experts = made.widget.data, steering.gate_at(LAYER), steering.experts_at(LAYER)
     assert [(group["name"], group["size"]) for group in data["groups"]] == [(n, len(g)) for n, g in groups.items()]
     assert data["ranks"] == gate.subspace.rank
-    assert torch.equal(floats(data, "ratios"), gate.subspace.energy_ratios(queries))
+    assert torch.equal(floats(data, "scores"), gate.subspace.energy_ratios(queries))
     opened = np.frombuffer(data["opened"], "u1").reshape(len(queries), -1)
     for rank in (1, 2, gate.rank, gate.subspace.rank):
         assert opened[:, rank - 1].tolist() == [int(g >= 0.5) for g in gate.at_rank(rank).gate(queries)]
@@ -179,7 +179,7 @@ def test_where_one_layers_gate_decides_that_gate_is_explored(trained, tutor_mode
     explorer = explore(shared, tutor_model, groups, layer=4, progress=False)
     rows = [prompt for group in groups.values() for prompt in group]
     read = collect_queries(tutor_model, rows, layer=3, progress=False).queries
-    assert torch.equal(explorer._pictured.ratios, shared.gate_at(3).subspace.energy_ratios(read))
+    assert torch.equal(explorer._pictured.scores, shared.gate_at(3).subspace.energy_ratios(read))
     assert explorer.choose(rank=2).state.gate_at(3).rank == 2
     assert explorer.choose(gate=False).state.gate_layer is None
 

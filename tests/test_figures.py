@@ -15,7 +15,7 @@ from fsteer_lens.figures import saving
 from fsteer_lens.figures.gating import roc
 from fsteer_lens.figures.style import expert_colours
 from fsteer_lens.method.fitting_gates import fit_gate
-from fsteer_lens.method.gates import EnergyGate, LogisticGate
+from fsteer_lens.method.subspace_gates import EnergyGate, LogisticGate
 from tests.figure_parts import trace_of
 
 

@@ -8,8 +8,9 @@ import torch
 
 from fsteer_lens import Activations, FineSteer, chain, fit, fit_gate, fit_mean_shift, generate, load, save, tutor
 from fsteer_lens.errors import InputError
-from fsteer_lens.method.gates import Gate, SubspaceGate
+from fsteer_lens.method.gates import Gate
 from fsteer_lens.method.subspace import fit_subspace
+from fsteer_lens.method.subspace_gates import SubspaceGate
 from fsteer_lens.models import SteerableModel
 from tests import made_up
 from tests.compare import same
@@ -95,7 +96,8 @@ def test_drift_shows_and_its_absence_does_not() -> None:
     away = mean + torch.tensor([[0.0] * 6 + [3.0, 0, 0, 0, 0, 0]])
     found = gate.drift(away)
     assert found.energy_outside.all() and not found.distance_outside.any(), "as near, in a direction of its own"  # type: ignore[union-attr]
-    assert torch.equal((~(gate & gate)).drift(away).distance, found.distance), "of a composed gate, the first leaf's"
+    composed = (~(gate & gate)).readings(away)
+    assert torch.equal(composed["distance"], found.distance), "of a composed gate, the first leaf's"
     bare = made_up.steering().gate.drift(torch.randn(2, made_up.D_MODEL))  # type: ignore[union-attr]
     assert bare.distance_outside is None and bare.energy_outside is None, "nothing is known of a gate made by hand"
 

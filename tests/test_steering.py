@@ -332,7 +332,7 @@ def test_hooks_of_others_stay(model: SteerableModel, steering: FineSteer, prompt
 def test_wrong_place_or_model_raises(
     tutor_model: SteerableModel, steering: FineSteer, trained: dict[int, Activations]
 ) -> None:
-    with pytest.raises(SiteError, match=r"0\.\.5"), replace(steering, layer=6).on(tutor_model):
+    with pytest.raises(SiteError, match=r"0\.\.5"), replace(steering, gate=None, layer=6).on(tutor_model):
         pass
     with pytest.raises(SiteError, match="hook_resid_post"), replace(steering, site="hook_resid_pots").on(tutor_model):
         pass

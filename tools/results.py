@@ -57,7 +57,7 @@ BASELINES: dict[str, Fit] = {
     "PCA direction": lambda own, general: fs.fit_pca_direction(own),
     "PCA direction, SCS gate": lambda own, general: fs.fit_pca_direction(own, gate=scs_gate(own)),
     "mean shift, cosine gate": lambda own, general: fs.fit_mean_shift(
-        own, gate=fs.fit_cosine_gate(own.queries, general.queries)
+        own, gate=fs.fit_gate(own.queries, kind="cosine", general=general.queries)
     ),
     "null space": lambda own, general: fs.fit_null_space(own, general.queries),
     "nearest centroid": lambda own, general: fs.fit_nearest_centroid(own, experts_of(own)),

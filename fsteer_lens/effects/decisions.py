@@ -11,7 +11,8 @@ from torch import Tensor
 from fsteer_lens.effects.answers import Effect, answer_margin, one_each
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.estimates import Estimate, auroc, bootstrap
-from fsteer_lens.method.gates import OPEN, Gate, SubspaceGate
+from fsteer_lens.method.gates import OPEN, Gate
+from fsteer_lens.method.subspace_gates import SubspaceGate, subspace_leaves
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, Prompt
 from fsteer_lens.prompts.tokens import prompt_ids, token_texts
@@ -74,18 +75,21 @@ def rank_sweep(
         seed: of the bootstrap.
 
     Raises:
-        InputError: no gate, no finite query of either kind, a rank that was not fitted, or something missing for the
-            effect.
+        InputError: no gate, one without ranks, no finite query of either kind, a rank that was not fitted, or
+            something missing for the effect.
         ShapeError: activations of another width than the gate's.
     """
     gate = steering if isinstance(steering, Gate) else _gate_of(steering, layer)[1]
+    if not gate.ranks:
+        raise InputError("rank_sweep", expected="a gate on a subspace", got=f"{type(gate).__name__}, without ranks")
     if not len(queries) or not len(general):
         raise InputError("rank_sweep", expected="queries of both kinds", got=(len(queries), len(general)))
     if ranks and (not isinstance(steering, FineSteer) or model is None or not contrasts):
         raise InputError("ranks=", expected="a FineSteer, model= and contrasts= to measure the effect with", got=ranks)
     opened, general_opened = (gate.gates(rows) >= OPEN for rows in (queries, general))
     r = opened.shape[-1]
-    ser, general_ser = (gate.subspace.energy_ratios(rows)[:, :r] for rows in (queries, general))
+    subspace = subspace_leaves(gate)[0].subspace
+    ser, general_ser = (subspace.energy_ratios(rows)[:, :r] for rows in (queries, general))
     finite, general_finite = (rows[rows.isfinite().all(dim=1)] for rows in (ser, general_ser))
     area = auroc(finite, general_finite)
     measure = effect or partial(answer_margin, chat=chat, batch_size=batch_size)

@@ -19,12 +19,12 @@ from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.perturbations import NONE, PERTURBATIONS, Format, Keeps, Perturbation, gives_same_answer
 from fsteer_lens.ground.estimates import Proportion, auroc
 from fsteer_lens.ground.tables import markdown
-from fsteer_lens.method.gates import OPEN, Gate, NotGate, SubspaceGate
+from fsteer_lens.method.fitting_gates import fit_gate
+from fsteer_lens.method.gates import OPEN, Gate, oriented
 from fsteer_lens.method.linalg import require_matrix, require_shapes, require_width
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.reading.activations import collect_queries
-from fsteer_lens.steering.baselines import fit_cosine_gate
 from fsteer_lens.tutor import world
 from fsteer_lens.tutor.steering import LAYER
 
@@ -140,18 +140,8 @@ def detector(gate: "Gate | LinearProbe | Detector") -> Detector:
     if isinstance(gate, LinearProbe):
         return Detector(gate.score, lambda h: gate.score(h) >= 0)
     if isinstance(gate, Gate):
-        return Detector(_score_of(gate), lambda h: gate.gate(h) >= OPEN)
+        return Detector(lambda h: oriented(gate, h), lambda h: gate(h) >= OPEN)
     raise InputError("gate", expected="a Gate, a LinearProbe or a Detector", got=type(gate).__name__)
-
-
-def _score_of(gate: Gate) -> Callable[[Tensor], Tensor]:
-    if isinstance(gate, NotGate):
-        inner = _score_of(gate.inner)
-        return lambda h: -inner(h)
-    if isinstance(gate, SubspaceGate):
-        sign = 1 if gate.opens_above else -1
-        return lambda h: sign * gate.subspace.energy_ratio(h, gate.rank)
-    return gate.gate
 
 
 @dataclass(frozen=True)
@@ -282,8 +272,8 @@ def gate_report(
 
     Every gate is measured twice: as it is, and with its score cut where `calibration` gives the common false-alarm
     rate. The thresholds are taken on unperturbed prompts, as one would before knowing what comes; both the harmful
-    and the harmless prompts are then perturbed alike. Compare a gate with `fit_linear_probe` and `fit_cosine_gate` of
-    the same training activations: give them all, by name.
+    and the harmless prompts are then perturbed alike. Compare a gate with a linear probe and
+    `fit_gate(kind="cosine")` of the same training activations: give them all, by name.
 
     Args:
         model: what the gates were fitted on.
@@ -412,7 +402,7 @@ def detectors_on_tutor(
     return {
         GATE: fitted,
         PROBE: fit_linear_probe(trained.queries, general),
-        COSINE: fit_cosine_gate(trained.queries, general),
+        COSINE: fit_gate(trained.queries, kind="cosine", general=general, layer=trained.layer),
     }
 
 

@@ -100,8 +100,7 @@ class Comparison:
         """AUROC of the energy ratio at the gate's rank: test contrasts against general prompts and near misses."""
         gate = self.steering.gate_at(self.steering.layers[0])
         assert gate is not None
-        leaf = gate.leaves[0]
-        scores = {name: leaf.subspace.energy_ratio(one.queries, leaf.rank) for name, one in self.queries.items()}
+        scores = {name: gate.score(one.queries) for name, one in self.queries.items()}
         return float(auroc(scores["contrasts"], torch.cat([scores["general"], scores["near misses"]])))
 
 

@@ -4,6 +4,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from fsteer_lens import figures, tutor
 from fsteer_lens.errors import FsteerError, InputError
 from fsteer_lens.explorer.pictured import Pictured, grouped, read, shown
@@ -83,13 +85,18 @@ class Explorer:
 
     @cached_property
     def figure(self) -> "plotly.graph_objects.Figure":
-        """A static figure, for where widgets cannot run: `figures.rank_explorer`, without a gate the routing."""
-        gate, shown_prompts = self._subject.gate, {group.name: group.prompts for group in self._pictured.groups}
-        if gate is None:
-            labels = [group.name for group in self._pictured.groups for _ in group.prompts]
-            weights = self._pictured.logits.softmax(dim=-1)
-            return figures.expert_routing(weights, labels, self._pictured.prompts, title=self._title)
-        return figures.rank_explorer(gate, self._pictured.by_group, shown_prompts, title=self._title)
+        """A static figure, for where widgets cannot run: `figures.rank_explorer`, or what the gate allows instead."""
+        gate, groups = self._subject.gate, self._pictured.groups
+        if gate is not None and gate.ranks:
+            prompts = {group.name: group.prompts for group in groups}
+            return figures.rank_explorer(gate, self._pictured.by_group, prompts, title=self._title)
+        if gate is not None and self._subject.has_threshold and len(groups) > 1:
+            first, *others = self._pictured.by_group.values()
+            names = (groups[0].name, "all others")
+            return figures.gate_separation(gate, first, torch.cat(others), names=names, title=self._title)
+        labels = [group.name for group in groups for _ in group.prompts]
+        weights = self._pictured.logits.softmax(dim=-1)
+        return figures.expert_routing(weights, labels, self._pictured.prompts, title=self._title)
 
     def choose(self, **changes: Any) -> "Explorer":
         """Set controls from Python, by the names of `Settings`; the widget follows.

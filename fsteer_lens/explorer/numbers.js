@@ -12,7 +12,7 @@ function unpacked(data) {
     ...data,
     count,
     group,
-    ratios: new Float32Array(bytes(data.ratios)),
+    scores: new Float32Array(bytes(data.scores)),
     opened: new Uint8Array(bytes(data.opened)),
     logits: new Float32Array(bytes(data.logits)),
   };
@@ -26,14 +26,19 @@ function bytes(view) {
 /** The threshold that holds: the chosen one, else the rank's own; null where there is none. */
 function thresholdOf(data, settings) {
   if (settings.threshold !== null) return settings.threshold;
-  return data.thresholds && settings.rank !== null ? data.thresholds[settings.rank - 1] : null;
+  return data.thresholds ? data.thresholds[columnOf(settings)] : null;
 }
 
-/** Energy ratio of every prompt at the chosen rank, NaN where it is not known; null without a gate. */
+/** Which column of the scores counts: that of the chosen rank, or the only one of a gate without ranks. */
+function columnOf(settings) {
+  return (settings.rank ?? 1) - 1;
+}
+
+/** Score of every prompt at the chosen rank, NaN where it is not known; null without a gate. */
 function scoresOf(data, settings) {
-  if (!data.ranks) return null;
+  if (!data.columns) return null;
   const scores = new Float32Array(data.count);
-  for (let row = 0; row < data.count; row++) scores[row] = data.ratios[row * data.ranks + settings.rank - 1];
+  for (let row = 0; row < data.count; row++) scores[row] = data.scores[row * data.columns + columnOf(settings)];
   return scores;
 }
 
@@ -44,7 +49,8 @@ function openOf(data, settings, scores) {
   if (!scores || !settings.gate) return open.fill(1);
   const cut = settings.threshold === null ? null : Math.fround(settings.threshold); // the kernel compares in float32
   for (let row = 0; row < data.count; row++) {
-    open[row] = cut === null ? data.opened[row * data.ranks + settings.rank - 1] : Number(scores[row] >= cut);
+    const beyond = data.opens_above ? scores[row] >= cut : scores[row] < cut;
+    open[row] = cut === null ? data.opened[row * data.columns + columnOf(settings)] : Number(beyond);
   }
   return open;
 }
@@ -72,11 +78,18 @@ function countsOf(data, open) {
   return counts;
 }
 
-/** Share of each group's prompts in each of `bins` equal bins of [0, 1]; one that is not finite is in none. */
+/** Where a score lies between the ends of its axis, 0 to 1. */
+function placeOf(data, score) {
+  const [low, high] = data.bounds;
+  return (score - low) / (high - low);
+}
+
+/** Share of each group's prompts in each of `bins` equal bins of the axis; one that is not finite is in none. */
 function histogramOf(data, scores, bins) {
   const shares = data.groups.map(() => new Float64Array(bins));
   scores.forEach((score, row) => {
-    if (Number.isFinite(score)) shares[data.group[row]][Math.min(bins - 1, Math.floor(score * bins))] += 1;
+    const bin = Math.max(0, Math.min(bins - 1, Math.floor(placeOf(data, score) * bins)));
+    if (Number.isFinite(score)) shares[data.group[row]][bin] += 1;
   });
   return shares.map((one, index) => one.map((n) => n / data.groups[index].size));
 }
@@ -88,7 +101,7 @@ function rocOf(data, scores) {
   const positives = rows.filter((row) => data.group[row] === 0).length;
   const negatives = rows.length - positives;
   if (!positives || !negatives) return null;
-  rows.sort((a, b) => scores[b] - scores[a]);
+  rows.sort((a, b) => (data.opens_above ? scores[b] - scores[a] : scores[a] - scores[b]));
   const points = [[0, 0]];
   let hits = 0, alarms = 0, area = 0;
   rows.forEach((row, place) => {

@@ -12,7 +12,7 @@ from fsteer_lens.errors import InputError
 from fsteer_lens.explorer.settings import Subject
 from fsteer_lens.figures.style import expert_colours, group_colours, plain
 from fsteer_lens.ground.progress import progress_bar
-from fsteer_lens.method.gates import OPEN, SubspaceGate
+from fsteer_lens.method.gates import OPEN
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Prompt, check_prompt, prompt_text
 from fsteer_lens.prompts.tokens import prompt_ids
@@ -44,18 +44,25 @@ class Pictured:
     Attributes:
         groups: the prompts.
         queries: activations that the gate reads, [p d].
-        ratios: energy ratio at every rank, [p r]; of the first subspace of a composed gate. No ranks without a gate.
+        scores: the gate's score at every rank, [p r]: energy ratios, of the first subspace of a composed gate. One
+            column for a gate without ranks, none without a gate.
         opened: whether the gate as it is calibrated is open at every rank, [p r].
         thresholds: the calibrated threshold of every rank, [r]; None for a gate without a single one.
         logits: of the routing, of every expert, [p k].
+        ranks: how many ranks there are to choose from; 0 for a gate without.
+        score_name: what the score is.
+        opens_above: whether the gate opens above its threshold.
     """
 
     groups: tuple[Group, ...]
     queries: Float[Tensor, "p d"]
-    ratios: Float[Tensor, "p r"]
+    scores: Float[Tensor, "p r"]
     opened: Bool[Tensor, "p r"]
     thresholds: Float[Tensor, " r"] | None
     logits: Float[Tensor, "p k"]
+    ranks: int
+    score_name: str
+    opens_above: bool
 
     @property
     def prompts(self) -> list[Prompt]:
@@ -79,12 +86,26 @@ class Pictured:
             ],
             "prompts": [shown(prompt_text(prompt)) for prompt in self.prompts],
             "experts": expert_colours(self.logits.shape[1]),
-            "ranks": self.ratios.shape[1],
-            "ratios": _bytes(self.ratios.float(), "<f4"),
+            "ranks": self.ranks,
+            "columns": self.scores.shape[1],
+            "score": self.score_name,
+            "bounds": self._bounds(),
+            "opens_above": self.opens_above,
+            "scores": _bytes(self.scores.float(), "<f4"),
             "opened": _bytes(self.opened, "u1"),
             "logits": _bytes(self.logits.float(), "<f4"),
             "thresholds": None if self.thresholds is None else plain(self.thresholds, digits=6),
         }
+
+    def _bounds(self) -> list[float]:
+        """Ends of the scores' axis: 0 to 1 where all lie there, else what they and the thresholds span."""
+        finite = self.scores[self.scores.isfinite()]
+        if not len(finite) or (float(finite.min()) >= 0 and float(finite.max()) <= 1):
+            return [0.0, 1.0]
+        whole = finite if self.thresholds is None else torch.cat([finite, self.thresholds.to(finite)])
+        low, high = (float(end) for end in whole.aminmax())
+        margin = 0.02 * (high - low) or 0.5
+        return [low - margin, high + margin]
 
 
 def grouped(prompts: Any, limit: int | None) -> tuple[Group, ...]:
@@ -129,14 +150,19 @@ def pictured(
 ) -> Pictured:
     """Compute what the gate makes of `queries` at every rank, and the experts of `routed`."""
     gate, experts, ranks = subject.gate, subject.experts, subject.ranks
-    ratios, opened, thresholds = torch.zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.bool), None
+    scores, opened, thresholds = torch.zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.bool), None
+    name = "" if gate is None else gate.score_name
     if gate is not None:
-        ratios = gate.subspace.energy_ratios(queries)[:, :ranks].cpu()
-        opened = gate.gates(queries)[:, :ranks].ge(OPEN).cpu()
-    if isinstance(gate, SubspaceGate):
-        thresholds = torch.tensor([gate.at_rank(rank).threshold for rank in range(1, ranks + 1)], dtype=torch.float64)
+        opened = gate.gates(queries)[:, : max(1, ranks)].ge(OPEN).cpu()
+        scores = gate.score(queries).unsqueeze(1).cpu()
+        if ranks:
+            scores, name = subject.leaves[0].subspace.energy_ratios(queries)[:, :ranks].cpu(), "energy ratio s"
+    if gate is not None and subject.has_threshold:
+        at_ranks = [gate.at_rank(rank) for rank in range(1, ranks + 1)] or [gate]
+        thresholds = torch.tensor([one.threshold for one in at_ranks], dtype=torch.float64)
     logits = experts.controller.logits(routed.to(experts.prototypes), experts.prototypes).cpu()
-    return Pictured(groups, queries, ratios, opened, thresholds, logits)
+    above = gate is None or gate.opens_above
+    return Pictured(groups, queries, scores, opened, thresholds, logits, ranks, name, above)
 
 
 def _bytes(values: Tensor, dtype: str) -> bytes:

@@ -46,23 +46,26 @@ function frame(width, height, label, xTitle, yTitle) {
   return { root, box, x, y, ticks, tick, below };
 }
 
-/** Histogram of the energy ratio by group, with the threshold and the selected prompt. */
+/** Histogram of the gate's score by group, with the threshold and the selected prompt. */
 function histogramPicture(data) {
-  const picture = frame(380, 205, "Histogram of the energy ratio", "energy ratio s", "% of the group");
+  const picture = frame(380, 205, `Histogram of the ${data.score}`, data.score, "% of the group");
   const { root, box, x, y, ticks, tick } = picture;
   const bars = data.groups.map((group) => svg("path", { class: "bars", fill: group.colour, stroke: group.colour }));
   const line = svg("path", { class: "threshold" });
   const name = svg("text", { class: "threshold-name", y: box.top + 11 });
   const mark = svg("path", { class: "chosen" });
   root.append(...bars, line, name, mark);
-  for (const share of [0, 0.25, 0.5, 0.75, 1]) picture.root.append(tick(share, String(share), false));
+  const [low, high] = data.bounds;
+  for (const share of [0, 0.25, 0.5, 0.75, 1]) {
+    picture.root.append(tick(share, String(Number((low + share * (high - low)).toPrecision(3))), false));
+  }
   let top = null;
 
   function draw(view, settings, chosen) {
     picture.below.textContent =
       settings.mode === "ablation"
         ? `share of the activation that is taken out, rank ${settings.rank}`
-        : `energy ratio s at rank ${settings.rank}${data.composed ? ", first subspace" : ""}`;
+        : `${data.score}${data.ranks ? ` at rank ${settings.rank}` : ""}${data.composed && data.ranks ? ", first subspace" : ""}`;
     const shares = histogramOf(data, view.scores, BINS);
     const most = Math.max(...shares.map((one) => Math.max(...one)));
     const scale = [0.1, 0.2, 0.4, 0.6, 0.8].find((limit) => most <= limit) ?? 1;
@@ -78,19 +81,20 @@ function histogramPicture(data) {
       bars[index].setAttribute("d", path);
     });
     const cut = settings.mode === "ablation" || !settings.gate ? null : view.threshold;
-    const place = cut === null ? null : x(Math.min(1, Math.max(0, cut)));
+    const share = cut === null ? 0 : placeOf(data, cut);
+    const place = cut === null ? null : x(Math.min(1, Math.max(0, share)));
     line.setAttribute("d", place === null ? "" : `M${place},${box.top}V${box.bottom}`);
     name.textContent = cut === null ? "" : `threshold ${cut.toFixed(3)}`;
-    name.setAttribute("x", place === null ? 0 : place + (cut > 0.6 ? -5 : 5));
-    name.setAttribute("text-anchor", cut > 0.6 ? "end" : "start");
+    name.setAttribute("x", place === null ? 0 : place + (share > 0.6 ? -5 : 5));
+    name.setAttribute("text-anchor", share > 0.6 ? "end" : "start");
     const score = chosen === null ? NaN : view.scores[chosen];
-    const foot = Number.isFinite(score) ? x(score) : null;
+    const foot = Number.isFinite(score) ? x(placeOf(data, score)) : null;
     mark.setAttribute("d", foot === null ? "" : `M${foot},${box.bottom}l-5,8h10Z`);
   }
   return { element: root, draw };
 }
 
-/** ROC curve of the energy ratio, its area, and where the present settings are. */
+/** ROC curve of the score, its area, and where the present settings are. */
 function rocPicture(data) {
   const first = short(data.groups[0].name, 14);
   const others = data.groups.length > 2 ? "all others" : short(data.groups[1].name, 14);
@@ -105,7 +109,7 @@ function rocPicture(data) {
   function draw(view, settings) {
     const points = view.roc ? view.roc.points : [];
     curve.setAttribute("d", points.map(([a, b], index) => `${index ? "L" : "M"}${x(a)},${y(b)}`).join(""));
-    area.textContent = view.roc ? `AUROC ${view.roc.area.toFixed(3)}` : "no finite energy ratios";
+    area.textContent = view.roc ? `AUROC ${view.roc.area.toFixed(3)}` : "no finite scores";
     const hidden = settings.mode === "ablation" || !view.point;
     point.setAttribute("visibility", hidden ? "hidden" : "visible");
     if (!hidden) {
@@ -188,7 +192,7 @@ function heatmapPicture(data, pick) {
     if (row === null) return;
     const { view, settings } = state;
     const weights = settings.experts.map((on, e) => `${e}: ${on ? told(view.weights[row * k + e]) : "off"}`);
-    const ratio = view.scores ? `energy ratio ${told(view.scores[row], 3)}, ` : "";
+    const ratio = view.scores ? `${data.score} ${told(view.scores[row], 3)}, ` : "";
     const gate = settings.mode === "ablation" ? "not steered" : view.open[row] ? "steered" : "left alone";
     const lines = [data.prompts[row].slice(0, 300), `${ratio}${gate}`, `weights ${weights.join("  ")}`];
     tip.replaceChildren(...lines.map((line) => html("div", { textContent: line })));

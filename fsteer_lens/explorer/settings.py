@@ -8,7 +8,8 @@ from typing import Any, Literal
 from fsteer_lens.errors import InputError
 from fsteer_lens.hooks.probes import SubspaceAblation
 from fsteer_lens.method.experts import Experts
-from fsteer_lens.method.gates import Gate, SubspaceGate
+from fsteer_lens.method.gates import Gate
+from fsteer_lens.method.subspace_gates import SubspaceGate, subspace_leaves
 from fsteer_lens.steering.steering import FineSteer
 
 Mode = Literal["gate", "ablation"]
@@ -19,8 +20,9 @@ class Settings:
     """Where the controls stand.
 
     Attributes:
-        rank: of the gate's subspace; None for a steering without a gate.
-        threshold: energy ratio from which on the gate is open; None is the gate's own calibration at this rank.
+        rank: of the gate's subspace; None for a steering without a gate, or with one that has no ranks.
+        threshold: score from which on the gate is open, of a gate on a subspace its energy ratio; None is the gate's
+            own calibration.
         strength: λ.
         experts: which experts are on; at least one.
         residual: whether U β(h) is added.
@@ -60,12 +62,12 @@ class Subject:
         layers = self.steering.layers
         if isinstance(self.layer, bool) or self.layer not in layers:
             raise InputError("layer", expected=f"a steered layer, one of {list(layers)}", got=repr(self.layer))
-        ranks = [] if self.gate is None else [leaf.rank for leaf in self.gate.leaves]
+        ranks = [leaf.rank for leaf in self.leaves]
         if ranks and not (len(set(ranks)) == 1 and ranks[0] <= self.ranks):
             raise InputError(
                 "explore",
                 expected="a composed gate whose parts are at one rank, which all of them have",
-                got=f"ranks {ranks} of {[leaf.subspace.rank for leaf in self.gate.leaves] if self.gate else []} fitted",
+                got=f"ranks {ranks} of {[leaf.ranks for leaf in self.leaves]} fitted",
                 fix="Put them at one rank, steering.at_rank(r), or explore each part: steering.with_gate(part).",
             )
 
@@ -86,19 +88,24 @@ class Subject:
 
     @property
     def ranks(self) -> int:
-        """The largest rank that every leaf of the gate has; 0 without a gate."""
-        return 0 if self.gate is None else min(leaf.subspace.rank for leaf in self.gate.leaves)
+        """The largest rank that every leaf with a subspace has; 0 without any."""
+        return 0 if self.gate is None else self.gate.ranks
+
+    @property
+    def leaves(self) -> tuple[SubspaceGate, ...]:
+        """The gate's leaves that have a subspace."""
+        return () if self.gate is None else subspace_leaves(self.gate)
 
     @property
     def has_threshold(self) -> bool:
         """Whether the gate has one threshold; composed gates have none."""
-        return isinstance(self.gate, SubspaceGate)
+        return self.gate is not None and self.gate.leaves == (self.gate,)
 
     def start(self) -> Settings:
         """The steering's own settings."""
         gate, experts = self.gate, self.experts
         return Settings(
-            rank=None if gate is None else gate.leaves[0].rank,
+            rank=self.leaves[0].rank if self.leaves else None,
             threshold=None,
             strength=float(self.steering.strength),
             experts=experts.enabled,
@@ -132,7 +139,11 @@ class Subject:
             got = {"rank": rank, "threshold": threshold, "gate": gate, "mode": mode}
             _require(fits, "a steering without a gate", "rank=None, threshold=None, gate=False, mode='gate'", got)
             return
-        _require(_is_rank(rank, self.ranks), "rank", f"an int in 1..{self.ranks}", rank)
+        if self.ranks:
+            _require(_is_rank(rank, self.ranks), "rank", f"an int in 1..{self.ranks}", rank)
+        else:
+            fits = rank is None and mode == "gate"
+            _require(fits, "a gate without ranks", "rank=None, mode='gate'", {"rank": rank, "mode": mode})
         if threshold is not None:
             _require(self.has_threshold, "threshold", "None: a composed gate has no single one", threshold)
             _require(_is_number(threshold), "threshold", "a finite number or None", threshold)
@@ -141,9 +152,9 @@ class Subject:
         """The steering, or the ablation of the gate's subspace, that these settings amount to."""
         gate, steering = self.gate, self.steering.with_strength(settings.strength)
         if settings.mode == "ablation":
-            assert gate is not None and settings.rank is not None
+            assert settings.rank is not None
             return SubspaceAblation(
-                gate.subspace,
+                self.leaves[0].subspace,
                 layer=self.gate_layer,
                 rank=settings.rank,
                 site=steering.site,
@@ -154,9 +165,9 @@ class Subject:
             return steering
         if not settings.gate:
             return self._always_open(steering)
-        assert settings.rank is not None
-        gate = gate.at_rank(settings.rank)
-        if settings.threshold is not None and isinstance(gate, SubspaceGate):
+        if settings.rank is not None:
+            gate = gate.at_rank(settings.rank)
+        if settings.threshold is not None:
             gate = gate.at_threshold(settings.threshold)
         return self._with_gate(steering, gate)
 

@@ -27,12 +27,13 @@ function controlPanel(data, change, release) {
   let settings = null;
   const set = (changes) => change({ ...settings, ...changes });
   const now = (changes) => (set(changes), release());
-  const gated = data.ranks > 0;
+  const gated = data.columns > 0;
+  const ranked = data.ranks > 0;
   const calibrated = gated && !data.composed;
   const radios = `fsteer-rank-${(views += 1)}`;
 
   const modes = ["gate", "ablation"].map((mode) => {
-    const input = html("input", { type: "radio", name: radios, value: mode, disabled: !gated });
+    const input = html("input", { type: "radio", name: radios, value: mode, disabled: !ranked });
     input.addEventListener("change", () => now({ mode }));
     const title =
       mode === "gate"
@@ -43,7 +44,7 @@ function controlPanel(data, change, release) {
   const rank = slider("rank", { min: 1, max: data.ranks || 1, step: 1 }, (value) => set({ rank: value }), release);
   const threshold = slider(
     "threshold",
-    { min: 0, max: 1, step: 0.001 },
+    { min: data.bounds[0], max: data.bounds[1], step: (data.bounds[1] - data.bounds[0]) / 1000 },
     (value) => set({ threshold: value }),
     release,
   );
@@ -89,9 +90,9 @@ function controlPanel(data, change, release) {
     settings = next;
     const ablated = settings.mode === "ablation";
     modes.forEach((label) => (label.firstChild.checked = label.firstChild.value === settings.mode));
-    rank.input.disabled = !gated;
+    rank.input.disabled = !ranked;
     rank.input.value = settings.rank ?? 1;
-    rank.value.textContent = gated ? `${settings.rank} of ${data.ranks}` : "no gate";
+    rank.value.textContent = ranked ? `${settings.rank} of ${data.ranks}` : gated ? "no ranks" : "no gate";
     threshold.input.disabled = !calibrated || ablated || !settings.gate;
     threshold.input.value = view.threshold ?? 0;
     threshold.value.textContent = view.threshold === null ? (gated ? "none" : "no gate") : view.threshold.toFixed(3);
@@ -274,7 +275,7 @@ function render({ model, el }) {
   const data = unpacked(model.get("data"));
   let settings = clone(model.get("settings"));
   let view = null;
-  const gated = data.ranks > 0;
+  const gated = data.columns > 0;
 
   function redraw() {
     view = evaluated(data, settings, view);

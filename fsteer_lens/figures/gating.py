@@ -1,5 +1,6 @@
-"""How well the gate's energy ratio tells the prompts that need steering from the others."""
+"""How well a gate's score tells the prompts that need steering from the others."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.style import CURVE, TEXT, group_colours, label_text, plain, styled
 from fsteer_lens.ground.estimates import auroc
-from fsteer_lens.method.gates import OPEN, Gate, SubspaceGate
+from fsteer_lens.method.gates import OPEN, Gate
 
 if TYPE_CHECKING:
     import plotly.graph_objects
@@ -24,32 +25,38 @@ def gate_separation(
     *,
     rank: int | None = None,
     names: tuple[str, str] = ("harmful", "general"),
-    title: str = "Does the energy ratio tell the two kinds of prompt apart?",
+    title: str = "Does the gate tell the two kinds of prompt apart?",
 ) -> "plotly.graph_objects.Figure":
-    """Histograms of the subspace energy ratio of two groups with the gate's threshold, beside the ROC curve.
+    """Histograms of a gate's score over two groups with its threshold, beside the ROC curve.
 
-    Rows whose ratio is not finite are left out.
+    The score of a gate on a subspace is the energy ratio. Rows whose score is not finite are left out.
 
     Args:
-        gate: a fitted gate on one subspace.
+        gate: a gate that is not composed.
         ir_queries: activations of prompts that need steering, [n d].
         general_queries: activations of prompts to be left alone, [m d].
-        rank: of the subspace; None takes the gate's own.
+        rank: of the subspace of a gate that has one; None takes the gate's own.
         names: of the two groups.
         title: above the figure.
 
     Raises:
-        InputError: a composed gate, a rank that was not fitted, or a group without a finite ratio.
+        InputError: a composed gate, a rank that was not fitted, or a group without a finite score.
         ShapeError: activations of another width than the gate's.
     """
     from plotly.subplots import make_subplots
 
-    gate = _leaf(gate, rank)
-    ratios = [_ratios(gate, queries, name) for queries, name in zip((ir_queries, general_queries), names, strict=True)]
-    false_alarms, hits, area = roc(*ratios)
+    if gate.leaves != (gate,):
+        fix = "Draw each of gate.leaves by itself."
+        raise InputError("gate", expected="a gate that is not composed", got=type(gate).__name__, fix=fix)
+    gate = gate if rank is None else gate.at_rank(rank)
+    rows = [_finite(gate, queries, name) for queries, name in zip((ir_queries, general_queries), names, strict=True)]
+    scores = [gate.score(h) for h in rows]
+    false_alarms, hits, area = roc(*(values if gate.opens_above else -values for values in scores))
+    low, high = _bounds(gate, scores)
     figure = make_subplots(rows=1, cols=2, column_widths=[0.62, 0.38], horizontal_spacing=0.12)
-    for name, values, colour in zip(names, ratios, group_colours(2), strict=True):
-        _add_histogram(figure, name, values, colour)
+    for name, values, colour in zip(names, scores, group_colours(2), strict=True):
+        _add_histogram(figure, name, values, colour, (low, high), gate.score_name)
+    place = (gate.threshold - low) / (high - low)
     figure.add_shape(
         type="line",
         xref="x",
@@ -61,30 +68,34 @@ def gate_separation(
         line={"color": TEXT, "width": 2, "dash": "dash"},
     )
     figure.add_annotation(
-        x=min(max(gate.threshold, 0), 1),
+        x=min(max(gate.threshold, low), high),
         xref="x",
-        xanchor="right" if gate.threshold > 0.6 else "left",
+        xanchor="right" if place > 0.6 else "left",
         y=1,
         yref="y domain",
         yanchor="top",
-        xshift=-5 if gate.threshold > 0.6 else 5,
+        xshift=-5 if place > 0.6 else 5,
         text=f"threshold {gate.threshold:.3f}" + ("" if gate.opens_above else ", opens below"),
         showarrow=False,
     )
-    _add_roc(
-        figure,
-        false_alarms,
-        hits,
-        area,
-        [float((gate.gate_of_ratio(values) >= OPEN).float().mean()) for values in ratios],
-    )
+    _add_roc(figure, false_alarms, hits, area, [float((gate(h) >= OPEN).float().mean()) for h in rows])
     styled(figure, title, height=380)
     figure.update_layout(barmode="overlay")
-    figure.update_xaxes(title=f"energy ratio s at rank {gate.rank} (share, 0 to 1)", range=[0, 1], row=1, col=1)
+    figure.update_xaxes(title=label_text(gate.score_name), range=[low, high], row=1, col=1)
     figure.update_yaxes(title="share of the group's prompts (%)", rangemode="tozero", row=1, col=1)
     figure.update_xaxes(title=f"{label_text(names[1])} steered (%)", range=[-2, 102], row=1, col=2)
     figure.update_yaxes(title=f"{label_text(names[0])} steered (%)", range=[-2, 102], row=1, col=2)
     return figure
+
+
+def _bounds(gate: Gate, scores: Sequence[Tensor]) -> tuple[float, float]:
+    """Ends of the axis: 0 to 1 where all scores lie there, else what they and the threshold span."""
+    low, high = (float(end) for end in torch.cat(list(scores)).aminmax())
+    if low >= 0 and high <= 1:
+        return 0.0, 1.0
+    low, high = min(low, gate.threshold), max(high, gate.threshold)
+    margin = 0.02 * (high - low) or 0.5
+    return low - margin, high + margin
 
 
 def roc(positive: Float[Tensor, " n"], negative: Float[Tensor, " m"]) -> tuple[Tensor, Tensor, float]:
@@ -102,24 +113,33 @@ def roc(positive: Float[Tensor, " n"], negative: Float[Tensor, " m"]) -> tuple[T
     return false_alarms, hits, float(auroc(positive, negative))
 
 
-def _add_histogram(figure: "plotly.graph_objects.Figure", name: str, values: Float[Tensor, " n"], colour: str) -> None:
+def _add_histogram(
+    figure: "plotly.graph_objects.Figure",
+    name: str,
+    values: Float[Tensor, " n"],
+    colour: str,
+    bounds: tuple[float, float],
+    score_name: str,
+) -> None:
     import plotly.graph_objects as go
 
-    counts = torch.histc(values.double().cpu(), bins=BINS, min=0, max=1)
-    edges = torch.linspace(0, 1, BINS + 1)
+    low, high = bounds
+    width = (high - low) / BINS
+    counts = torch.histc(values.double().cpu(), bins=BINS, min=low, max=high)
+    edges = torch.linspace(low, high, BINS + 1)
     figure.add_trace(
         go.Bar(
             x=plain((edges[1:] + edges[:-1]) / 2),
             y=plain(100 * counts / len(values)),
-            width=1 / BINS,
+            width=width,
             name=f"{label_text(name)} ({len(values)})",
             marker={"color": colour, "line": {"width": 0}},
             opacity=0.6,
             customdata=[
-                [int(count), low, low + 1 / BINS] for count, low in zip(counts, plain(edges[:-1]), strict=True)
+                [int(count), start, start + width] for count, start in zip(counts, plain(edges[:-1]), strict=True)
             ],
-            hovertemplate=f"{label_text(name)}<br>energy ratio %{{customdata[1]:.3f}} to %{{customdata[2]:.3f}}"
-            "<br>%{customdata[0]} prompts, %{y:.1f} %<extra></extra>",
+            hovertemplate=f"{label_text(name)}<br>{label_text(score_name)} %{{customdata[1]:.3f}} to "
+            "%{customdata[2]:.3f}<br>%{customdata[0]} prompts, %{y:.1f} %<extra></extra>",
         ),
         row=1,
         col=1,
@@ -163,20 +183,10 @@ def _add_roc(
     )
 
 
-def _leaf(gate: Gate, rank: int | None) -> SubspaceGate:
-    if not isinstance(gate, SubspaceGate):
-        raise InputError(
-            "gate",
-            expected="a gate on one subspace",
-            got=type(gate).__name__,
-            fix="Draw each of gate.leaves by itself.",
-        )
-    return gate if rank is None else gate.at_rank(rank)
-
-
-def _ratios(gate: SubspaceGate, queries: Float[Tensor, "n d"], name: str) -> Float[Tensor, " finite"]:
-    ratios = gate.subspace.energy_ratio(queries, gate.rank)
-    finite = ratios[queries.isfinite().all(dim=1).to(ratios.device) & ratios.isfinite()]
-    if len(finite) == 0:
+def _finite(gate: Gate, queries: Float[Tensor, "n d"], name: str) -> Float[Tensor, "finite d"]:
+    """The queries that are finite and whose score is."""
+    scores = gate.score(queries)
+    rows = queries[queries.isfinite().all(dim=1) & scores.isfinite().to(queries.device)]
+    if len(rows) == 0:
         raise InputError(f"{name} queries", expected="at least one finite row", got=f"none of {len(queries)}")
-    return finite
+    return rows

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.style import GRID, TEXT, group_colours, hover_prompt, label_text, plain, styled
-from fsteer_lens.method.gates import OPEN, Gate, SubspaceGate
+from fsteer_lens.method.gates import OPEN, Gate
+from fsteer_lens.method.subspace_gates import subspace_leaves
 
 if TYPE_CHECKING:
     import plotly.graph_objects
@@ -35,14 +36,15 @@ def rank_explorer(
     that is not finite gets no mark and counts as left alone.
 
     Args:
-        gate: a fitted gate; its calibration at each rank is the one that `gate.at_rank` gives.
+        gate: a fitted gate with ranks; its calibration at each rank is the one that `gate.at_rank` gives.
         queries: activations of each group of prompts, {name: [n d]}; the groups that need steering first.
         prompts: shown on hover, {name: n prompts}.
         ranks: the slider's stops; None takes every fitted rank, thinned to 64 where there are more.
         title: above the figure.
 
     Raises:
-        InputError: no queries, a rank that was not fitted, or prompts that do not fit the queries.
+        InputError: a gate without ranks, no queries, a rank that was not fitted, or prompts that do not fit the
+            queries.
         ShapeError: activations of another width than the gate's.
     """
     import plotly.graph_objects as go
@@ -53,8 +55,11 @@ def rank_explorer(
         if prompts is not None and len(prompts.get(name, ())) != len(rows):
             got = f"{len(prompts[name])} prompts" if name in prompts else f"groups {list(prompts)}"
             raise InputError(f"prompts of {name!r}", expected=f"{len(rows)}, one for each query", got=got)
-    own = [leaf.rank for leaf in gate.leaves]
-    fitted = min(leaf.subspace.rank for leaf in gate.leaves)
+    fitted, single = gate.ranks, gate.leaves == (gate,)
+    if not fitted:
+        fix = "Draw it with gate_separation."
+        raise InputError("gate", expected="a gate on a subspace", got=f"{type(gate).__name__}, without ranks", fix=fix)
+    own = [leaf.rank for leaf in subspace_leaves(gate)]
     stops = _stops(fitted, min(own[0], fitted)) if ranks is None else sorted(set(ranks))
     if not stops:
         raise InputError("ranks", expected="at least one rank", got="none")
@@ -99,8 +104,8 @@ def rank_explorer(
             mode="lines",
             line={"color": TEXT, "width": 2, "dash": "dash"},
             hovertemplate="threshold %{x:.3f}<extra></extra>",
-            name="threshold: steered from here on" if isinstance(gate, SubspaceGate) else "",
-            showlegend=isinstance(gate, SubspaceGate),
+            name="threshold: steered from here on" if single else "",
+            showlegend=single,
         )
     )
     for symbol, meaning in ((FILLED, "steered"), (HOLLOW, "left alone")):
@@ -119,7 +124,7 @@ def _stops(fitted: int, own: int) -> list[int]:
 
 def _ratios(gate: Gate, rows: Float[Tensor, "n d"], finite: Bool[Tensor, " n"]) -> list[list[float | None]]:
     """Energy ratios at every rank, one list per rank, with None for queries that are not finite."""
-    ratios = gate.subspace.energy_ratios(rows)
+    ratios = subspace_leaves(gate)[0].subspace.energy_ratios(rows)
     return plain(ratios.masked_fill(~finite.to(ratios.device).unsqueeze(1), float("nan")).T, digits=3)
 
 
@@ -132,7 +137,7 @@ def _state(
 ) -> dict[str, Any]:
     """What the slider changes at one rank: places, marks, and how many of each group are steered."""
     is_open = {name: (value.cpu().ge(OPEN) & finite[name].cpu()).tolist() for name, value in values.items()}
-    threshold = [gate.threshold] * 2 if isinstance(gate, SubspaceGate) else [None, None]
+    threshold = [gate.threshold] * 2 if gate.leaves == (gate,) else [None, None]
     return {
         "x": [ratios[name][rank - 1] for name in values] + [[None if t is None else round(t, 4) for t in threshold]],
         "marker.symbol": [[FILLED if one else HOLLOW for one in is_open[name]] for name in values],

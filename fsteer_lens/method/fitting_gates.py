@@ -1,7 +1,8 @@
-"""`fit_gate`: the subspace of the queries that need intervention, and a gate calibrated on its energy ratio."""
+"""`fit_gate`: from activations to a gate, on the energy ratio of a subspace or on a direction."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from dataclasses import replace
+from typing import Any, Final, Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
 import torch
@@ -9,95 +10,147 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.method.gates import CalibrationRange, EnergyGate, Gate, LogisticGate, QuantileGate
+from fsteer_lens.ground import checks
+from fsteer_lens.method.gates import Gate
 from fsteer_lens.method.linalg import require_matrix, require_rank
-from fsteer_lens.method.subspace import fit_subspace
+from fsteer_lens.method.linear_gates import CosineGate, LinearGate
+from fsteer_lens.method.subspace import Subspace, fit_subspace
+from fsteer_lens.method.subspace_gates import CalibrationRange, EnergyGate, LogisticGate, QuantileGate
+
+MAX_RANK: Final = 64
+QUANTILE: Final = {"epsilon": 0.003, "gamma": 4.0, "cdf": "linear"}
+SUBSPACE_KINDS = ("quantile", "logistic", "energy")
+DIRECTION_KINDS = ("linear", "cosine")
+Kind = Literal["quantile", "logistic", "energy", "linear", "cosine"]
+
+
+class GateOptions(TypedDict, total=False):
+    """What `fit_gate` takes beside its own arguments: see there."""
+
+    epsilon: float
+    gamma: float
+    cdf: Literal["linear", "step"]
+    max_rank: int
 
 
 def fit_gate(
     queries: Float[Tensor, "n d"],
     *,
-    rank: int,
-    kind: Literal["quantile", "logistic", "energy"] = "quantile",
+    rank: int | None = None,
+    kind: Kind = "quantile",
     general: Float[Tensor, "n_general d"] | None = None,
-    epsilon: float = 0.003,
-    gamma: float = 4.0,
-    cdf: Literal["linear", "step"] = "linear",
     folds: int | None = 5,
     groups: Sequence[str | None] | None = None,
     calibration: Float[Tensor, "n_calibration d"] | None = None,
-    max_rank: int = 64,
+    layer: int | None = None,
     seed: int = 0,
+    **options: Unpack[GateOptions],
 ) -> Gate:
-    """Fit the subspace of the IR queries and a gate on its energy ratio.
+    """Fit a gate: on the energy ratio of the queries' subspace, or on a direction that tells them from general ones.
 
     Args:
         queries: activations of the queries that need intervention, at the last prompt token, [n d].
-        rank: rank of the subspace whose energy ratio decides; at most (smallest training fold) − 1.
-        kind: "quantile" (paper Eq. 8), "logistic" (Eq. 9) or "energy" (Eq. 15).
-        general: activations of queries to be left alone; the logistic gate needs them, and any other kind raises if
-            they are given.
-        epsilon: ε of the quantile gate. The paper's value is not public; the default is what measured best on the
-            tutor's valid split (docs/tutor_model_card.md).
-        gamma: γ of the quantile gate, likewise.
-        cdf: "linear" interpolates F, "step" is the paper's.
+        rank: rank of the subspace whose energy ratio decides; at most (smallest training fold) − 1. Of the first three
+            kinds.
+        kind: "quantile" (paper Eq. 8), "logistic" (Eq. 9) or "energy" (Eq. 15), on the energy ratio of a subspace;
+            "linear", a linear probe, logistic regression of the two kinds of query, standardised, classes balanced, L2
+            with C = 1; "cosine", the gate of CAST (Lee et al. 2024, arXiv 2409.05907).
+        general: activations of queries to be left alone; "logistic", "linear" and "cosine" need them, and the others
+            raise if they are given.
         folds: calibrate on ratios from that many cross-fitting folds; None calibrates in-sample, which is biased and
             is here for comparison only.
         groups: fold group of every query (the template it was made from); a group is never split. None: random folds.
         calibration: IR queries that the basis does not see; replaces cross-fitting.
-        max_rank: keep this many ranks (or as many as the data allow) for `.at_rank`.
+        layer: where the queries were read; the gate then refuses to act or to combine elsewhere.
         seed: of the random folds.
+        options: for subspaces `max_rank` (64): keep this many ranks (or as many as the data allow) for `.at_rank`. For
+            kind="quantile" `epsilon` (0.003), `gamma` (4.0) and `cdf` ("linear" interpolates F, "step" is the
+            paper's). The paper's ε and γ are not public; the defaults are what measured best on the tutor's valid split
+            (docs/tutor_model_card.md).
 
     Raises:
-        InputError: `rank` too high, unknown `kind`, or options that contradict each other.
+        InputError: `rank` too high or missing, unknown `kind`, or options that contradict each other or have no effect.
         ShapeError, NonFiniteError: a tensor is no finite floating matrix of the queries' width.
         DataError: fewer than two groups to cut folds from.
     """
+    checks.choice("gate kind", kind, (*SUBSPACE_KINDS, *DIRECTION_KINDS))
+    known = {"quantile": {"epsilon", "gamma", "cdf", "max_rank"}, "logistic": {"max_rank"}, "energy": {"max_rank"}}
+    unused = sorted(set(options) - known.get(kind, set()))
+    if kind in DIRECTION_KINDS:
+        unused += [name for name, given in (("rank", rank), ("calibration", calibration)) if given is not None]
+    if unused:
+        allowed = sorted(known.get(kind, set()))
+        raise InputError(f"fit_gate(kind={kind!r})", expected=f"no other options than {allowed}", got=unused)
+    if (kind in ("quantile", "energy")) == (general is not None):
+        needs, got = ("needs", None) if general is None else ("takes no", "activations of queries to leave alone")
+        raise InputError(
+            f"the {kind} gate {needs} general=",
+            expected="general= with kind='logistic', 'linear' or 'cosine', and no other",
+            got=got,
+        )
     rows = require_matrix(queries, "queries", min_rows=3)
+    others = None if general is None else require_matrix(general, "general", d_model=rows.shape[1]).to(rows)
+    if others is not None and kind in DIRECTION_KINDS:
+        return (_fit_linear if kind == "linear" else _fit_cosine)(rows, others, layer)
+    if rank is None:
+        raise InputError(f"fit_gate(kind={kind!r})", expected="rank=, of the subspace", got=None)
+    folding = _Folding(folds, groups, calibration, seed)
+    subspace, ratios, distance = _cross_fitted(rows, rank, options.get("max_rank", MAX_RANK), folding)
+    placed: dict[str, Any] = {"layer": layer}
+    if others is not None:
+        beside = subspace.energy_ratios(others)
+        spanned = torch.cat([ratios, beside]), torch.cat([distance, subspace.distance(others)])
+        placed["calibrated"] = _range(*spanned)
+        return LogisticGate(subspace, rank, *_fit_logistic(ratios, beside), **placed)
+    placed["calibrated"] = _range(ratios, distance)
+    if kind == "energy":
+        return EnergyGate(subspace, rank, **placed)
+    shape = {name: options.get(name, value) for name, value in QUANTILE.items()}
+    return QuantileGate(subspace, rank, ratios.sort(dim=0).values, **shape, **placed)  # pyright: ignore[reportArgumentType]
+
+
+class _Folding(NamedTuple):
+    """How the energy ratios that a gate is calibrated on are taken; fields as in `fit_gate`."""
+
+    folds: int | None
+    groups: Sequence[str | None] | None
+    calibration: Float[Tensor, "n_calibration d"] | None
+    seed: int
+
+
+def _cross_fitted(
+    rows: Float[Tensor, "n d"], rank: int, max_rank: int, folding: _Folding
+) -> tuple[Subspace, Float[Tensor, "m r"], Float[Tensor, " m"]]:
+    """The subspace of the queries; energy ratios at every rank and distances of queries that no basis saw."""
     n, d_model = rows.shape
-    if kind not in ("quantile", "logistic", "energy"):
-        raise InputError("gate kind", expected="'quantile', 'logistic' or 'energy'", got=repr(kind))
-    if (kind == "logistic") != (general is not None):
-        needs = "needs general=, activations of queries to leave alone" if general is None else "takes no general="
-        raise InputError(f"the {kind} gate {needs}", fix="Use kind='logistic' together with general=.")
-    cuts = [] if folds is None or calibration is not None else list(_folds(n, folds, groups, seed))
+    in_sample = folding.folds is None
+    cuts = [] if in_sample or folding.calibration is not None else list(_folds(n, folding))
     smallest = min([n] + [len(train) for train, _ in cuts])
     limit = min(smallest - 1, d_model)
-    why = f"min(n - 1, d) of the smallest training fold, {smallest} of {n} queries"
-    require_rank(rank, limit, why)
+    require_rank(rank, limit, f"min(n - 1, d) of the smallest training fold, {smallest} of {n} queries")
     subspace = fit_subspace(rows, rank=min(limit, max(rank, max_rank)))
-    if calibration is not None:
-        seen = require_matrix(calibration, "calibration", d_model=d_model)
-        ratios, distance = subspace.energy_ratios(seen), subspace.distance(seen)
-    elif folds is None:
-        ratios, distance = subspace.energy_ratios(rows), subspace.distance(rows)
-    else:
-        ratios, distance = rows.new_empty(n, subspace.rank), rows.new_empty(n)
-        for train, held_out in cuts:
-            other = fit_subspace(rows[train], rank=subspace.rank)
-            ratios[held_out], distance[held_out] = other.energy_ratios(rows[held_out]), other.distance(rows[held_out])
-    if general is None:
-        calibrated = _range(ratios, distance)
-        if kind == "energy":
-            return EnergyGate(subspace, rank, calibrated=calibrated)
-        return QuantileGate(subspace, rank, ratios.sort(dim=0).values, epsilon, gamma, cdf, calibrated=calibrated)
-    alone = require_matrix(general, "general", d_model=d_model)
-    others = subspace.energy_ratios(alone)
-    calibrated = _range(torch.cat([ratios, others]), torch.cat([distance, subspace.distance(alone)]))
-    return LogisticGate(subspace, rank, *_fit_logistic(ratios, others), calibrated=calibrated)
+    if folding.calibration is not None or in_sample:
+        seen = rows
+        if folding.calibration is not None:
+            seen = require_matrix(folding.calibration, "calibration", d_model=d_model)
+        return subspace, subspace.energy_ratios(seen), subspace.distance(seen)
+    ratios, distance = rows.new_empty(n, subspace.rank), rows.new_empty(n)
+    for train, held_out in cuts:
+        other = fit_subspace(rows[train], rank=subspace.rank)
+        ratios[held_out], distance[held_out] = other.energy_ratios(rows[held_out]), other.distance(rows[held_out])
+    return subspace, ratios, distance
 
 
 def _range(ratios: Float[Tensor, "n r"], distance: Float[Tensor, " n"]) -> CalibrationRange:
     return CalibrationRange(torch.stack(distance.aminmax()), torch.stack(ratios.aminmax(dim=0)))
 
 
-def _folds(n: int, folds: int, groups: Sequence[str | None] | None, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _folds(n: int, folding: _Folding) -> Iterator[tuple[Tensor, Tensor]]:
     from sklearn.model_selection import GroupKFold, KFold
 
-    if isinstance(folds, bool) or not isinstance(folds, int) or folds < 2:
-        raise InputError("folds", expected="an int of at least 2, or None for in-sample calibration", got=folds)
+    folds, groups = checks.whole("folds", folding.folds, 2, why="or None for in-sample calibration"), folding.groups
     if groups is None or all(group is None for group in groups):
-        splits = KFold(min(folds, n), shuffle=True, random_state=seed).split(range(n))
+        splits = KFold(min(folds, n), shuffle=True, random_state=folding.seed).split(range(n))
     else:
         if len(groups) != n or any(group is None for group in groups):
             raise DataError(
@@ -130,3 +183,33 @@ def _fit_logistic(
         slopes.append(slope)
         intercepts.append(float(np.ravel(model.intercept_)[0] - slope * centre))
     return positive.new_tensor(slopes), positive.new_tensor(intercepts)
+
+
+def _fit_linear(rows: Float[Tensor, "n d"], others: Float[Tensor, "m d"], layer: int | None) -> LinearGate:
+    """Logistic regression; the scale is folded into the weight, so that the gate reads raw activations."""
+    from sklearn.linear_model import LogisticRegression
+
+    both = torch.cat([rows, others]).double().cpu()
+    centre, scale = both.mean(dim=0), both.std(dim=0).clamp(min=1e-12)
+    model = LogisticRegression(C=1.0, class_weight="balanced", max_iter=5000)
+    model.fit(((both - centre) / scale).numpy(), [1] * len(rows) + [0] * len(others))
+    weight = torch.as_tensor(model.coef_[0]) / scale
+    return LinearGate(weight.to(rows), float(torch.as_tensor(model.intercept_)[0] - weight @ centre), layer=layer)
+
+
+def _fit_cosine(rows: Float[Tensor, "n d"], others: Float[Tensor, "m d"], layer: int | None) -> CosineGate:
+    """The condition vector c is the first principal direction of both kinds of query around the middle between their
+    two means; θ and the side are what gives the best F1 on these very queries, as the authors choose them. They average
+    activations over all tokens of a prompt; here both are taken where the gate reads."""
+    middle = (rows.mean(dim=0) + others.mean(dim=0)) / 2
+    both = torch.cat([rows, others]) - middle
+    gate = CosineGate(torch.linalg.svd(both.double(), full_matrices=False).Vh[0].to(rows), 0.0, layer=layer)
+    wanted, unwanted = gate.score(rows), gate.score(others)
+    cuts = torch.cat([wanted, unwanted]).unique()
+    sides = []
+    for above, beyond in ((True, torch.ge), (False, torch.lt)):
+        hits, alarms = (beyond(scores, cuts.unsqueeze(1)).sum(dim=1) for scores in (wanted, unwanted))
+        f1 = 2 * hits / (hits + alarms + len(rows))
+        sides.append((float(f1.max()), above, float(cuts[f1.argmax()])))
+    _, above, cut = max(sides, key=lambda side: side[:2])
+    return replace(gate, cut=cut, above=above)

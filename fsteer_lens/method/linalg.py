@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.errors import InputError, NonFiniteError, ShapeError
+from fsteer_lens.errors import NonFiniteError, ShapeError
+from fsteer_lens.ground.checks import whole
 
 Value = TypeVar("Value")
 
@@ -66,15 +67,9 @@ def require_shapes(owner: str, **tensors: tuple[Any, str]) -> None:
             raise NonFiniteError(f"{owner} {name}", expected="finite numbers", got="NaN or infinity")
 
 
-def require_rank(rank: int, limit: int, why: str) -> None:
-    """Raise `InputError` unless 1 <= rank <= limit."""
-    if isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= limit:
-        raise InputError(
-            "rank",
-            expected=f"an int in 1..{limit} ({why})",
-            got=rank,
-            fix="Choose a rank within, or fit on more queries.",
-        )
+def require_rank(rank: Any, limit: int, why: str) -> int:
+    """A rank in 1..limit as an int, or `InputError`."""
+    return whole("rank", rank, 1, limit, why=why, fix="Choose a rank within, or fit on more queries.")
 
 
 def principal_directions(

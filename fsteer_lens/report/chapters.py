@@ -10,7 +10,7 @@ from fsteer_lens.evaluation import DEFAULT, GATED_MEAN_SHIFT, NO_STEERING, PAPER
 from fsteer_lens.figures import Html
 from fsteer_lens.figures.html import escape
 from fsteer_lens.hooks.probes import SubspaceProbe
-from fsteer_lens.method.gates import SubspaceGate
+from fsteer_lens.method.subspace_gates import SubspaceGate
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.tokens import prompt_ids
 from fsteer_lens.report.page import Report

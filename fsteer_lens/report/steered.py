@@ -10,7 +10,8 @@ from torch import Tensor
 from fsteer_lens import effects, figures
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.estimates import Proportion, bootstrap
-from fsteer_lens.method.gates import OPEN, SubspaceGate
+from fsteer_lens.method.gates import OPEN
+from fsteer_lens.method.subspace_gates import subspace_leaves
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, Prompt, prompt_text
 from fsteer_lens.prompts.tokens import prompt_ids
@@ -29,8 +30,8 @@ COLUMNS: Final = (
 CAPTIONS: Final = {
     "compare": "The same prompts without and with steering. The stronger a word's shade, the further its distribution "
     "moved; point at it for the likeliest words on both sides.",
-    "separation": "How much of each prompt's activation lies in the gate's subspace; the dashed line is where the gate "
-    "opens.",
+    "separation": "What the gate looks at, for each prompt (a gate on a subspace: how much of the activation lies "
+    "in it); the dashed line is where it opens.",
     "ranks": "Drag the slider to give the subspace more directions: who would be steered then?",
     "scree": "What each direction adds, and at which rank the two kinds of prompt are told apart.",
     "carried": "Which tokens of one prompt carried its energy ratio: how much it falls (blue) or rises (red) when the "
@@ -227,19 +228,21 @@ def _add_gate(
     if len(prompts) > n_contrasts:
         parts[GENERAL] = slice(n_contrasts, None)
     by_group = {name: queries[part] for name, part in parts.items()}
+    single = gate.leaves == (gate,)
+    if GENERAL in by_group and single:
+        figure = figures.gate_separation(gate, *by_group.values(), names=(UNLABELLED, GENERAL))
+        report.add_figure(figure, CAPTIONS["separation"])
+    if not gate.ranks:
+        return
     auroc = None
-    ranks = min(leaf.subspace.rank for leaf in gate.leaves)
     if GENERAL in by_group:
         auroc = effects.rank_sweep(gate, by_group[UNLABELLED], by_group[GENERAL]).auroc
-        if isinstance(gate, SubspaceGate):
-            figure = figures.gate_separation(gate, *by_group.values(), names=(UNLABELLED, GENERAL))
-            report.add_figure(figure, CAPTIONS["separation"])
     shown = {name: prompts[part] for name, part in parts.items()}
     report.add_figure(figures.rank_explorer(gate, by_group, shown), CAPTIONS["ranks"])
-    report.add_figure(
-        figures.scree(gate.subspace.at_rank(ranks), auroc, rank=min(gate.leaves[0].rank, ranks)), CAPTIONS["scree"]
-    )
-    if isinstance(gate, SubspaceGate):
+    first = subspace_leaves(gate)[0]
+    cut = first.subspace.at_rank(gate.ranks)
+    report.add_figure(figures.scree(cut, auroc, rank=min(first.rank, gate.ranks)), CAPTIONS["scree"])
+    if single:
         found = effects.explain_gate(model, steering, prompts[example], layer=layer, **run)
         name = f"energy ratio {found.ratio:.3f} (threshold {found.threshold:.3f}) minus that without the token"
         report.add_figure(

@@ -3,7 +3,7 @@
 - mean shift, or contrastive activation addition (Rimsky et al. 2024, arXiv 2312.06681): `fit_mean_shift`
 - principal direction of the shifts, a reading vector of RepE (Zou et al. 2023, arXiv 2310.01405): `fit_pca_direction`
 - conditional steering, a cosine gate on a condition vector (CAST, Lee et al. 2024, arXiv 2409.05907):
-  `fit_cosine_gate` gives the gate, for any of the others
+  `fit_gate(kind="cosine")` gives the gate, for any of the others
 - directional ablation (Arditi et al. 2024, arXiv 2406.11717): `fit_directional_ablation`
 - a linear map of the query in the null space of general queries (AlphaSteer, Sheng et al. 2025, arXiv 2506.07022):
   `fit_null_space`
@@ -21,7 +21,7 @@ from torch import Tensor
 from fsteer_lens.errors import DataError, InputError
 from fsteer_lens.hooks.probes import SubspaceAblation
 from fsteer_lens.method.experts import Experts
-from fsteer_lens.method.gates import Gate, ThresholdGate
+from fsteer_lens.method.gates import Gate, require_gate
 from fsteer_lens.method.linalg import require_matrix, require_shapes, require_width
 from fsteer_lens.method.subspace import Subspace
 from fsteer_lens.reading.activations import Activations
@@ -38,9 +38,7 @@ class _OneLayer(Steering):
         if self.layer is None:
             raise InputError(name, expected="layer=", got=None)
         if self.gate is not None:
-            if not isinstance(self.gate, Gate):
-                raise InputError(f"{name} gate", expected="a gate or None", got=type(self.gate).__name__)
-            require_width(self.gate.subspace.mean, "gate", self.d_model)
+            require_gate(self.gate, f"{name} gate", self.d_model, self.layer)
         super().__post_init__()
 
     @property
@@ -194,39 +192,6 @@ def fit_pca_direction(activations: Activations, *, gate: Gate | None = None, **o
     direction = torch.linalg.svd(shifts.double(), full_matrices=False).Vh[0].to(shifts)
     sign = -1.0 if float(direction @ mean) < 0 else 1.0
     return PcaDirection(sign * mean.norm() * direction, gate, **_about(activations), **options)
-
-
-def fit_cosine_gate(queries: Float[Tensor, "n d"], general: Float[Tensor, "m d"]) -> Gate:
-    """A gate on the cosine between an activation and a condition vector (CAST, Lee et al. 2024, arXiv 2409.05907).
-
-    The condition vector c is the first principal direction of both kinds of query around the middle between their two
-    means. The gate compares cos(h, proj_c h) with θ; θ and whether it opens above or below are what gives the best F1
-    on these very queries, as the authors choose them. cos(h, proj_c h)² = (c·h)² / ‖h‖² for ‖c‖ = 1, so this is the
-    energy ratio of the subspace {c} around the origin, and the gate a `ThresholdGate` on it at θ², or its opposite.
-    The authors average activations over all tokens of a prompt; here both are taken where the gate reads, at its last.
-
-    Args:
-        queries: activations of prompts that need steering, [n d].
-        general: activations of prompts to be left alone, [m d].
-
-    Raises:
-        ShapeError, NonFiniteError: not two finite floating matrices of one width.
-    """
-    rows = require_matrix(queries, "queries")
-    others = require_matrix(general, "general", d_model=rows.shape[1]).to(rows)
-    both = torch.cat([rows, others]) - (rows.mean(dim=0) + others.mean(dim=0)) / 2
-    direction = torch.linalg.svd(both.double(), full_matrices=False).Vh[0].to(rows)
-    explained = (both @ direction).square().sum() / both.square().sum().clamp(min=1e-30)
-    condition = Subspace(torch.zeros_like(direction), direction.unsqueeze(1), explained.reshape(1))
-    wanted, unwanted = condition.energy_ratio(rows), condition.energy_ratio(others)
-    thresholds = torch.cat([wanted, unwanted]).unique()
-    hits, alarms = ((scores >= thresholds.unsqueeze(1)).sum(dim=1) for scores in (wanted, unwanted))
-    above = 2 * hits / (hits + alarms + len(rows))
-    hits, alarms = len(rows) - hits, len(others) - alarms
-    below = 2 * hits / (hits + alarms + len(rows))
-    if float(below.max()) > float(above.max()):
-        return ~ThresholdGate(condition, 1, float(thresholds[below.argmax()]))
-    return ThresholdGate(condition, 1, float(thresholds[above.argmax()]))
 
 
 def fit_directional_ablation(activations: Activations) -> SubspaceAblation:

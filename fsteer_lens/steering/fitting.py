@@ -5,17 +5,19 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from fsteer_lens.errors import DataError, InputError, MismatchError
-from fsteer_lens.hooks.scopes import Schedule, Scope
+from fsteer_lens.ground.checks import choice
+from fsteer_lens.hooks.scopes import Scope
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.fitting_experts import fit_experts
-from fsteer_lens.method.fitting_gates import fit_gate
+from fsteer_lens.method.fitting_gates import SUBSPACE_KINDS, GateOptions, Kind, fit_gate
 from fsteer_lens.method.gates import Gate
 from fsteer_lens.reading.activations import Activations
 from fsteer_lens.reading.fingerprints import merge_fingerprints
-from fsteer_lens.steering.steering import FineSteer, Refresh
+from fsteer_lens.steering.steering import FineSteer
 
 RANK = 8
-PAPER = {"cdf": "step", "folds": None}
+PLACING = {"schedule", "refresh", "gate_layer"}
+"""Options of `fit` that are fields of the steering."""
 
 
 def fit(
@@ -23,13 +25,10 @@ def fit(
     *,
     rank: int | None = None,
     general: Activations | Mapping[int, Activations] | None = None,
-    gate: Gate | Literal["quantile", "logistic", "energy"] | None = None,
+    gate: Gate | Kind | None = None,
     experts: Experts | None = None,
     strength: float = 1.0,
     scope: Scope | None = None,
-    schedule: Schedule | None = None,
-    refresh: Refresh = "prompt",
-    gate_layer: int | None = None,
     preset: Literal["paper"] | None = None,
     **options: Any,
 ) -> FineSteer:
@@ -38,13 +37,14 @@ def fit(
     Args:
         activations: from `collect`, one layer or {layer: Activations}.
         rank: of the gate's subspace; None is 8.
-        general: from `collect_queries`, queries to be left alone; for the logistic gate.
-        gate: kind of gate, or a fitted one. None: "logistic" where `general` is given, else "quantile".
+        general: from `collect_queries`, queries to be left alone; for the gates that need them.
+        gate: kind of gate as in `fit_gate`, or a gate. None: "logistic" where `general` is given, else "quantile".
         experts: fitted experts; None fits them.
-        strength, scope, schedule, refresh, gate_layer: as in `FineSteer`.
+        strength, scope: as in `FineSteer`.
         preset: "paper" is the published method: experts of Eq. 11-14, a step CDF calibrated on the very queries that
             the basis was fitted to, every position steered.
-        options: further arguments of `fit_gate` and `fit_experts`, by name; `seed` goes to both.
+        options: `schedule`, `refresh` and `gate_layer` of `FineSteer`, and further arguments of `fit_gate` and
+            `fit_experts`, by name; `seed` goes to both.
 
     Raises:
         InputError: an unknown option, or one that has no effect.
@@ -54,32 +54,28 @@ def fit(
     layers = {activations.layer: activations} if isinstance(activations, Activations) else dict(activations)
     if not layers:
         raise DataError("activations", expected="at least one layer", got="none")
-    fitted_gate, fitted_experts = isinstance(gate, Gate), experts is not None
+    by_default = "quantile" if general is None else "logistic"
+    kind = None if isinstance(gate, Gate) else by_default if gate is None else gate
     if preset is not None:
-        if preset != "paper":
-            raise InputError("preset", expected="'paper' or None", got=repr(preset))
-        if fitted_gate or fitted_experts or general is not None:
+        choice("preset", preset, ("paper",))
+        if kind is None or experts is not None or general is not None:
             raise InputError(
                 'fit(preset="paper")', expected="to fit the gate (one-class) and the experts", got="parts, or general="
             )
-        options, scope = {**PAPER, **options}, scope or "all"
-    if fitted_gate and rank is not None:
-        raise InputError("fit", got="rank= with a fitted gate", fix="Use gate.at_rank(rank).")
-    names = {
-        "gate": set() if fitted_gate else set(inspect.signature(fit_gate).parameters),
-        "experts": set() if fitted_experts else set(inspect.signature(fit_experts).parameters),
-    }
-    taken = {"queries", "shifts", "rank", "kind", "general", "groups", "preset"}
-    unknown = set(options) - ((names["gate"] | names["experts"]) - taken)
-    if unknown:
-        raise InputError(
-            "fit",
-            expected=f"options among {sorted((names['gate'] | names['experts']) - taken)}",
-            got=sorted(unknown),
-            fix="Options of a part that is given already fitted have no effect.",
-        )
-    if fitted_gate and general is not None:
+        options = {"folds": None, **({"cdf": "step"} if kind == "quantile" else {}), **options}
+        scope = scope or "all"
+    if kind is None and (rank is not None or general is not None):
+        if rank is not None:
+            raise InputError("fit", got="rank= with a fitted gate", fix="Use gate.at_rank(rank).")
         raise InputError("fit", got="general= with a gate that is already fitted", fix="Leave one of them out.")
+    for_gate = set() if kind is None else {"folds", "calibration", "seed", *GateOptions.__annotations__}
+    for_experts = set() if experts is not None else set(inspect.signature(fit_experts).parameters)
+    for_experts -= {"queries", "shifts", "preset"}
+    known = for_gate | for_experts | PLACING
+    unknown = set(options) - known
+    if unknown:
+        fix = "Options of a part that is given already fitted have no effect."
+        raise InputError("fit", expected=f"options among {sorted(known)}", got=sorted(unknown), fix=fix)
     gates: dict[int, Gate] = {}
     mixtures: dict[int, Experts] = {}
     for layer, own in layers.items():
@@ -95,17 +91,18 @@ def fit(
         else:
             gates[layer] = fit_gate(
                 own.queries,
-                rank=RANK if rank is None else rank,
-                kind=gate or ("quantile" if others is None else "logistic"),
+                rank=RANK if rank is None and kind in SUBSPACE_KINDS else rank,
+                kind=kind,  # pyright: ignore[reportArgumentType]
                 general=None if others is None else others.queries,
                 groups=own.groups,
-                **{name: value for name, value in options.items() if name in names["gate"]},
+                layer=layer,
+                **{name: value for name, value in options.items() if name in for_gate},
             )
         mixtures[layer] = experts or fit_experts(
             own.queries,
             own.shifts,
             preset=preset,
-            **{name: value for name, value in options.items() if name in names["experts"]},
+            **{name: value for name, value in options.items() if name in for_experts},
         )
     first = next(iter(layers.values()))
     single = isinstance(activations, Activations)
@@ -115,9 +112,7 @@ def fit(
         layer=first.layer if single else None,
         strength=strength,
         scope=scope,
-        schedule=schedule,
-        refresh=refresh,
-        gate_layer=gate_layer,
+        **{name: value for name, value in options.items() if name in PLACING},
         shift=first.shift,
         site=first.site,
         fingerprint=merge_fingerprints([own.fingerprint for own in layers.values()]),

@@ -11,7 +11,7 @@ Where every row is closed nothing is added, so the stream stays bit-identical.
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, TypeVar, final
+from typing import Any, Literal, NamedTuple, NoReturn, TypeVar, final
 
 import torch
 from jaxtyping import Bool, Float
@@ -23,7 +23,7 @@ from fsteer_lens.hooks.positions import View, at
 from fsteer_lens.hooks.scopes import Schedule, Scope, in_scope, require_scope
 from fsteer_lens.hooks.session import State
 from fsteer_lens.method.experts import Experts
-from fsteer_lens.method.gates import Gate
+from fsteer_lens.method.gates import Gate, require_gate
 from fsteer_lens.models.points import DEFAULT_SITE
 from fsteer_lens.reading.fingerprints import Fingerprint
 
@@ -39,7 +39,8 @@ class Decision(NamedTuple):
     Attributes:
         gate: g, in [0, 1].
         vector: v.
-        ser: energy ratio at every fitted rank; None without a gate, as are the next three.
+        score: the number that the gate compares with its threshold; None without a gate.
+        ser: energy ratio at every fitted rank; None without a gate on a subspace, as are the next three.
         distance: ‖h − μ‖.
         distance_outside: whether that lies outside what the gate's calibration queries spanned.
         energy_outside: the same of the energy ratio at the gate's rank.
@@ -49,6 +50,7 @@ class Decision(NamedTuple):
 
     gate: Float[Tensor, "*batch"]
     vector: Float[Tensor, "*batch d"]
+    score: Float[Tensor, "*batch"] | None = None
     ser: Float[Tensor, "*batch r"] | None = None
     distance: Float[Tensor, "*batch"] | None = None
     distance_outside: Bool[Tensor, "*batch"] | None = None
@@ -169,19 +171,30 @@ class Steering(Link):
         decision = self.vectors(layer, h) if steered else Decision(h.new_ones(h.shape[:-1]), torch.zeros_like(h))
         own = self.gate_at(layer)
         if own is not None:
-            decision = decision._replace(ser=own.subspace.energy_ratios(h), **own.drift(h)._asdict())
+            decision = decision._replace(**own.readings(h))
         if gate is None and own is not None:
-            gate = own.gate(h)
+            gate = own(h).to(h)
+            if gate.shape != h.shape[:-1]:
+                expected = f"a gate value for each activation, {list(h.shape[:-1])}"
+                raise ShapeError(f"{type(own).__name__} at layer {layer}", expected=expected, got=list(gate.shape))
         if gate is not None:
             decision = decision._replace(gate=gate)
-        if not bool(decision.gate.isfinite().all() and decision.vector.isfinite().all()):
-            raise NonFiniteError(
-                f"the decision at layer {layer}",
-                expected="finite gate values and vectors",
-                got="NaN or infinity: the activation there is not finite",
-                fix="Half precision overflows on some models: load in bfloat16 or float32.",
-            )
+        in_range = (decision.gate >= 0) & (decision.gate <= 1)  # false for NaN as well
+        if not bool(in_range.all() and decision.vector.isfinite().all()):
+            self._refuse(layer, h, decision, own)
         return decision
+
+    def _refuse(self, layer: int, h: Tensor, decision: Decision, own: Gate | None) -> NoReturn:
+        """Say what is wrong with a decision: the activation, or the gate."""
+        if bool(h.isfinite().all() and decision.vector.isfinite().all()):
+            wrong = decision.gate[~((decision.gate >= 0) & (decision.gate <= 1))].flatten()[:3].tolist()
+            raise InputError(f"{type(own).__name__} at layer {layer}", expected="gate values in [0, 1]", got=wrong)
+        raise NonFiniteError(
+            f"the decision at layer {layer}",
+            expected="finite gate values and vectors",
+            got="NaN or infinity: the activation there is not finite",
+            fix="Half precision overflows on some models: load in bfloat16 or float32.",
+        )
 
     def edit(self, state: State, layer: int, activation: Tensor, view: View) -> Tensor | None:
         """Decide on a new prompt (with refresh="step" at every later position too), and scale by scope and schedule."""
@@ -275,9 +288,8 @@ class FineSteer(Steering):
                 got=f"{type(self.experts).__name__} with layer={self.layer}",
             )
         wrong = [type(one).__name__ for one in _values(self.experts) if not isinstance(one, Experts)]
-        wrong += [type(one).__name__ for one in _values(self.gate) if not isinstance(one, Gate)]
         if wrong or not _values(self.experts):
-            raise InputError("FineSteer", expected="Experts at one layer at least, and gates", got=wrong or "none")
+            raise InputError("FineSteer", expected="Experts at one layer at least", got=wrong or "none")
         for name in ("experts", "gate"):
             if isinstance(getattr(self, name), Mapping):  # a copy: what the caller does to his changes nothing here
                 object.__setattr__(self, name, dict(getattr(self, name)))
@@ -290,9 +302,12 @@ class FineSteer(Steering):
                 fix="Leave them out, or let one decide with gate_layer=.",
             )
         widths = {self.experts_at(layer).d_model for layer in self.layers}
-        widths |= {gate.subspace.d_model for gate in _values(self.gate)}
         if len(widths) > 1:
-            raise ShapeError("experts and gates", expected="one d_model", got=sorted(widths))
+            raise ShapeError("experts", expected="one d_model", got=sorted(widths))
+        gates = self.gate if isinstance(self.gate, Mapping) else {self.layer: self.gate}
+        for layer, gate in gates.items():
+            if gate is not None:
+                require_gate(gate, "FineSteer gate", self.d_model, layer)
         super().__post_init__()
 
     @property

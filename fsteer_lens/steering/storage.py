@@ -26,17 +26,10 @@ from fsteer_lens.hooks.probes import ExpertProbe, SubspaceAblation, SubspaceProb
 from fsteer_lens.hooks.scopes import Schedule, Window
 from fsteer_lens.method.controller import Controller
 from fsteer_lens.method.experts import Experts, FitReport
-from fsteer_lens.method.gates import (
-    CalibrationRange,
-    EnergyGate,
-    LogisticGate,
-    MaxGate,
-    MinGate,
-    NotGate,
-    QuantileGate,
-    ThresholdGate,
-)
+from fsteer_lens.method.gates import CutGate, Gate, MaxGate, MinGate, NotGate
+from fsteer_lens.method.linear_gates import CosineGate, LinearGate
 from fsteer_lens.method.subspace import Subspace
+from fsteer_lens.method.subspace_gates import CalibrationRange, EnergyGate, LogisticGate, QuantileGate, ThresholdGate
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint
 from fsteer_lens.steering.baselines import MeanShift, NearestCentroid, NullSpaceSteering, PcaDirection
@@ -54,12 +47,15 @@ CLASSES: Mapping[str, Any] = {
         CalibrationRange,
         Chain,
         Controller,
+        CosineGate,
+        CutGate,
         EnergyGate,
         ExpertProbe,
         Experts,
         FineSteer,
         Fingerprint,
         FitReport,
+        LinearGate,
         LogisticGate,
         MaxGate,
         MeanShift,
@@ -94,8 +90,11 @@ def save(steering: HookObject, path: str | os.PathLike[str], model: SteerableMod
     """
     from safetensors.torch import save as to_bytes
 
-    if CLASSES.get(type(steering).__name__) is not type(steering) or not isinstance(steering, HookObject):
+    if not isinstance(steering, HookObject):
         raise InputError("save", expected="a steering, probe, ablation or chain", got=type(steering).__name__)
+    _require_known(steering)
+    for link in steering.links:
+        _require_known(link)
     links = tuple(_with_fingerprint(link, model) for link in steering.links)
     steering = replace(steering, hooks=links) if isinstance(steering, Chain) else links[0]
     tensors: dict[str, Tensor] = {}
@@ -242,7 +241,22 @@ def _encode(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         return {"tuple": [_encode(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]}
     if isinstance(value, Mapping):
         return {"map": [[key, _encode(item, f"{name}.{key}", tensors)] for key, item in value.items()]}
+    if is_dataclass(value) or isinstance(value, Gate):
+        _require_known(value)
     raise InputError(f"cannot save {name}", expected="tensors, numbers, text or fitted values", got=kind)
+
+
+def _require_known(value: Any) -> None:
+    """Raise `InputError` unless the value is of a class that `load` builds."""
+    kind = type(value)
+    if CLASSES.get(kind.__name__) is not kind:
+        raise InputError(
+            f"cannot save a {kind.__name__}",
+            expected=f"classes of fsteer_lens: {', '.join(CLASSES)}",
+            got=f"{kind.__module__}.{kind.__qualname__}",
+            fix="A file holds no code, so that loading one runs none: keep your class in your program, save what it is"
+            " made of, and put it together again after loading, with_gate(...) for a gate.",
+        )
 
 
 def _decode(tree: Any, tensors: Mapping[str, Tensor]) -> Any:

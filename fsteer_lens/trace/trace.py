@@ -49,7 +49,9 @@ class Trace:
     token, [b r] becomes [b s r] and so on.
 
     Attributes:
-        ser: energy ratio of the query activation at every fitted rank, [b r].
+        ser: energy ratio of the query activation at every fitted rank, [b r]; of a gate on a subspace.
+        score: the number that the gate compares with its threshold, [b], where that is not its value: of a gate on a
+            subspace the energy ratio.
         gate: gate value, [b]; 1 where there is no gate.
         weights: weight of each expert, [b k].
         coefficients: residual coefficients β, [b m].
@@ -70,6 +72,7 @@ class Trace:
     """
 
     ser: PerLayer = field(default_factory=dict)
+    score: PerLayer = field(default_factory=dict)
     gate: PerLayer = field(default_factory=dict)
     weights: PerLayer = field(default_factory=dict)
     coefficients: PerLayer = field(default_factory=dict)
