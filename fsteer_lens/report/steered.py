@@ -227,24 +227,21 @@ def _add_gate(
     if len(prompts) > n_contrasts:
         parts[GENERAL] = slice(n_contrasts, None)
     by_group = {name: queries[part] for name, part in parts.items()}
-    auroc = None
+    by_rank = None
     ranks = min(leaf.subspace.rank for leaf in gate.leaves)
     if GENERAL in by_group:
-        auroc = effects.rank_sweep(gate, by_group[UNLABELLED], by_group[GENERAL]).auroc
+        by_rank = effects.rank_sweep(gate, by_group[UNLABELLED], by_group[GENERAL])
         if isinstance(gate, SubspaceGate):
             figure = figures.gate_separation(gate, *by_group.values(), names=(UNLABELLED, GENERAL))
             report.add_figure(figure, CAPTIONS["separation"])
     shown = {name: prompts[part] for name, part in parts.items()}
     report.add_figure(figures.rank_explorer(gate, by_group, shown), CAPTIONS["ranks"])
     report.add_figure(
-        figures.scree(gate.subspace.at_rank(ranks), auroc, rank=min(gate.leaves[0].rank, ranks)), CAPTIONS["scree"]
+        figures.scree(gate.subspace.at_rank(ranks), by_rank, rank=min(gate.leaves[0].rank, ranks)), CAPTIONS["scree"]
     )
     if isinstance(gate, SubspaceGate):
         found = effects.explain_gate(model, steering, prompts[example], layer=layer, **run)
-        name = f"energy ratio {found.ratio:.3f} (threshold {found.threshold:.3f}) minus that without the token"
-        report.add_figure(
-            figures.token_scores(found.tokens, found.carried, name=name, centred=True), CAPTIONS["carried"]
-        )
+        report.add_figure(figures.token_scores(found), CAPTIONS["carried"])
 
 
 def _add_experts(
@@ -268,8 +265,7 @@ def _add_experts(
     report.add_figure(routing, CAPTIONS["routing"])
     if sum(experts.enabled) > 1:
         found = effects.expert_knockout(model, steering, contrasts, layer=layer, progress=progress, **run)
-        figure = figures.expert_knockout(found.loss, found.groups, found.mean_weights)
-        report.add_figure(figure, CAPTIONS["knockout"])
+        report.add_figure(figures.expert_knockout(found), CAPTIONS["knockout"])
     report.add_figure(figures.expert_geometry(experts), CAPTIONS["geometry"])
     report.add_figure(figures.expert_tokens(effects.expert_tokens(model, experts)), CAPTIONS["tokens"])
 
@@ -283,12 +279,7 @@ def _add_generation(
     for layer in steering.layers:
         report.add_figure(figures.trace_timeline(item.trace, layer=layer), CAPTIONS["timeline"])
     path = effects.propagation(model, steering, item.prompt, item.tokens, chat=chat)
-    report.add_figure(
-        figures.layer_position(
-            path.size, path.tokens, steered_layers=path.edited_layers, prompt_length=path.prompt_length
-        ),
-        CAPTIONS["position"],
-    )
+    report.add_figure(figures.layer_position(path), CAPTIONS["position"])
     report.add_figure(figures.logprob_change(made.trace), CAPTIONS["logprobs"])
 
 
