@@ -1,10 +1,12 @@
-"""Made-up traces, and a reader of HTML, for the tests of figures."""
+"""Made-up traces and results of effects, and a reader of HTML, for the tests of figures."""
 
+from collections.abc import Sequence
 from html.parser import HTMLParser
 from typing import Any
 
 import torch
 
+from fsteer_lens.effects import Knockout, Propagation, RankSweep
 from fsteer_lens.trace.steps import Steps
 from fsteer_lens.trace.trace import Trace
 
@@ -72,3 +74,30 @@ def trace_of(
         ),
     }
     return Trace(**{**known, **fields})
+
+
+def knockout_of(
+    loss: torch.Tensor, labels: Sequence[str], weights: torch.Tensor, effect_name: str = "margin (nats)"
+) -> Knockout:
+    """A knockout of one contrast for each label, whose removed experts cost what `loss` says, [k labels]."""
+    experts = tuple(range(len(loss)))
+    return Knockout(experts, tuple(labels), torch.zeros(loss.shape[1]), -loss, weights, effect_name)
+
+
+def path_of(
+    values: torch.Tensor,
+    tokens: Sequence[str],
+    edited_layers: tuple[int, ...] = (),
+    prompt_length: int = 0,
+    **parts: Any,
+) -> Propagation:
+    """A propagation whose numbers are all `values`, [layers s], but for the parts that are given by name."""
+    names = ("norm", "size", "cosine", "carried", "edit", "attention", "mlp")
+    return Propagation(tuple(tokens), prompt_length, edited_layers, **{**dict.fromkeys(names, values), **parts})
+
+
+def rank_sweep_of(auroc: torch.Tensor) -> RankSweep:
+    """A rank sweep of one query of each kind with this AUROC at each rank, [r]."""
+    r = len(auroc)
+    ratios, rates = torch.linspace(0, 1, r).expand(1, r), torch.ones(r)
+    return RankSweep(tuple(range(1, r + 1)), ratios, 1 - ratios, rates, 1 - rates, auroc, effect={})

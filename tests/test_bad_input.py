@@ -13,7 +13,7 @@ SCRIPT = """
 import json, sys, torch
 from dataclasses import replace
 import fsteer_lens as fl
-from fsteer_lens import evaluation, models, tutor
+from fsteer_lens import evaluation, figures, models, tutor
 from fsteer_lens.report import steering_report
 from fsteer_lens.prompts.tokens import pad, prompt_ids
 
@@ -144,6 +144,13 @@ cases = {
     "searching with a budget below nothing": lambda: fl.search(model, tutor.data("safe"), budget=-1),
     "searching with nothing to choose on": lambda: fl.search(model, fl.Splits(train[:5], [], []), budget=1),
     "exact answers, one too few": lambda: fl.effects.exact_answers(model, None, ["a", "b"], ["c"]),
+    "knockout figure of a tensor": lambda: figures.expert_knockout(h),
+    "layer figure of a tensor": lambda: figures.layer_position(h),
+    "layer figure of what a propagation has not": lambda: figures.layer_position(
+        fl.effects.propagation(model, steer, "hello"), what="change"),
+    "scree with a tensor": lambda: figures.scree(steer.gate_at(4).subspace, torch.ones(4)),
+    "strength figure of a tensor": lambda: figures.strength_sweep(h),
+    "layer figure of tensors": lambda: figures.layer_sweep({"a": h}),
     "saving what is no steering": lambda: fl.save("steering", "x.safetensors"),
 }
 found = {}
@@ -174,3 +181,15 @@ def test_bad_input_is_explained(found: dict[str, list[str]], name: str) -> None:
     assert kind.endswith("Error") and not kind.startswith("NOT OURS"), f"{kind}: {message}"
     assert "expected" in message or "got" in message or "Pass" in message or "Give" in message, message
     assert len(message) > 30, message
+
+
+def test_a_figure_says_which_result_it_takes(found: dict[str, list[str]]) -> None:
+    makers = {
+        "knockout figure of a tensor": "expert_knockout",
+        "layer figure of a tensor": "propagation",
+        "scree with a tensor": "rank_sweep",
+        "strength figure of a tensor": "strength_sweep",
+        "layer figure of tensors": "layer_sweep",
+    }
+    for name, maker in makers.items():
+        assert f"Give what effects.{maker} returns" in found[name][1]

@@ -14,7 +14,7 @@ from fsteer_lens.figures.style import CONFIG, LOWERED, RAISED, expert_colours
 from fsteer_lens.ground.estimates import Estimate, Sweep
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.trace.trace import Trace, join
-from tests.figure_parts import HOSTILE, Elements, trace_of
+from tests.figure_parts import HOSTILE, Elements, knockout_of, path_of, rank_sweep_of, trace_of
 from tests.made_up import D_MODEL, experts
 
 NAN = float("nan")
@@ -76,20 +76,28 @@ def test_mix_refuses_what_does_not_fit():
 
 def test_knockout_shows_loss_around_zero_beside_the_weights():
     loss, weights = torch.tensor([[1.0, -3.0], [NAN, 0.5]]), torch.tensor([[0.9, 0.2], [0.1, 0.8]])
-    left, right = figures.expert_knockout(loss, ["<b>", "theft"], weights, unit="nats").data
+    left, right = figures.expert_knockout(knockout_of(loss, ["<b>", "theft"], weights, "<i> (nats)")).data
     assert torch.equal(numbers(left.z).nan_to_num(99), loss.nan_to_num(99)) and left.z[1][0] is None
     assert torch.equal(numbers(right.z), weights)
     assert (left.zmin, left.zmax) == (-3, 3) and (right.zmin, right.zmax) == (0, 1)
     assert left.colorscale[0][1] == "#b2182b" and left.colorscale[-1][1] == "#2166ac"  # red below, blue above
-    assert left.colorbar.title.text == "effect lost (nats)"
+    assert left.colorbar.title.text == "effect lost: &lt;i&gt; (nats)"
     assert left.customdata[0][0] == "expert 0, &lt;b&gt;"
+    assert "lost without it<br>&lt;i&gt; (nats)" in left.hovertemplate
+
+
+def test_knockout_draws_means_of_the_contrasts_of_a_label_in_alphabetical_order():
+    made = knockout_of(torch.tensor([[1.0, 2.0, 3.0]]), ["theft", "arson", "theft"], torch.tensor([[0.5, 0.3, 0.7]]))
+    left, right = figures.expert_knockout(made, names=["only"]).data
+    assert numbers(left.z).tolist() == [[2, 2]] and numbers(right.z)[0].tolist() == pytest.approx([0.3, 0.6])
+    assert list(left.customdata[0]) == ["only, arson", "only, theft"]
 
 
 def test_knockout_refuses_what_does_not_fit():
     with pytest.raises(InputError, match="one for each of 2 columns"):
-        figures.expert_knockout(torch.ones(3, 2), ["a"])
+        figures.expert_knockout(knockout_of(torch.ones(3, 2), ["a"], torch.ones(3, 2)))
     with pytest.raises(InputError, match="at least one expert"):
-        figures.expert_knockout(torch.ones(0, 2), ["a", "b"])
+        figures.expert_knockout(knockout_of(torch.ones(0, 2), ["a", "b"], torch.ones(0, 2)))
 
 
 # -------------------------------------------------------------------------------------------------------------- scree
@@ -98,7 +106,7 @@ def test_knockout_refuses_what_does_not_fit():
 def test_scree_shows_variance_its_sum_and_auroc_by_rank():
     subspace = fit_subspace(torch.randn(30, 6) * torch.tensor([5.0, 4, 3, 2, 1, 1]))
     areas = torch.tensor([0.5, 0.7, NAN, 0.9, 0.95, 1.0])
-    figure = figures.scree(subspace, areas, rank=4)
+    figure = figures.scree(subspace, rank_sweep_of(areas), rank=4)
     bars, line, curve = figure.data
     assert list(bars.x) == list(line.x) == list(curve.x) == [1, 2, 3, 4, 5, 6]
     assert torch.allclose(torch.tensor(bars.y) / 100, subspace.explained, atol=1e-5)
@@ -112,7 +120,7 @@ def test_scree_shows_variance_its_sum_and_auroc_by_rank():
 def test_scree_refuses_what_does_not_fit():
     subspace = fit_subspace(torch.randn(9, 4))
     with pytest.raises(InputError, match="one for each of 4 ranks"):
-        figures.scree(subspace, torch.ones(3))
+        figures.scree(subspace, rank_sweep_of(torch.ones(3)))
     with pytest.raises(InputError, match="rank"):
         figures.scree(subspace, rank=5)
 
@@ -123,7 +131,7 @@ def test_scree_refuses_what_does_not_fit():
 def test_layers_go_upwards_tokens_rightwards_and_steered_layers_are_named():
     change = torch.arange(12.0).reshape(3, 4)
     change[0, 1] = NAN
-    figure = figures.layer_position(change, ["<b>", "a\nb", "", "\ud800"], steered_layers=[1], prompt_length=2)
+    figure = figures.layer_position(path_of(change, ["<b>", "a\nb", "", "\ud800"], (1,), prompt_length=2))
     (heat,) = figure.data
     assert heat.z[0][1] is None and numbers(heat.z)[1:].tolist() == change[1:].tolist()
     assert (heat.zmin, heat.zmax) == (0, 11)
@@ -132,20 +140,33 @@ def test_layers_go_upwards_tokens_rightwards_and_steered_layers_are_named():
     assert figure.layout.yaxis.range is None  # layer 0 is at the bottom
     assert figure.layout.shapes[0].x0 == 1.5
     assert heat.customdata[2][1] == "1: a⏎b"
-    signed = figures.layer_position(change - 5, list("abcd"), centred=True).data[0]
+    signed = figures.layer_position(path_of(change, list("abcd"), cosine=change - 5), what="cosine").data[0]
     assert (signed.zmin, signed.zmax) == (-6, 6)
 
 
+@pytest.mark.parametrize("what", ["size", "norm", "cosine", "carried", "edit", "attention", "mlp"])
+def test_every_number_of_a_propagation_can_be_drawn_with_its_meaning_on_its_scale(what):
+    own = torch.tensor([[1.0, 2.0]])
+    figure = figures.layer_position(path_of(torch.zeros(1, 2), "ab", **{what: own}), what=what)
+    (heat,) = figure.data
+    assert numbers(heat.z).tolist() == own.tolist()
+    assert heat.zmin == (0 if what in ("size", "norm") else -2)
+    meaning = heat.colorbar.title.text.replace("<br>", " ")
+    assert f"{meaning}: %{{z" in heat.hovertemplate
+    assert ("(units of the residual stream)" in meaning) == (what not in ("size", "cosine"))
+    assert not figure.layout.shapes  # nothing but generated tokens
+
+
 def test_a_text_of_10000_tokens_stays_small_and_has_few_ticks():
-    figure = figures.layer_position(torch.rand(2, 10_000), ["token"] * 10_000)
+    figure = figures.layer_position(path_of(torch.rand(2, 10_000), ["token"] * 10_000))
     assert len(figure.layout.xaxis.tickvals) <= 60
     assert len(figure.to_json()) < 300_000
     with pytest.raises(InputError, match="one for each of 2 columns"):
-        figures.layer_position(torch.rand(1, 2), ["a"])
+        figures.layer_position(path_of(torch.rand(1, 2), ["a"]))
     with pytest.raises(InputError, match=r"ints in 0\.\.0"):
-        figures.layer_position(torch.rand(1, 2), ["a", "b"], steered_layers=[1])
+        figures.layer_position(path_of(torch.rand(1, 2), ["a", "b"], (1,)))
     with pytest.raises(InputError, match="at least one layer"):
-        figures.layer_position(torch.rand(1, 0), [])
+        figures.layer_position(path_of(torch.rand(1, 0), []))
 
 
 # ----------------------------------------------------------------------------------------------------------- log-prob
@@ -357,9 +378,9 @@ def plots():
     """Every plot that is not in test_figures.py, from numbers that are made up."""
     return {
         "expert_mix": figures.expert_mix(experts(1), torch.randn(D_MODEL)),
-        "expert_knockout": figures.expert_knockout(torch.randn(3, 2), ["a", "b"], torch.rand(3, 2)),
-        "scree": figures.scree(fit_subspace(torch.randn(9, 5)), torch.rand(5), rank=2),
-        "layer_position": figures.layer_position(torch.rand(3, 4), list("abcd"), steered_layers=[1]),
+        "expert_knockout": figures.expert_knockout(knockout_of(torch.randn(3, 2), ["a", "b"], torch.rand(3, 2))),
+        "scree": figures.scree(fit_subspace(torch.randn(9, 5)), rank_sweep_of(torch.rand(5)), rank=2),
+        "layer_position": figures.layer_position(path_of(torch.rand(3, 4), "abcd", (1,))),
         "logprob_change": figures.logprob_change(trace_of()),
         "strength_sweep": figures.strength_sweep(sweep()),
         "layer_sweep": figures.layer_sweep(sweep("layer")),

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fsteer_lens import MeanShift, Window, chain, figures, generate
+from fsteer_lens.effects import GateExplanation
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.rich import harmless
 from fsteer_lens.figures.style import expert_colours
@@ -54,6 +55,28 @@ def test_token_shades_follow_the_scores_and_nan_has_none():
     assert "background" not in styles[2] and "nan" not in str(view).lower()
     bounded = figures.token_scores(["a", "b"], torch.tensor([0.5, 9.0]), bounds=(0, 1))
     assert [one["style"][-5:] for one in Elements(bounded).titled()] == ["0.30)", "0.60)"]
+
+
+def test_the_explanation_of_a_gate_draws_what_every_token_carried():
+    carried = torch.tensor([float("nan"), 0.25, -0.5])
+    told = GateExplanation(
+        rank=1,
+        ratio=0.75,
+        gate=1.0,
+        is_open=True,
+        threshold=0.5,
+        margin=0.25,
+        flip_rank=None,
+        flip_threshold=0.75,
+        directions=torch.tensor([0.75]),
+        tokens=("<b>", "a", "b"),
+        without=0.75 - carried,
+        carried=carried,
+    )
+    name = "energy ratio 0.750 (threshold 0.500) minus that without the token"
+    assert str(figures.token_scores(told)) == str(figures.token_scores(told.tokens, carried, name=name, centred=True))
+    other = figures.token_scores(told, told.without, name="without")
+    assert str(other) == str(figures.token_scores(told.tokens, told.without, name="without"))
 
 
 def test_pads_bos_steered_and_others_have_four_looks():

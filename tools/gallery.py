@@ -9,8 +9,6 @@ DOCS: Final = Path(__file__).parents[1] / "docs"
 PICTURES: Final = DOCS / "images" / "gallery"
 
 SETUP: Final = """\
-import torch
-
 import fsteer_lens as fs
 from fsteer_lens import effects, figures
 
@@ -58,10 +56,9 @@ ENTRIES: Final = (
     Entry(
         "token_scores",
         "A score at every token of a text, here how much of the gate's energy ratio goes when the token is left out."
-        " Marks tell steered tokens, padding and the beginning-of-sequence token apart.",
-        "told = effects.explain_gate(model, steering, prompts[0])\n"
-        "scores = torch.cat([told.carried, torch.full((len(made[0].tokens),), torch.nan)])  # one for every token\n"
-        'figures.token_scores(trace, scores, name="energy ratio lost without the token", centred=True)',
+        " A trace in its place draws the size of the change, with marks that tell steered tokens, padding and the"
+        " beginning-of-sequence token apart.",
+        "figures.token_scores(effects.explain_gate(model, steering, prompts[0]))",
     ),
     Entry(
         "token_experts",
@@ -90,7 +87,7 @@ ENTRIES: Final = (
         "scree",
         "Variance along each direction of the subspace, and how well each rank tells the two kinds of prompt apart.",
         'ranks = effects.rank_sweep(gate, queries["harmful"], queries["general"])\n'
-        "figures.scree(gate.subspace, ranks.auroc, rank=gate.rank)",
+        "figures.scree(gate.subspace, ranks, rank=gate.rank)",
     ),
     Entry(
         "expert_routing",
@@ -102,7 +99,7 @@ ENTRIES: Final = (
         "What every label loses when an expert is removed, beside the expert's weight there: a weight shows where the"
         " router sends prompts, the loss whether that matters.",
         "lost = effects.expert_knockout(model, steering, harmful, batch_size=64, progress=False)\n"
-        "figures.expert_knockout(lost.loss, lost.groups, lost.mean_weights)",
+        "figures.expert_knockout(lost)",
     ),
     Entry(
         "expert_mix",
@@ -123,9 +120,7 @@ ENTRIES: Final = (
     Entry(
         "layer_position",
         "Size of the steering change after every layer and at every token: where it grows, where it dies.",
-        "path = effects.propagation(model, steering, made[0].prompt, made[0].tokens)\n"
-        "figures.layer_position(path.size, path.tokens, steered_layers=path.edited_layers, "
-        "prompt_length=path.prompt_length)",
+        "path = effects.propagation(model, steering, made[0].prompt, made[0].tokens)\nfigures.layer_position(path)",
     ),
     Entry(
         "strength_sweep",

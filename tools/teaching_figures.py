@@ -232,10 +232,8 @@ def layers(lesson: Lesson) -> str:
     prompt = lesson.data.test[20].prompt
     [made] = fs.generate(lesson.model, [prompt], lesson.steering, max_new_tokens=24, progress=False)
     path = effects.propagation(lesson.model, lesson.steering, prompt, made.tokens)
-    figure = figures.layer_position(
-        path.size, path.tokens, steered_layers=path.edited_layers, prompt_length=path.prompt_length
-    )
-    return slide("Layer by layer: where the change is, and how far it reaches", large(figure, width=FULL))
+    figure = large(figures.layer_position(path), width=FULL)
+    return slide("Layer by layer: where the change is, and how far it reaches", figure)
 
 
 SLIDES: Final[tuple[Callable[[Lesson], str], ...]] = (strength, two_heaps, rank, experts, timeline, layers, collapse)

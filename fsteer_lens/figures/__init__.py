@@ -1,7 +1,8 @@
 """Figures of what steering did; each function returns its figure and shows nothing.
 
-Plotly figures (`go.Figure`) and plain HTML views (`Html`) draw from traces, fitted values and tensors, so that a saved
-trace can be looked at without the model. They work without network, in light and dark pages.
+Plotly figures (`go.Figure`) and plain HTML views (`Html`) draw from traces, fitted values, tensors and the results of
+`fsteer_lens.effects` as they are, so that a saved trace can be looked at without the model. They work without network,
+in light and dark pages.
 """
 
 from fsteer_lens.figures.compare import steer_compare

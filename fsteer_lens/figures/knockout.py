@@ -3,23 +3,19 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from jaxtyping import Float
-from torch import Tensor
-
+from fsteer_lens.effects.mixture import Knockout
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.heatmaps import heatmap
-from fsteer_lens.figures.style import expert_names, expert_ticks, label_text, panel_title, styled
+from fsteer_lens.figures.results import require_result
+from fsteer_lens.figures.style import expert_names, expert_ticks, label_text, panel_title, styled, wrapped
 
 if TYPE_CHECKING:
     import plotly.graph_objects
 
 
 def expert_knockout(
-    loss: Float[Tensor, "k labels"],
-    labels: Sequence[str],
-    weights: Float[Tensor, "k labels"] | None = None,
+    knockout: Knockout,
     *,
-    unit: str = "nats per token",
     names: Sequence[str] | None = None,
     title: str = "What goes missing when an expert is removed",
 ) -> "plotly.graph_objects.Figure":
@@ -29,75 +25,69 @@ def expert_knockout(
     sends prompts, which training may have put in; the loss shows whether that matters.
 
     Args:
-        loss: effect with all experts minus effect without expert i, [k labels].
-        labels: what the prompts of each column are about.
-        weights: mean weight α of each expert, [k labels].
-        unit: of the loss.
-        names: of the experts.
+        knockout: what `effects.expert_knockout` returns. A loss has its effect's unit, a mean weight α none (0 to 1).
+        names: of the experts, k of them.
         title: above the figure.
 
     Raises:
-        InputError: no expert, no label, or counts that do not fit.
+        InputError: something else than a Knockout, no expert, no label, or counts that do not fit.
     """
     from plotly.subplots import make_subplots
 
-    k, n_labels = loss.shape
-    if k == 0 or n_labels == 0:
-        raise InputError("loss", expected="at least one expert and one label", got=list(loss.shape))
-    if len(labels) != n_labels:
-        raise InputError("labels", expected=f"one for each of {n_labels} columns", got=len(labels))
-    if weights is not None and weights.shape != loss.shape:
-        raise InputError("weights", expected=f"the shape of the loss {list(loss.shape)}", got=list(weights.shape))
-    called = [label_text(name) for name in expert_names(k, names)]
-    shown = [label_text(str(label)) for label in labels]
-    n_panels = 1 if weights is None else 2
-    figure = make_subplots(rows=1, cols=n_panels, shared_yaxes=True, horizontal_spacing=0.16)
-    where = [[f"{name}, {label}" for label in shown] for name in called]
-    bar_end = 1.0 if weights is None else 0.42
+    require_result("knockout", knockout, Knockout, "expert_knockout")
+    k, n = knockout.removed.shape
+    if k == 0 or n == 0:
+        raise InputError("knockout", expected="at least one expert and one label", got=repr(knockout))
+    if len(knockout.labels) != n:
+        raise InputError("labels", expected=f"one for each of {n} columns", got=len(knockout.labels))
+    called = expert_names(k, names)
+    shown = [label_text(label) for label in knockout.groups]
+    n_labels = len(shown)
+    where = [[f"{label_text(name)}, {label}" for label in shown] for name in called]
+    figure = make_subplots(rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.16)
     figure.add_trace(
         heatmap(
-            loss,
-            f"effect lost ({label_text(unit)})",
+            knockout.loss,
+            wrapped(f"effect lost: {knockout.effect_name}", 36),
             centred=True,
-            bar={"x": bar_end + 0.01},
+            bar={"x": 0.43},
             x=list(range(n_labels)),
             customdata=where,
             texttemplate="%{z:.2f}" if n_labels <= 8 else None,
-            hovertemplate=f"%{{customdata}}: %{{z:.3g}} {label_text(unit)} lost without it<extra></extra>",
+            hovertemplate="%{customdata}: %{z:.3g} lost without it"
+            f"<br>{label_text(knockout.effect_name)}<extra></extra>",
             xgap=2,
             ygap=2,
         ),
         row=1,
         col=1,
     )
-    if weights is not None:
-        figure.add_trace(
-            heatmap(
-                weights,
-                "mean weight α (0 to 1)",
-                most=1.0,
-                x=list(range(n_labels)),
-                customdata=where,
-                hovertemplate="%{customdata}: mean weight %{z:.3f}<extra></extra>",
-                xgap=2,
-                ygap=2,
-            ),
-            row=1,
-            col=2,
-        )
+    figure.add_trace(
+        heatmap(
+            knockout.mean_weights,
+            "mean weight α (0 to 1)",
+            most=1.0,
+            x=list(range(n_labels)),
+            customdata=where,
+            hovertemplate="%{customdata}: mean weight %{z:.3f}<extra></extra>",
+            xgap=2,
+            ygap=2,
+        ),
+        row=1,
+        col=2,
+    )
     styled(figure, title, height=max(320, 170 + 36 * k))
     figure.update_xaxes(
-        tickvals=list(range(n_labels)), ticktext=shown, showgrid=False, tickangle=-35 if n_labels > 4 else 0
+        title="label of the prompts",
+        tickvals=list(range(n_labels)),
+        ticktext=shown,
+        showgrid=False,
+        tickangle=-35 if n_labels > 4 else 0,
     )
-    figure.update_yaxes(
-        tickvals=list(range(k)), ticktext=expert_ticks(expert_names(k, names)), range=[k - 0.5, -0.5], showgrid=False
-    )
-    for column in range(1, n_panels + 1):
-        figure.update_xaxes(title="label of the prompts", row=1, col=column)
+    figure.update_yaxes(tickvals=list(range(k)), ticktext=expert_ticks(called), range=[k - 0.5, -0.5], showgrid=False)
+    figure.update_xaxes(domain=[0, 0.42], row=1, col=1)
+    figure.update_xaxes(domain=[0.63, 1], row=1, col=2)
     panel_title(figure, "x domain", "effect lost (blue), gained (red)")
-    if weights is not None:
-        figure.update_xaxes(domain=[0, bar_end], row=1, col=1)
-        figure.update_xaxes(domain=[0.63, 1], row=1, col=2)
-        panel_title(figure, "x2 domain", "its mean weight there")
+    panel_title(figure, "x2 domain", "its mean weight there")
     figure.update_layout(margin={"t": 75, "l": 95})
     return figure

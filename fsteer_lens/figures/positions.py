@@ -1,64 +1,75 @@
 """Where in the model steering shows: layer by layer, token by token."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final, Literal
 
-from jaxtyping import Float
-from torch import Tensor
-
+from fsteer_lens.effects.residual_stream import Propagation
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.heatmaps import heatmap
-from fsteer_lens.figures.style import STEERED_COLOUR, TEXT, label_text, styled, token_ticks
+from fsteer_lens.figures.results import require_result
+from fsteer_lens.figures.style import STEERED_COLOUR, TEXT, label_text, styled, token_ticks, wrapped
 
 if TYPE_CHECKING:
     import plotly.graph_objects
 
+Part = Literal["size", "norm", "cosine", "carried", "edit", "attention", "mlp"]
+STREAM: Final = "(units of the residual stream)"
+MEANINGS: Final[dict[Part, str]] = {
+    "size": "‖change‖ / ‖residual stream‖",
+    "norm": f"‖change‖ {STREAM}",
+    "cosine": "cosine with the mean edit",
+    "carried": f"‖change‖ from the layer below {STREAM}",
+    "edit": f"‖change‖ from the edit {STREAM}",
+    "attention": f"‖change‖ from attention {STREAM}",
+    "mlp": f"‖change‖ from the MLP {STREAM}",
+}
+LENGTHS: Final = ("size", "norm")
+"""Never below zero; the others are drawn around it."""
+
 
 def layer_position(
-    change: Float[Tensor, "layers s"],
-    tokens: Sequence[str],
+    path: Propagation,
     *,
-    steered_layers: Sequence[int] = (),
-    prompt_length: int | None = None,
-    name: str = "‖change‖ / ‖residual stream‖",
-    centred: bool = False,
+    what: Part = "size",
     title: str = "Where steering grows, and where it dies",
 ) -> "plotly.graph_objects.Figure":
-    """Heatmap of a number at every layer (upwards) and token (rightwards), by default the size of steering's change.
+    """Heatmap of what steering changed at every layer (upwards) and token (rightwards), by default the change's size.
 
-    Steered layers are named in orange, with a triangle; a line stands between the prompt and what was generated.
+    Steered layers are named in orange, with a triangle; a line stands between the prompt and what was generated. Sizes
+    and norms go from zero upwards, cosines and the parts of the norm around zero: blue above, red below.
 
     Args:
-        change: one row per layer, layer 0 first, one column per token, [layers s].
-        tokens: text of every token, [s].
-        steered_layers: layers that were edited.
-        prompt_length: number of tokens in the prompt.
-        name: of the number, with its unit.
-        centred: around zero, blue above and red below, as for cosines or the part of one component.
+        path: what `effects.propagation` returns.
+        what: the number to draw, by its name there: "size", "norm", "cosine", or a part of the norm: "carried", "edit",
+            "attention", "mlp". A size and a cosine have no unit, the others that of the residual stream.
         title: above the figure.
 
     Raises:
-        InputError: no layer, no token, another number of tokens than columns, or a steered layer that is not there.
+        InputError: something else than a Propagation, an unknown `what`, no layer, no token, another number of tokens
+            than columns, or an edited layer that is not there.
     """
     import plotly.graph_objects as go
 
-    n_layers, n_tokens = change.shape
+    require_result("path", path, Propagation, "propagation")
+    if what not in MEANINGS:
+        raise InputError("what", expected=f"one of {list(MEANINGS)}", got=repr(what))
+    values, tokens, steered_layers = getattr(path, what), path.tokens, path.edited_layers
+    n_layers, n_tokens = values.shape
     if n_layers == 0 or n_tokens == 0:
-        raise InputError("change", expected="at least one layer and one token", got=list(change.shape))
+        raise InputError("path", expected="at least one layer and one token", got=repr(path))
     if len(tokens) != n_tokens:
         raise InputError("tokens", expected=f"one for each of {n_tokens} columns", got=len(tokens))
     if not set(steered_layers) <= set(range(n_layers)):
-        raise InputError("steered_layers", expected=f"ints in 0..{n_layers - 1}", got=list(steered_layers))
+        raise InputError("edited_layers", expected=f"ints in 0..{n_layers - 1}", got=list(steered_layers))
     told = [f"{index}: {label_text(token) or '·'}" for index, token in enumerate(tokens)]
     figure = go.Figure(
         heatmap(
-            change,
-            label_text(name),
-            centred=centred,
+            values,
+            wrapped(MEANINGS[what], 34),
+            centred=what not in LENGTHS,
             customdata=[told] * n_layers if n_tokens <= 1000 else None,
             hovertemplate="layer %{y}, token "
             + ("%{customdata}" if n_tokens <= 1000 else "%{x}")
-            + f"<br>{label_text(name)}: %{{z:.3g}}<extra></extra>",
+            + f"<br>{MEANINGS[what]}: %{{z:.3g}}<extra></extra>",
         )
     )
     styled(figure, title, height=max(300, 190 + 26 * n_layers))
@@ -71,8 +82,8 @@ def layer_position(
     figure.update_yaxes(
         title={"text": named, "standoff": 20}, tickvals=list(range(n_layers)), ticktext=ticks, showgrid=False
     )
-    if prompt_length is not None and 0 < prompt_length < n_tokens:
-        at, line = prompt_length - 0.5, {"color": TEXT, "width": 2}
+    if 0 < path.prompt_length < n_tokens:
+        at, line = path.prompt_length - 0.5, {"color": TEXT, "width": 2}
         figure.add_shape(type="line", x0=at, x1=at, y0=0, y1=1, yref="paper", line=line)
         for text, anchor, shift in (("prompt", "right", -6), ("generated", "left", 6)):
             figure.add_annotation(

@@ -2,10 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from jaxtyping import Float
-from torch import Tensor
-
+from fsteer_lens.effects.decisions import RankSweep
 from fsteer_lens.errors import InputError
+from fsteer_lens.figures.results import require_result
 from fsteer_lens.figures.style import CURVE, GROUPS, TEXT, plain, styled
 from fsteer_lens.method.linalg import require_rank
 from fsteer_lens.method.subspace import Subspace
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 def scree(
     subspace: Subspace,
-    auroc: Float[Tensor, " r"] | None = None,
+    by_rank: RankSweep | None = None,
     *,
     rank: int | None = None,
     title: str = "How many directions does the subspace need?",
@@ -25,25 +24,28 @@ def scree(
 
     Args:
         subspace: with all of its directions, r of them.
-        auroc: how well the energy ratio at each rank tells the two kinds of prompt apart, [r]; as
-            `auroc(ratios of the one kind, ratios of the other)` gives it.
+        by_rank: what `effects.rank_sweep` returns for a gate on this subspace. Its AUROC (0 to 1) tells how well the
+            energy ratio at each of r ranks tells the two kinds of prompt apart.
         rank: the gate's, marked by a line.
         title: above the figure.
 
     Raises:
-        InputError: another number of AUROCs than directions, or a rank that was not fitted.
+        InputError: something else than a RankSweep, another number of ranks than directions, or a rank that was not
+            fitted.
     """
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
     r = subspace.rank
-    if auroc is not None and len(auroc) != r:
-        raise InputError("auroc", expected=f"one for each of {r} ranks", got=len(auroc))
+    if by_rank is not None:
+        require_result("by_rank", by_rank, RankSweep, "rank_sweep")
+        if len(by_rank.auroc) != r:
+            raise InputError("by_rank", expected=f"an AUROC, one for each of {r} ranks", got=len(by_rank.auroc))
     if rank is not None:
         require_rank(rank, r, "the ranks that were fitted")
     ranks = list(range(1, r + 1))
-    rows = 1 if auroc is None else 2
-    heights = [1.0] if auroc is None else [0.6, 0.4]
+    rows = 1 if by_rank is None else 2
+    heights = [1.0] if by_rank is None else [0.6, 0.4]
     figure = make_subplots(rows=rows, cols=1, shared_xaxes=True, row_heights=heights, vertical_spacing=0.09)
     figure.add_trace(
         go.Bar(
@@ -69,11 +71,11 @@ def scree(
         row=1,
         col=1,
     )
-    if auroc is not None:
+    if by_rank is not None:
         figure.add_trace(
             go.Scatter(
                 x=ranks,
-                y=plain(auroc),
+                y=plain(by_rank.auroc),
                 mode="lines+markers",
                 marker={"size": 5},
                 line={"color": CURVE, "width": 2},
@@ -83,11 +85,11 @@ def scree(
             row=2,
             col=1,
         )
-    styled(figure, title, height=360 if auroc is None else 480)
+    styled(figure, title, height=360 if by_rank is None else 480)
     figure.update_xaxes(range=[0.4, r + 0.6], showgrid=False)
     figure.update_xaxes(title="direction, rank r", row=rows, col=1)
     figure.update_yaxes(title="variance of the queries (%)", range=[0, 104], row=1, col=1)
-    if auroc is not None:
+    if by_rank is not None:
         figure.update_yaxes(title={"text": "AUROC", "standoff": 15}, row=2, col=1)
     if rank is not None:
         line = {"color": TEXT, "width": 2, "dash": "dash"}

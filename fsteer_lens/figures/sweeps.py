@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fsteer_lens.errors import InputError
+from fsteer_lens.figures.results import require_result
 from fsteer_lens.figures.style import expert_colours, finite, label_text, panel_title, styled, wrapped
 from fsteer_lens.ground.estimates import Estimate, Sweep
 
@@ -23,13 +24,13 @@ def strength_sweep(
     In the last panel a method runs from its first strength to its last; up and to the right is better.
 
     Args:
-        sweeps: of one method, or {method: sweep}.
+        sweeps: what `effects.strength_sweep` returns, {method: sweep}, or one sweep.
         title: above the figure.
 
     Raises:
-        InputError: no sweep, one without settings, or sweeps of different things.
+        InputError: no sweep, something else, one without settings, or sweeps of different things.
     """
-    return _panels(sweeps, title, ("effect", "kl", TRADE_OFF), is_layer=False)
+    return _panels(_named(sweeps, "strength_sweep"), title, ("effect", "kl", TRADE_OFF), is_layer=False)
 
 
 def layer_sweep(
@@ -39,19 +40,26 @@ def layer_sweep(
 
     Where the utility is −KL, as it is by default, it has no panel of its own.
     """
-    every = [sweeps] if isinstance(sweeps, Sweep) else list(sweeps.values())
-    pairs = [pair for one in every for pair in zip(one.utility, one.kl, strict=False)]
+    named = _named(sweeps, "layer_sweep")
+    pairs = [pair for one in named.values() for pair in zip(one.utility, one.kl, strict=False)]
     mirrored = all(utility.value == -kl.value for utility, kl in pairs)
-    return _panels(sweeps, title, ("effect", "kl") if mirrored else ("effect", "utility", "kl"), is_layer=True)
+    return _panels(named, title, ("effect", "kl") if mirrored else ("effect", "utility", "kl"), is_layer=True)
+
+
+def _named(sweeps: Any, maker: str) -> dict[str, Sweep]:
+    """The sweeps by method; one alone has no name."""
+    named = dict(sweeps) if isinstance(sweeps, Mapping) else {"": sweeps}
+    for one in named.values():
+        require_result("sweeps", one, Sweep, maker)
+    return named
 
 
 def _panels(
-    sweeps: Sweep | Mapping[str, Sweep], title: str, panels: Sequence[str], *, is_layer: bool
+    named: Mapping[str, Sweep], title: str, panels: Sequence[str], *, is_layer: bool
 ) -> "plotly.graph_objects.Figure":
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    named = {"": sweeps} if isinstance(sweeps, Sweep) else dict(sweeps)
     first = _checked(named, is_layer)
     meanings = {"effect": first.effect_name, "utility": first.utility_name, "kl": "KL(steered ‖ unsteered) (nats)"}
     figure = make_subplots(rows=1, cols=len(panels), horizontal_spacing=0.12)

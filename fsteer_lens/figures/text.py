@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fsteer_lens.effects.decisions import GateExplanation
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.html import MUTED, Html, block, escape, legend_line
 from fsteer_lens.figures.rich import rich_view
@@ -18,7 +19,7 @@ STRONGEST_SHADE = 0.6
 
 
 def token_scores(
-    tokens: Sequence[str] | Trace,
+    tokens: Sequence[str] | Trace | GateExplanation,
     scores: Float[Tensor, " s"] | None = None,
     *,
     name: str | None = None,
@@ -39,11 +40,12 @@ def token_scores(
 
     An orange line is under steered tokens and a dotted grey one under the others, the beginning-of-sequence token is
     framed, pads are struck out, and a bar stands between the prompt and what was generated. A token whose score is NaN
-    gets no shade and says so. A trace draws its own tokens, with the size of the change at each of them,
-    ‖edit‖ / ‖residual stream‖, where no scores are given.
+    gets no shade and says so. Where no scores are given, a trace draws the size of the change at each of its tokens,
+    ‖edit‖ / ‖residual stream‖, and the explanation of a gate how much of the energy ratio goes with each token, around
+    zero.
 
     Args:
-        tokens: text of every token, [s], or a trace of `generate`.
+        tokens: text of every token, [s], a trace of `generate`, or what `effects.explain_gate` returns.
         scores: one number per token, [s], in the order of `tokens`.
         name: of the score, with its unit.
         bounds: scores with no shade and with the full shade; None takes 0 and the largest score.
@@ -62,6 +64,10 @@ def token_scores(
     Raises:
         InputError: no tokens, another number of scores or marks than tokens, or a trace without tokens.
     """
+    if isinstance(tokens, GateExplanation):
+        if scores is None:
+            scores, centred, name = tokens.carried, True, name or _carried(tokens)
+        tokens = tokens.tokens
     if isinstance(tokens, Trace):
         shown = tokens_of_trace(tokens, layer, row)
         require_no_marks(steered=steered, prompt_length=prompt_length, first=first, bos=bos, marks=marks)
@@ -104,6 +110,10 @@ def _change(one: Trace, layer: int | None, n_tokens: int) -> Float[Tensor, " s"]
     change = torch.full((n_tokens,), math.nan)
     change[: len(recorded)] = recorded
     return change
+
+
+def _carried(told: GateExplanation) -> str:
+    return f"energy ratio {told.ratio:.3f} (threshold {told.threshold:.3f}) minus that without the token"
 
 
 def _bounds(values: Sequence[float | None], bounds: tuple[float, float] | None, centred: bool) -> tuple[float, float]:

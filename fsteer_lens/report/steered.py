@@ -234,20 +234,17 @@ def _add_gate(
         report.add_figure(figure, CAPTIONS["separation"])
     if not gate.ranks:
         return
-    auroc = None
+    by_rank = None
     if GENERAL in by_group:
-        auroc = effects.rank_sweep(gate, by_group[UNLABELLED], by_group[GENERAL]).auroc
+        by_rank = effects.rank_sweep(gate, by_group[UNLABELLED], by_group[GENERAL])
     shown = {name: prompts[part] for name, part in parts.items()}
     report.add_figure(figures.rank_explorer(gate, by_group, shown), CAPTIONS["ranks"])
     first = subspace_leaves(gate)[0]
     cut = first.subspace.at_rank(gate.ranks)
-    report.add_figure(figures.scree(cut, auroc, rank=min(first.rank, gate.ranks)), CAPTIONS["scree"])
+    report.add_figure(figures.scree(cut, by_rank, rank=min(first.rank, gate.ranks)), CAPTIONS["scree"])
     if single:
         found = effects.explain_gate(model, steering, prompts[example], layer=layer, **run)
-        name = f"energy ratio {found.ratio:.3f} (threshold {found.threshold:.3f}) minus that without the token"
-        report.add_figure(
-            figures.token_scores(found.tokens, found.carried, name=name, centred=True), CAPTIONS["carried"]
-        )
+        report.add_figure(figures.token_scores(found), CAPTIONS["carried"])
 
 
 def _add_experts(
@@ -271,8 +268,7 @@ def _add_experts(
     report.add_figure(routing, CAPTIONS["routing"])
     if sum(experts.enabled) > 1:
         found = effects.expert_knockout(model, steering, contrasts, layer=layer, progress=progress, **run)
-        figure = figures.expert_knockout(found.loss, found.groups, found.mean_weights)
-        report.add_figure(figure, CAPTIONS["knockout"])
+        report.add_figure(figures.expert_knockout(found), CAPTIONS["knockout"])
     report.add_figure(figures.expert_geometry(experts), CAPTIONS["geometry"])
     report.add_figure(figures.expert_tokens(effects.expert_tokens(model, experts)), CAPTIONS["tokens"])
 
@@ -286,12 +282,7 @@ def _add_generation(
     for layer in steering.layers:
         report.add_figure(figures.trace_timeline(item.trace, layer=layer), CAPTIONS["timeline"])
     path = effects.propagation(model, steering, item.prompt, item.tokens, chat=chat)
-    report.add_figure(
-        figures.layer_position(
-            path.size, path.tokens, steered_layers=path.edited_layers, prompt_length=path.prompt_length
-        ),
-        CAPTIONS["position"],
-    )
+    report.add_figure(figures.layer_position(path), CAPTIONS["position"])
     report.add_figure(figures.logprob_change(made.trace), CAPTIONS["logprobs"])
 
 

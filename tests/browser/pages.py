@@ -11,7 +11,7 @@ from fsteer_lens.figures.style import CONFIG
 from fsteer_lens.ground.estimates import Estimate, Sweep
 from fsteer_lens.method.fitting_gates import fit_gate
 from fsteer_lens.trace.trace import join
-from tests.figure_parts import HOSTILE, trace_of
+from tests.figure_parts import HOSTILE, knockout_of, path_of, rank_sweep_of, trace_of
 from tests.made_up import D_MODEL, experts
 
 ATTACKS = [
@@ -56,10 +56,12 @@ def every_figure() -> dict[str, Any]:
         "token_scores": figures.token_scores(ATTACKS, change, centred=True, name=ATTACKS[2]),
         "token_experts": figures.token_experts(ATTACKS, torch.rand(n, 4).softmax(-1), names=names),
         "rank_explorer": figures.rank_explorer(gate, {ATTACKS[2]: ir, "general": general}, None),
-        "expert_knockout": figures.expert_knockout(torch.randn(4, 4), names, torch.rand(4, 4), names=names),
+        "expert_knockout": figures.expert_knockout(
+            knockout_of(torch.randn(4, 4), names, torch.rand(4, 4), ATTACKS[1]), names=names
+        ),
         "gate_separation": figures.gate_separation(gate, ir, general, names=(ATTACKS[2], ATTACKS[1])),
-        "scree": figures.scree(fit_subspace(ir), torch.rand(12), rank=3),
-        "layer_position": figures.layer_position(torch.randn(3, n), ATTACKS, centred=True, name=ATTACKS[2]),
+        "scree": figures.scree(fit_subspace(ir), rank_sweep_of(torch.rand(12)), rank=3),
+        "layer_position": figures.layer_position(path_of(torch.randn(3, n), ATTACKS), what="cosine"),
         "steer_compare": figures.steer_compare(trace, titles=ATTACKS),
         "logprob_change": figures.logprob_change(ATTACKS, change),
         "strength_sweep": figures.strength_sweep({ATTACKS[2]: made, "b": made}),

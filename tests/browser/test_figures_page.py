@@ -6,7 +6,7 @@ import torch
 from fsteer_lens import figures
 from tests.browser.chromium import launched, opened
 from tests.browser.pages import ATTACKS, every_figure, write_page
-from tests.figure_parts import Elements
+from tests.figure_parts import Elements, path_of
 
 MARKS = ".point, .heatmaplayer image, .scatterlayer path.js-line, .barlayer path, .shapelayer path"
 
@@ -165,7 +165,7 @@ def test_a_text_of_10000_tokens_is_drawn(browser, tmp_path):
         "scores": figures.token_scores(words, torch.rand(n)),
         "experts": figures.token_experts(words, weights),
         "rich": figures.token_scores(words, torch.rand(n), rich=True, bundle=False),
-        "layers": figures.layer_position(torch.rand(4, n), words),
+        "layers": figures.layer_position(path_of(torch.rand(4, n), words)),
         "routing": figures.expert_routing(weights[:2], prompts=["".join(words)] * 2),
         "change": figures.logprob_change(["".join(words)], torch.ones(1)),
     }

@@ -12,20 +12,21 @@ from fsteer_lens import figures
 from tests.browser.chromium import launched, opened
 
 DOCS = Path(__file__).parents[2] / "docs"
+TOOLS = DOCS.parent / "tools"
 
 
 @pytest.fixture(scope="module")
 def gallery() -> Any:
     pytest.importorskip("playwright.sync_api", reason="the gallery's script needs playwright")
-    sys.path.insert(0, str(DOCS))
+    sys.path.insert(0, str(TOOLS))
     try:
-        spec = importlib.util.spec_from_file_location("gallery", DOCS / "gallery.py")
+        spec = importlib.util.spec_from_file_location("gallery", TOOLS / "gallery.py")
         assert spec is not None and spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
     finally:
-        sys.path.remove(str(DOCS))
+        sys.path.remove(str(TOOLS))
 
 
 def test_the_page_is_what_its_script_writes(gallery: Any) -> None:
