@@ -10,13 +10,14 @@ from torch import Tensor
 
 from fsteer_lens.effects.answers import Effect, answer_margin, one_each
 from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import whole
 from fsteer_lens.ground.estimates import Estimate, auroc, bootstrap
 from fsteer_lens.method.gates import OPEN, Gate
 from fsteer_lens.method.subspace_gates import SubspaceGate, subspace_leaves
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, Prompt
 from fsteer_lens.prompts.tokens import prompt_ids, token_texts
-from fsteer_lens.run.teacher_forcing import last_activations
+from fsteer_lens.reading.reader import Reader
 from fsteer_lens.steering.steering import FineSteer, Steering
 
 
@@ -191,11 +192,10 @@ def explain_gate(
         )
     steering.session_on(model)  # was it fitted on this model?
     ids = tuple(prompt_ids(model, prompt, chat=chat))
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
-        raise InputError("limit", expected="an int >= 0 or None", got=repr(limit))
+    limit = None if limit is None else whole("limit", limit, 0, why="or None for all")
     first = 0 if limit is None else max(0, len(ids) - limit)
     shorter = [ids[:place] + ids[place + 1 :] for place in range(first, len(ids))] if len(ids) > 1 else []
-    h = last_activations(model, [ids, *shorter], where, steering.site, batch_size=batch_size)
+    h = Reader(model, where, steering.site, batch_size=batch_size).last([ids, *shorter])[where]
     ratios = gate.subspace.energy_ratio(h, gate.rank).cpu()
     ratio, without = float(ratios[0]), torch.full((len(ids),), torch.nan)
     without[len(ids) - len(shorter) :] = ratios[1:]

@@ -18,7 +18,7 @@ from fsteer_lens.method.linalg import require_width
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast
 from fsteer_lens.prompts.tokens import prompt_ids, require_tokenizer
-from fsteer_lens.run.teacher_forcing import last_activations
+from fsteer_lens.reading.reader import Reader
 from fsteer_lens.steering.steering import FineSteer
 
 
@@ -124,6 +124,7 @@ def expert_knockout(
     contrasts: Sequence[Contrast],
     *,
     layer: int | None = None,
+    queries: Float[Tensor, "n d"] | None = None,
     effect: Effect | None = None,
     chat: bool = False,
     batch_size: int = 16,
@@ -139,12 +140,13 @@ def expert_knockout(
         steering: the steering; experts that are switched off already are left out.
         contrasts: prompts to be steered, held out from the fit, with labels.
         layer: whose experts, of a steering with several layers; the other layers keep theirs.
+        queries: query activations of the contrasts at that layer, where they have been read already, [n d].
         effect: a number per contrast; None takes `answer_margin`, in nats per token.
         chat, batch_size: as in `answer_margin`.
         progress: show a progress bar.
 
     Raises:
-        InputError: no contrasts, fewer than two experts that are on, or an unknown layer.
+        InputError: no contrasts, another number of queries, fewer than two experts that are on, or an unknown layer.
     """
     where = steering.layers[0] if layer is None else layer
     if where not in steering.layers or (layer is None and len(steering.layers) > 1):
@@ -159,8 +161,11 @@ def expert_knockout(
     def measured(one: FineSteer) -> Tensor:
         return one_each("effect", measure(model, one, contrasts), len(contrasts))
 
-    ids = [prompt_ids(model, contrast.prompt, chat=chat) for contrast in contrasts]
-    queries = last_activations(model, ids, where, steering.site, batch_size=batch_size)
+    if queries is None:
+        ids = [prompt_ids(model, contrast.prompt, chat=chat) for contrast in contrasts]
+        queries = Reader(model, where, steering.site, batch_size=batch_size).last(ids)[where]
+    if len(queries) != len(contrasts):
+        raise InputError("queries", expected=f"one for each of {len(contrasts)} contrasts", got=len(queries))
     with progress_bar(1 + len(on), "removing experts", progress) as advance:
         full = measured(steering)
         removed = torch.full((experts.n_experts, len(contrasts)), torch.nan)

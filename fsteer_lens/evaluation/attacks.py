@@ -25,9 +25,8 @@ from fsteer_lens.ground.estimates import Proportion
 from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.method.gates import Gate
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.models.points import DEFAULT_SITE
 from fsteer_lens.prompts.tokens import prompt_ids
-from fsteer_lens.run.teacher_forcing import last_activations
+from fsteer_lens.reading.reader import Reader
 
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 CHECKED_AT_ONCE = 8
@@ -172,7 +171,7 @@ def attack_gate(
 
     def read(texts: Sequence[str]) -> Float[Tensor, "n d"]:
         rows = [prompt_ids(model, format(text)) for text in texts]
-        return last_activations(model, rows, layer, DEFAULT_SITE, batch_size=batch_size)
+        return Reader(model, layer, batch_size=batch_size).last(rows)[layer]
 
     def passes(tried: Sequence[_Tried]) -> Sequence[bool]:
         if keeps is None or not constrained:

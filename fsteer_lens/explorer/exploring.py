@@ -16,6 +16,7 @@ from fsteer_lens.hooks.probes import SubspaceAblation
 from fsteer_lens.method.gates import OPEN
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Prompt, check_prompt
+from fsteer_lens.prompts.passes import Passes
 from fsteer_lens.run.generation import Generation, generate
 from fsteer_lens.steering.steering import FineSteer
 
@@ -267,7 +268,7 @@ def explore(
     return Explorer(
         subject,
         model,
-        read(subject, model, groups, chat=chat, batch_size=batch_size, progress=progress),
+        read(subject, model, groups, Passes(chat, batch_size, progress)),
         max_new_tokens=max_new_tokens,
         chat=chat,
         title=f"What does steering at layer {subject.layer} do?" if title is None else title,

@@ -11,12 +11,13 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.explorer.settings import Subject
 from fsteer_lens.figures.style import expert_colours, group_colours, plain
-from fsteer_lens.ground.progress import progress_bar
+from fsteer_lens.ground.checks import whole
 from fsteer_lens.method.gates import OPEN
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Prompt, check_prompt, prompt_text
-from fsteer_lens.prompts.tokens import prompt_ids
-from fsteer_lens.run.teacher_forcing import last_activations
+from fsteer_lens.prompts.passes import Passes
+from fsteer_lens.reading.activations import READING
+from fsteer_lens.reading.reader import Reader
 
 MOST_CHARACTERS = 2000
 """A longer prompt is cut where it is shown; what is generated reads all of it."""
@@ -114,8 +115,7 @@ def grouped(prompts: Any, limit: int | None) -> tuple[Group, ...]:
     Raises:
         InputError: no groups, an empty one, something that is no prompt, or no positive limit.
     """
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 1):
-        raise InputError("limit", expected="an int >= 1 or None", got=repr(limit))
+    limit = None if limit is None else whole("limit", limit, 1, why="or None for all")
     named = prompts if isinstance(prompts, Mapping) else {"prompts": prompts}
     if not named:
         raise InputError("prompts", expected="at least one group", got="none")
@@ -133,16 +133,14 @@ def grouped(prompts: Any, limit: int | None) -> tuple[Group, ...]:
     return tuple(groups)
 
 
-def read(
-    subject: Subject, model: SteerableModel, groups: tuple[Group, ...], *, chat: bool, batch_size: int, progress: bool
-) -> Pictured:
+def read(subject: Subject, model: SteerableModel, groups: tuple[Group, ...], passes: Passes) -> Pictured:
     """Read the prompts' activations, and compute what the gate makes of them at every rank."""
-    ids = [prompt_ids(model, prompt, chat=chat) for group in groups for prompt in group.prompts]
+    ids = passes.ids(model, [prompt for group in groups for prompt in group.prompts])
     layers = (subject.gate_layer, subject.layer)
-    with progress_bar(len(layers) * len(ids), "reading activations", progress) as advance:
-        options: Any = {"batch_size": batch_size, "advance": advance}
-        queries, routed = (last_activations(model, ids, layer, subject.steering.site, **options) for layer in layers)
-    return pictured(subject, groups, queries, routed)
+    with passes.bar(len(ids), READING) as advance:
+        site, size = subject.steering.site, passes.batch_size
+        found = Reader(model, sorted(set(layers)), site, batch_size=size, advance=advance).last(ids)
+    return pictured(subject, groups, *(found[layer] for layer in layers))
 
 
 def pictured(

@@ -11,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fsteer_lens.errors import HookError
+from fsteer_lens.reading.reader import at
 
 PREFIX_TOLERANCE = 1e-3
 HALF_PREFIX_TOLERANCE = 2e-2
@@ -137,8 +138,3 @@ class Positions:
             inside = columns < self.mask.shape[1]
             real[:, inside] = self.mask.to(columns.device)[:, columns[inside]]
         return real
-
-
-def at(activation: Float[Tensor, "b t d"], positions: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
-    """The activation at one position of each row."""
-    return activation[torch.arange(len(positions), device=activation.device), positions]

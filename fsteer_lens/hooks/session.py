@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import Thread, current_thread
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -12,19 +12,8 @@ from fsteer_lens.errors import HookError, ShapeError
 from fsteer_lens.hooks.positions import Positions, View
 from fsteer_lens.models.attaching import OwnHook, hooks_added
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.points import Point
 from fsteer_lens.trace.trace import Trace
-
-
-class Point(NamedTuple):
-    """A place in the residual stream."""
-
-    layer: int
-    site: str
-
-    @property
-    def name(self) -> str:
-        """Its name in TransformerLens."""
-        return f"blocks.{self.layer}.{self.site}"
 
 
 @runtime_checkable

@@ -2,13 +2,35 @@
 
 from difflib import get_close_matches
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
-from fsteer_lens.errors import SiteError
+from fsteer_lens.errors import InputError, SiteError
+from fsteer_lens.ground.checks import whole
 from fsteer_lens.models.classes import SteerableModel, kind_of, require_decoder
+
+
+class Point(NamedTuple):
+    """A place in the residual stream."""
+
+    layer: int
+    site: str
+
+    @property
+    def name(self) -> str:
+        """Its name in TransformerLens."""
+        return f"blocks.{self.layer}.{self.site}"
+
 
 SITES = ("hook_resid_pre", "hook_resid_post")
 DEFAULT_SITE = "hook_resid_post"
+
+
+def layer_of(model: SteerableModel, layer: Any) -> int:
+    """A layer of the model as an int; raises `SiteError` where it has no such layer."""
+    try:
+        return whole("layer", layer, 0, model.cfg.n_layers - 1)
+    except InputError as error:
+        raise SiteError(error.problem, expected=error.expected, got=error.got) from None
 
 
 def site_name(model: SteerableModel, layer: int, site: str = DEFAULT_SITE) -> str:
@@ -19,9 +41,7 @@ def site_name(model: SteerableModel, layer: int, site: str = DEFAULT_SITE) -> st
         InputError: no model that can be steered, see `require_decoder`.
     """
     require_decoder(model)
-    n_layers = model.cfg.n_layers
-    if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < n_layers:
-        raise SiteError("layer", expected=f"an int in 0..{n_layers - 1}", got=layer)
+    layer = layer_of(model, layer)
     if site not in SITES:
         near = get_close_matches(site, SITES, n=2)
         raise SiteError(

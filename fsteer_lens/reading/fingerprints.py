@@ -7,14 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fsteer_lens.errors import InputError, MismatchError
-from fsteer_lens.models.attaching import hooks_suspended
 from fsteer_lens.models.classes import CLASS_NAMES, SteerableModel, kind_of
-from fsteer_lens.models.forward import run_up_to
-from fsteer_lens.models.points import DEFAULT_SITE, site_name, spliced
+from fsteer_lens.models.points import DEFAULT_SITE, Point, spliced
 from fsteer_lens.prompts.tokens import pad
+from fsteer_lens.reading.reader import read
 
 SCHEMA = 1
 PROBE_TOKENS = 8
@@ -115,19 +113,9 @@ def fingerprint(model: SteerableModel, layers: Sequence[int], site: str = DEFAUL
     cfg = model.cfg
     ids = [(index * 7919 + 13) % cfg.d_vocab for index in range(PROBE_TOKENS)]
     batch = pad(model, [ids], "right")
-    seen: dict[int, Tensor] = {}
-
-    def probe_hook(layer: int) -> Any:
-        def keep(activation: Tensor, hook: Any) -> None:
-            seen[layer] = activation[0, -1].detach().float().cpu()
-
-        return keep
-
-    hooks = [(site_name(model, layer, site), probe_hook(layer)) for layer in layers]
-    with hooks_suspended(model):
-        run_up_to(model, batch.tokens, batch.mask, max(layers), hooks)
+    seen = read(model, batch, [Point(layer, site) for layer in layers], lambda h: h[0, -1], bare=True)
     stride = max(1, cfg.d_model // PROBE_VALUES)
-    probe = {layer: tuple(seen[layer][::stride][:PROBE_VALUES].tolist()) for layer in layers}
+    probe = {point.layer: tuple(row[::stride][:PROBE_VALUES].tolist()) for point, row in seen.items()}
     return Fingerprint(
         architecture=str(getattr(cfg, "original_architecture", None) or getattr(cfg, "architecture", None)),
         n_layers=cfg.n_layers,

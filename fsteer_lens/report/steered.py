@@ -15,10 +15,10 @@ from fsteer_lens.method.subspace_gates import subspace_leaves
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, Prompt, prompt_text
 from fsteer_lens.prompts.tokens import prompt_ids
+from fsteer_lens.reading.reader import Reader
 from fsteer_lens.report.page import Report
 from fsteer_lens.report.settings import add_settings, machine_rows, steering_rows
 from fsteer_lens.run.generation import Generation, Generations, generate
-from fsteer_lens.run.teacher_forcing import last_activations
 from fsteer_lens.steering.steering import FineSteer, Steering
 
 GENERAL: Final = "general prompts"
@@ -116,8 +116,8 @@ def steering_report(
     )
     ids = [prompt_ids(model, prompt, chat=chat) for prompt in prompts]
     most = max(range(len(contrasts)), key=lambda index: float(_kl(made[index]).sum()))
-    for layer in steering.hooked_layers:
-        queries = last_activations(model, ids, layer, steering.site, batch_size=batch_size)
+    read = Reader(model, steering.hooked_layers, steering.site, batch_size=batch_size).last(ids)
+    for layer, queries in read.items():
         where = "" if len(steering.hooked_layers) == 1 else f", layer {layer}"
         _add_gate(report, model, steering, layer, where, queries, prompts, len(contrasts), most, run)
         _add_experts(report, model, steering, layer, where, queries, contrasts, run, progress)
@@ -267,7 +267,8 @@ def _add_experts(
     routing = figures.expert_routing(experts.route(queries[: len(contrasts)]), labels, prompts)
     report.add_figure(routing, CAPTIONS["routing"])
     if sum(experts.enabled) > 1:
-        found = effects.expert_knockout(model, steering, contrasts, layer=layer, progress=progress, **run)
+        own = queries[: len(contrasts)]
+        found = effects.expert_knockout(model, steering, contrasts, layer=layer, queries=own, progress=progress, **run)
         report.add_figure(figures.expert_knockout(found), CAPTIONS["knockout"])
     report.add_figure(figures.expert_geometry(experts), CAPTIONS["geometry"])
     report.add_figure(figures.expert_tokens(effects.expert_tokens(model, experts)), CAPTIONS["tokens"])

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.hooks.objects import HookObject
-from fsteer_lens.hooks.positions import at
-from fsteer_lens.hooks.session import Point, Session
+from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import lock_of, unsteered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.models.forward import Forward, run_up_to
+from fsteer_lens.models.forward import Forward
 from fsteer_lens.prompts.tokens import Batch, stop_ids, token_texts
+from fsteer_lens.reading import reader
+from fsteer_lens.reading.reader import at
 from fsteer_lens.steering.steering import Steering
 
 TOP = 5
@@ -181,17 +182,7 @@ def open_session(
     if stepwise:
         raise InputError('read="clean" with refresh="step" at several layers', fix='Use read="live".')
     last = batch.mask.long().argmax(dim=1) + prompt_lengths.to(batch.mask.device) - 1
-    read_at: dict[Point, Tensor] = {}
-
-    def keep(point: Point) -> Any:
-        def hook_function(activation: Tensor, hook: Any) -> None:
-            read_at[point] = at(activation, last.to(activation.device)).float()
-
-        return hook_function
-
-    with unsteered(model):
-        hooks = [(point.name, keep(point)) for point in points]
-        run_up_to(model, batch.tokens, batch.mask, max(point.layer for point in points), hooks)
+    read_at = reader.read(model, batch, points, lambda activation: at(activation, last))
     for state in session.states:
         state.queries = {point.layer: read_at[point] for point in state.link.points}
     return session

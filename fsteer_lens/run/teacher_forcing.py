@@ -10,13 +10,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import whole
 from fsteer_lens.hooks.objects import HookObject
-from fsteer_lens.hooks.positions import at
 from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.models.forward import run_up_to
-from fsteer_lens.models.points import site_name
 from fsteer_lens.prompts.contrasts import Prompt
 from fsteer_lens.prompts.tokens import Batch, answer_ids, pad, prompt_ids, require_fits
 from fsteer_lens.run.decoding import CHUNK_NUMBERS, divergence, open_session
@@ -129,8 +127,7 @@ def answer_divergences(
 
 def batches(model: SteerableModel, rows: Sequence[Answered], batch_size: int) -> Iterator[tuple[list[int], Batch]]:
     """The rows in batches of like length, padded on the right, with their numbers."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-        raise InputError("batch_size", expected="an int >= 1", got=repr(batch_size))
+    batch_size = whole("batch_size", batch_size, 1)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].fed))
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
@@ -162,27 +159,3 @@ def divergences(
     size = max(1, CHUNK_NUMBERS // base.shape[-1])
     pairs = zip(steered.split(size), base.split(size), strict=True)
     return torch.cat([divergence(*(logits.float().log_softmax(dim=-1) for logits in pair)).cpu() for pair in pairs])
-
-
-def last_activations(
-    model: SteerableModel,
-    rows: Sequence[Sequence[int]],
-    layer: int,
-    site: str,
-    *,
-    batch_size: int = 16,
-    advance: Advance = lambda steps: None,
-) -> Float[Tensor, "n d"]:
-    """Activations of the unsteered model at the last token of each row of ids, in float32 on the CPU."""
-    name = site_name(model, layer, site)
-    found = torch.empty(len(rows), model.cfg.d_model)
-    for chosen, batch in batches(model, [Answered(tuple(row)) for row in rows], batch_size):
-        last = batch.mask.sum(dim=1) - 1
-
-        def keep(activation: Tensor, hook: object, chosen: list[int] = chosen, last: Tensor = last) -> None:
-            found[chosen] = at(activation, last.to(activation.device)).float().cpu()
-
-        with unsteered(model):
-            run_up_to(model, batch.tokens, batch.mask, layer, [(name, keep)])
-        advance(len(chosen))
-    return found

@@ -19,13 +19,14 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError, NonFiniteError, ShapeError
 from fsteer_lens.hooks.objects import Link
-from fsteer_lens.hooks.positions import View, at
+from fsteer_lens.hooks.positions import View
 from fsteer_lens.hooks.scopes import Schedule, Scope, in_scope, require_scope
 from fsteer_lens.hooks.session import State
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.gates import Gate, require_gate
 from fsteer_lens.models.points import DEFAULT_SITE
 from fsteer_lens.reading.fingerprints import Fingerprint
+from fsteer_lens.reading.reader import at
 
 Own = TypeVar("Own", bound="Steering")
 

@@ -1,0 +1,56 @@
+"""How prompts are put through a model: chat template or not, how many at once, and whether a bar is shown."""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict
+
+from fsteer_lens.ground.checks import switch, whole
+from fsteer_lens.ground.progress import progress_bar
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.contrasts import Prompt
+from fsteer_lens.prompts.tokens import prompt_ids
+
+
+class PassOptions(TypedDict, total=False):
+    """What a function takes by name and hands on as `Passes`."""
+
+    chat: bool
+    batch_size: int
+    progress: bool
+
+
+@dataclass(frozen=True)
+class Passes:
+    """How prompts are put through a model.
+
+    Attributes:
+        chat: send string prompts through the chat template; see `prompt_ids`.
+        batch_size: rows per forward pass, at most.
+        progress: show a progress bar.
+    """
+
+    chat: bool = False
+    batch_size: int = 16
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        switch("chat", self.chat)
+        switch("progress", self.progress)
+        object.__setattr__(self, "batch_size", whole("batch_size", self.batch_size, 1))
+
+    @classmethod
+    def of(cls, owner: str, given: Mapping[str, Any]) -> "Passes":
+        """From what a function of that name was given by name; an unknown name is a TypeError, as for any function."""
+        unknown = sorted(set(given) - {item.name for item in fields(cls)})
+        if unknown:
+            raise TypeError(f"{owner}() got an unexpected keyword argument {unknown[0]!r}")
+        return cls(**given)
+
+    def ids(self, model: SteerableModel, prompts: Sequence[Prompt]) -> list[list[int]]:
+        """Token ids of prompts."""
+        return [prompt_ids(model, prompt, chat=self.chat) for prompt in prompts]
+
+    def bar(self, total: int, description: str) -> AbstractContextManager[Callable[[int], None]]:
+        """A progress bar, or nothing where none is wanted: a function that is told of finished steps."""
+        return progress_bar(total, description, self.progress)

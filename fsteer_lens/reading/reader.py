@@ -1,0 +1,195 @@
+"""Reading the residual stream: the one way in which this package looks at a model's activations.
+
+Rows are run once for any number of layers, up to the last of them, with every hook of this package taken off for that
+time: what is read is the unsteered stream, whatever is attached. Of each activation only what is asked for is kept, the
+last token of a row, the mean over an answer, or all of it. A prompt with two answers is run once, and both go on from
+its KV cache.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import whole
+from fsteer_lens.models.attaching import hooks_added, hooks_suspended, unsteered
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.forward import Forward, run_up_to
+from fsteer_lens.models.points import DEFAULT_SITE, Point, layer_of, site_name
+from fsteer_lens.prompts.tokens import Batch, pad
+
+PADDING = 0.125
+"""Share of padding, beside the tokens of its rows one by one, from which on a smaller batch is faster on a CPU."""
+
+Keep = Callable[[Tensor], Tensor]
+"""What to keep of an activation, [b s d]."""
+Advance = Callable[[int], None]
+"""Is told how many rows are done."""
+
+
+def read(
+    model: SteerableModel,
+    batch: Batch,
+    points: Sequence[Point],
+    keep: Keep = lambda activation: activation,
+    *,
+    bare: bool = False,
+) -> dict[Point, Tensor]:
+    """One pass of padded rows through the unsteered model; of every point what `keep` makes of its activation, float32.
+
+    Args:
+        model: whose stream to read.
+        batch: token rows, padded on either side.
+        points: where; at least one. The pass ends at the last of their layers.
+        keep: from an activation [b s d] to what is kept of it; all of it, unless something is given.
+        bare: without anybody's hooks; otherwise those of others stay on.
+
+    Raises:
+        SiteError: the model has no such point.
+    """
+    kept: dict[Point, Tensor] = {}
+    hooks = _hooks(model, points, lambda point, activation: kept.update({point: keep(activation).float()}))
+    with hooks_suspended(model) if bare else unsteered(model):
+        run_up_to(model, batch.tokens, batch.mask, max(point.layer for point in points), hooks)
+    return kept
+
+
+def at(activation: Float[Tensor, "b t d"], positions: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
+    """The activation at one position of each row."""
+    return activation[torch.arange(len(positions), device=activation.device), positions.to(activation.device)]
+
+
+class Reader:
+    """Reads many rows at some layers of a model, in batches of like length.
+
+    Args:
+        model: whose stream to read.
+        layers: one layer, or several that share every pass.
+        site: the hook point within a layer.
+        batch_size: rows per forward pass, at most: on a CPU rows of about one length only share it.
+        advance: is told how many rows are done.
+
+    Raises:
+        InputError: no layer, or a batch size below 1.
+        SiteError: the model has no such layer or site.
+    """
+
+    def __init__(
+        self,
+        model: SteerableModel,
+        layers: int | Sequence[int],
+        site: str = DEFAULT_SITE,
+        *,
+        batch_size: int = 16,
+        advance: Advance = lambda rows: None,
+    ) -> None:
+        self.layers = [layer_of(model, layer) for layer in (layers if isinstance(layers, Sequence) else [layers])]
+        if not self.layers:
+            raise InputError("layer", expected="an int or a sequence of ints", got=layers)
+        for layer in self.layers:
+            site_name(model, layer, site)
+        self._model, self._points = model, [Point(layer, site) for layer in self.layers]
+        self._batch_size, self._advance = whole("batch_size", batch_size, 1), advance
+
+    def last(self, rows: Sequence[Sequence[int]]) -> dict[int, Float[Tensor, "n d"]]:
+        """Activation at the last token of each row, per layer, on the CPU."""
+        found = self._room(len(rows))
+        for chosen in self._batches([(len(row), 0) for row in rows]):
+            batch = pad(self._model, [rows[index] for index in chosen], "right")
+            last = batch.mask.sum(dim=1) - 1
+            self._store(found, chosen, read(self._model, batch, self._points, lambda h, last=last: at(h, last)))
+        return found
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
+    ) -> tuple[dict[int, Float[Tensor, "n d"]], dict[int, Float[Tensor, "n 2 d"]]]:
+        """Activation at each prompt's last token, and means over the tokens of its two answers, per layer, on the CPU.
+
+        A prompt is run once, padded on the left; both of its answers go on from there, padded on the right.
+        """
+        queries, means = self._room(len(prompts)), self._room(len(prompts), 2)
+        sizes = [(len(prompt), max(map(len, pair))) for prompt, pair in zip(prompts, answers, strict=True)]
+        kept: dict[Point, Tensor] = {}
+        keep: Keep = _last
+        hooks = _hooks(self._model, self._points, lambda point, h: kept.update({point: keep(h).float()}))
+        for chosen in self._batches(sizes):
+            prompt = pad(self._model, [prompts[index] for index in chosen], "left")
+            both = [list(answer) for index in chosen for answer in answers[index]]
+            lengths = torch.tensor([len(answer) for answer in both])
+            longest = int(lengths.max())
+            # what a pad holds is not seen, and one prompt alone must do without a pad token
+            tokens = pad(self._model, [answer + [0] * (longest - len(answer)) for answer in both], "right").tokens
+            mask = (torch.arange(longest) < lengths.unsqueeze(1)).to(tokens.device)
+            forward = Forward(self._model, cache=True, layers=max(self.layers) + 1)
+            with unsteered(self._model), hooks_added(self._model, hooks):
+                keep = _last
+                forward(prompt.tokens, prompt.mask)
+                self._store(queries, chosen, kept, done=0)
+                forward.fork(2)
+                keep = partial(_mean_of_pairs, mask=mask)
+                forward(tokens, mask)
+                self._store(means, chosen, kept)
+        return queries, means
+
+    def _room(self, *shape: int) -> dict[int, Tensor]:
+        return {layer: torch.empty(*shape, self._model.cfg.d_model) for layer in self.layers}
+
+    def _store(
+        self, room: Mapping[int, Tensor], rows: Sequence[int], kept: Mapping[Point, Tensor], done: int | None = None
+    ) -> None:
+        for point in self._points:
+            room[point.layer][rows] = kept[point].cpu()
+        self._advance(len(rows) if done is None else done)
+
+    def _batches(self, sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+        """Numbers of rows of about one length: at most `batch_size` at once, within the context, with little padding.
+
+        `sizes` are the length of each prompt and that of the longer of its two answers, 0 without answers.
+        """
+        cfg = self._model.cfg
+        allowed = 1 + PADDING if torch.device(cfg.device).type == "cpu" else math.inf
+        chosen: list[int] = []
+        real = longest = 0
+        for index in sorted(range(len(sizes)), key=lambda index: sizes[index]):
+            prompt, answer = sizes[index]
+            widest, added = max(longest, answer), prompt + 2 * answer
+            padded = (len(chosen) + 1) * (prompt + 2 * widest)
+            if chosen and (
+                len(chosen) == self._batch_size or prompt + widest > cfg.n_ctx or padded > allowed * (real + added)
+            ):
+                yield chosen
+                chosen, real, widest = [], 0, answer
+            chosen.append(index)
+            real, longest = real + added, widest
+        if chosen:
+            yield chosen
+
+
+def _hooks(
+    model: SteerableModel, points: Sequence[Point], keep: Callable[[Point, Tensor], None]
+) -> list[tuple[str, Any]]:
+    """Hooks that hand the activation at each point to `keep`, and leave it as it is."""
+
+    def hook_of(point: Point) -> Any:
+        def hook_function(activation: Tensor, hook: Any) -> None:
+            keep(point, activation.detach())
+
+        return hook_function
+
+    return [(site_name(model, point.layer, point.site), hook_of(point)) for point in points]
+
+
+def _last(activation: Float[Tensor, "b s d"]) -> Float[Tensor, "b d"]:
+    return activation[:, -1]
+
+
+def _mean_of_pairs(activation: Float[Tensor, "b s d"], mask: Bool[Tensor, "b s"]) -> Float[Tensor, "n 2 d"]:
+    """Mean over the real tokens of each row; rows come in pairs."""
+    real = mask.to(activation.device).unsqueeze(-1)
+    mean = activation.float().masked_fill(~real, 0).sum(dim=1) / real.sum(dim=1)
+    return mean.unflatten(0, (-1, 2))
