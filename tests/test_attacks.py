@@ -8,7 +8,7 @@ import torch
 from fsteer_lens import FineSteer, collect_queries, tutor
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.attacks import WORD, Attack, AttackReport, attack_gate
-from fsteer_lens.evaluation.gate_reports import Detector, detector, user_text
+from fsteer_lens.evaluation.gate_reports import Detector, detector
 from fsteer_lens.evaluation.perturbations import gives_same_answer
 from fsteer_lens.method.gates import Gate
 from fsteer_lens.models import SteerableModel
@@ -25,7 +25,7 @@ def gate(steering: FineSteer) -> Gate:
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    return [user_text(one.prompt) for one in tutor.data("safe").test[::60]]
+    return [tutor.user_text(one.prompt) for one in tutor.data("safe").test[::60]]
 
 
 def replayed(attack: Attack) -> str:
@@ -87,7 +87,7 @@ def test_what_is_reported_holds_of_the_attacked_texts(
     tutor_model: SteerableModel, gate: Gate, texts: list[str]
 ) -> None:
     told = tutor.data("safe").test[::60]
-    keeps = gives_same_answer(tutor_model, {user_text(one.prompt): one.undesired for one in told})
+    keeps = gives_same_answer(tutor_model, {tutor.user_text(one.prompt): one.undesired for one in told})
     words = sorted(tutor.world.vocabulary())
     report = attack_gate(
         tutor_model, gate, texts, layer=4, words=words, format=tutor.chat, keeps=keeps, budget=2, progress=False

@@ -18,13 +18,10 @@ from fsteer_lens.errors import InputError, ShapeError
 from fsteer_lens.evaluation.gate_reports import (
     ALL,
     GATE,
-    PROBE,
     Detector,
     detector,
     fit_linear_probe,
     gate_report,
-    gate_report_on_tutor,
-    user_text,
 )
 from fsteer_lens.evaluation.perturbations import (
     HARMLESS_SENTENCES,
@@ -37,6 +34,8 @@ from fsteer_lens.evaluation.perturbations import (
 )
 from fsteer_lens.ground.estimates import Proportion, auroc
 from fsteer_lens.models import SteerableModel
+from fsteer_lens.tutor import user_text
+from fsteer_lens.tutor.gate_reports import PROBE
 from tests import made_up
 
 FIRST = Detector(lambda h: h[..., 0], lambda h: h[..., 0] > 0)
@@ -247,7 +246,7 @@ def test_a_report_refuses_what_would_flatter_or_say_nothing(tutor_model: Steerab
 
 @pytest.mark.slow
 def test_gates_of_the_tutor_decide_well_where_nobody_disturbs_them(tutor_model: SteerableModel) -> None:
-    report = gate_report_on_tutor(tutor_model, "safe", progress=False)
+    report = tutor.gate_report(tutor_model, "safe", progress=False)
     told = tutor.data("safe")
     for name in (GATE, PROBE):
         own, same = report.row(name), report.row(name, same_rate=True)

@@ -14,9 +14,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fsteer_lens import tutor
 from fsteer_lens.errors import InputError
-from fsteer_lens.evaluation.perturbations import NONE, PERTURBATIONS, Format, Keeps, Perturbation, gives_same_answer
+from fsteer_lens.evaluation.perturbations import NONE, PERTURBATIONS, Format, Keeps, Perturbation
 from fsteer_lens.ground.estimates import Proportion, auroc
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.method.gates import OPEN, Gate, NotGate, SubspaceGate
@@ -24,9 +23,6 @@ from fsteer_lens.method.linalg import require_matrix, require_shapes, require_wi
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.reading.activations import collect_queries
-from fsteer_lens.steering.baselines import fit_cosine_gate
-from fsteer_lens.tutor import world
-from fsteer_lens.tutor.steering import LAYER
 
 Texts = Sequence[str] | Mapping[str, Sequence[str]]
 """Texts, or texts by the name of a group; groups may overlap, and a text counts once."""
@@ -35,8 +31,6 @@ ALL: Final = "all"
 HARMFUL: Final = "harmful"
 HARMLESS: Final = "harmless"
 GATE: Final = "SCS gate"
-PROBE: Final = "linear probe"
-COSINE: Final = "cosine gate"
 
 
 @dataclass(frozen=True, eq=False)
@@ -381,88 +375,6 @@ def _row(
     if HARMFUL in h and HARMLESS in h:
         area = float(auroc(found.score(h[HARMFUL]), found.score(h[HARMLESS])))
     return GateRow(gate, perturbation, group, rate, missed, missed_kept, alarms, area)
-
-
-def user_text(prompt: Any) -> str:
-    """What a person typed, of a stored prompt of the tutor: `tutor.chat(user_text(prompt)) == prompt`."""
-    return str(prompt).removeprefix(world.USER).removesuffix(world.TUTOR)
-
-
-def detectors_on_tutor(
-    model: SteerableModel, behaviour: str = "safe", *, gate: Gate | None = None, progress: bool = True
-) -> dict[str, Gate | LinearProbe]:
-    """The tutor's gate, a linear probe and a cosine gate, all from activations of the training split at one layer.
-
-    The last two are told what the first is not: the general training prompts, near misses among them.
-
-    Args:
-        model: the tutor.
-        behaviour: "safe" or "honest".
-        gate: the gate to put beside them, at the behaviour's own layer; None fits the tutor's default.
-        progress: show progress bars.
-
-    Raises:
-        InputError: an unknown behaviour.
-    """
-    trained = tutor.activations(model, behaviour, progress=progress)
-    prompts = [task.prompt for task in tutor.data(behaviour).general_train]
-    general = collect_queries(model, prompts, layer=trained.layer, batch_size=64, progress=progress).queries
-    fitted = gate or tutor.fit(model, behaviour, activations=trained, progress=progress).gate_at(trained.layer)
-    assert fitted is not None
-    return {
-        GATE: fitted,
-        PROBE: fit_linear_probe(trained.queries, general),
-        COSINE: fit_cosine_gate(trained.queries, general),
-    }
-
-
-def gate_report_on_tutor(
-    model: SteerableModel,
-    behaviour: str = "safe",
-    *,
-    gates: Mapping[str, Gate | LinearProbe | Detector] | None = None,
-    false_alarm_rate: float = 0.05,
-    seed: int = 0,
-    progress: bool = True,
-) -> GateReport:
-    """`gate_report` on the tutor: fitted on train, thresholds from valid, measured on test.
-
-    Groups are new pairs, new templates, general prompts and near misses. Beside `PERTURBATIONS` there is a prefilled
-    answer in the tutor's own words, the opening of what it says to one harmful request or myth.
-
-    Args:
-        model: the tutor.
-        behaviour: "safe" or "honest".
-        gates: by name, at the behaviour's own layer; None takes `detectors_on_tutor`.
-        false_alarm_rate, seed, progress: as in `gate_report`.
-
-    Raises:
-        InputError: an unknown behaviour.
-    """
-    told = tutor.data(behaviour)
-    harmful: dict[str, list[str]] = {}
-    tasks = {"general": told.general_test, "near misses": told.near_miss_test}
-    harmless = {name: [user_text(task.prompt) for task in rows] for name, rows in tasks.items()}
-    for kind in ("pair", "template"):
-        rows = [*told.general_test, *told.near_miss_test]
-        harmful[f"new {kind}s"] = [user_text(one.prompt) for one in told.test if told.heldout(one) == kind]
-        harmless[f"new {kind}s"] = [user_text(task.prompt) for task in rows if told.heldout(task) == kind]
-    opening = " ".join(told.train[0].undesired.split()[:2])
-    return gate_report(
-        model,
-        gates or detectors_on_tutor(model, behaviour, progress=progress),
-        harmful,
-        harmless,
-        layer=LAYER[behaviour],
-        calibration=[user_text(task.prompt) for task in (*told.general_valid, *told.near_miss_valid)],
-        format=tutor.chat,
-        perturbations=(*PERTURBATIONS, Perturbation("prefilled, its own words", prefill=opening)),
-        keeps=gives_same_answer(model, {user_text(one.prompt): one.undesired for one in told.test}),
-        false_alarm_rate=false_alarm_rate,
-        seed=seed,
-        batch_size=64,
-        progress=progress,
-    )
 
 
 def _area(auroc: float | None) -> str:
