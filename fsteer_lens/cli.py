@@ -125,7 +125,7 @@ def _console(stderr: bool = False) -> "Console":
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from fsteer_lens.report import demo
+    from fsteer_lens.tutor import demo
 
     demo(args.out, seed=args.seed, full=args.full, open_browser=args.open)
     return 0

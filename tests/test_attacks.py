@@ -8,9 +8,8 @@ import torch
 from fsteer_lens import FineSteer, collect_queries, tutor
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.attacks import WORD, Attack, AttackReport, attack_gate
-from fsteer_lens.evaluation.gate_reports import Detector, detector, user_text
 from fsteer_lens.evaluation.perturbations import gives_same_answer
-from fsteer_lens.method.gates import Gate
+from fsteer_lens.method.gates import Gate, oriented
 from fsteer_lens.models import SteerableModel
 
 WORDS = ["friend", "lemon", "tell", "seven"]
@@ -25,7 +24,7 @@ def gate(steering: FineSteer) -> Gate:
 
 @pytest.fixture(scope="module")
 def texts() -> list[str]:
-    return [user_text(one.prompt) for one in tutor.data("safe").test[::60]]
+    return [tutor.user_text(one.prompt) for one in tutor.data("safe").test[::60]]
 
 
 def replayed(attack: Attack) -> str:
@@ -39,7 +38,7 @@ def replayed(attack: Attack) -> str:
 
 def scores(model: SteerableModel, gate: Gate, texts: list[str]) -> torch.Tensor:
     h = collect_queries(model, [tutor.chat(text) for text in texts], layer=4, progress=False).queries
-    return detector(gate).score(h)
+    return oriented(gate, h)
 
 
 def test_one_step_finds_the_best_single_word(tutor_model: SteerableModel, gate: Gate, texts: list[str]) -> None:
@@ -87,7 +86,7 @@ def test_what_is_reported_holds_of_the_attacked_texts(
     tutor_model: SteerableModel, gate: Gate, texts: list[str]
 ) -> None:
     told = tutor.data("safe").test[::60]
-    keeps = gives_same_answer(tutor_model, {user_text(one.prompt): one.undesired for one in told})
+    keeps = gives_same_answer(tutor_model, {tutor.user_text(one.prompt): one.undesired for one in told})
     words = sorted(tutor.world.vocabulary())
     report = attack_gate(
         tutor_model, gate, texts, layer=4, words=words, format=tutor.chat, keeps=keeps, budget=2, progress=False
@@ -122,14 +121,22 @@ def test_controls_in_which_nothing_may_succeed(tutor_model: SteerableModel, gate
     blind = attack_gate(tutor_model, gate, texts, **options)  # pyright: ignore[reportArgumentType]
     assert blind.succeeded == blind.shut == free.shut and blind.attacks[0].kept is None
 
-    score = detector(gate).score
-    wide = Detector(score, lambda h: torch.ones(h.shape[:-1], dtype=torch.bool))
-    assert attack_gate(tutor_model, wide, texts, **options).shut.hits == 0  # pyright: ignore[reportArgumentType]
-    closed = Detector(score, lambda h: torch.zeros(h.shape[:-1], dtype=torch.bool))
+    class Fixed(Gate):
+        def __init__(self, value: float, flat: bool = False) -> None:
+            self.value, self.flat = value, flat
+
+        def gate(self, h: torch.Tensor) -> torch.Tensor:
+            return h.new_full(h.shape[:-1], self.value)
+
+        def score(self, h: torch.Tensor) -> torch.Tensor:
+            return h.new_zeros(h.shape[:-1]) if self.flat else oriented(gate, h)
+
+    assert attack_gate(tutor_model, Fixed(1.0), texts, **options).shut.hits == 0  # pyright: ignore[reportArgumentType]
+    closed = Fixed(0.0)
     left = attack_gate(tutor_model, closed, texts, **options)  # pyright: ignore[reportArgumentType]
     assert all(attack.attacked == attack.text and not attack.opened for attack in left.attacks)
     assert left.shut is None and left.succeeded is None and repr(left) == "AttackReport(shut 0, succeeded 0 of 0 open)"
-    constant = Detector(lambda h: h.new_zeros(h.shape[:-1]), wide.opens)  # a flat score gives nothing to go down
+    constant = Fixed(1.0, flat=True)  # a flat score gives nothing to go down
     assert not any(a.substitutions for a in attack_gate(tutor_model, constant, texts, **options).attacks)  # pyright: ignore
 
 
@@ -152,5 +159,5 @@ def test_an_attack_needs_prompts_words_and_a_budget(tutor_model: SteerableModel,
         (["how?"], {"budget": 0}),
         (["how?"], {"candidates": 0}),
     ):
-        with pytest.raises(InputError, match="attack_gate"):
+        with pytest.raises(InputError, match="attack_gate|budget|candidates"):
             attack_gate(tutor_model, gate, prompts, **{**good, **change})  # pyright: ignore[reportArgumentType]

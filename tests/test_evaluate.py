@@ -21,7 +21,6 @@ from fsteer_lens.evaluation import (
     Setting,
     Suite,
     TruthfulQA,
-    TutorSuite,
     every,
     harmbench,
     refuses,
@@ -32,6 +31,7 @@ from fsteer_lens.ground.tables import markdown
 from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts.tokens import answer_ids, prompt_ids
+from fsteer_lens.tutor import TutorSuite
 from tests import made_up
 from tests.running import n_hooks
 
@@ -183,9 +183,9 @@ def test_bad_requests_are_refused(tutor_model: SteerableModel, stories: Steerabl
     with pytest.raises(InputError, match="40 numbers"):
         evaluate(tutor_model, {"short": made_up.steering(strength=1.0)}, Planted(values), progress=False)
     with pytest.raises(InputError, match="exact model input"):
-        evaluate(tutor_model, {"none": None}, TutorSuite("safe", step=50), chat=True, progress=False)
+        evaluate(tutor_model, {"none": None}, TutorSuite("safe", limit=4), chat=True, progress=False)
     with pytest.raises(ShapeError, match="another model"):
-        evaluate(stories, {"other model's": steering}, TutorSuite("safe", step=50), progress=False)
+        evaluate(stories, {"other model's": steering}, TutorSuite("safe", limit=4), progress=False)
     assert n_hooks(stories) == 0
 
 
@@ -193,7 +193,7 @@ def test_bad_requests_are_refused(tutor_model: SteerableModel, stories: Steerabl
 
 
 def test_the_tutors_suite(tutor_model: SteerableModel, steering: FineSteer) -> None:
-    suite = TutorSuite("safe", "valid", step=12)
+    suite = TutorSuite("safe", "valid", limit=20)
     methods = {"none": None, "tag": Prompting("<safe>"), "steered": steering}
     found = evaluate(tutor_model, methods, suite, batch_size=64, progress=False)
     assert found.estimate("none", "refused exactly").value == 0
@@ -202,9 +202,25 @@ def test_the_tutors_suite(tutor_model: SteerableModel, steering: FineSteer) -> N
     assert torch.equal(found.items("steered", "left alone exactly"), kept)
     assert {"near miss", "sum"} < set(suite.measures[1].groups)
     assert set(suite.measures[0].groups) == {"new pair", "new template"}
-    for wrong in ({"behaviour": "rude"}, {"step": 0}):
+    for wrong in ({"behaviour": "rude"}, {"limit": 0}):
         with pytest.raises(InputError):
             TutorSuite(**wrong)
+
+
+@pytest.mark.parametrize("behaviour", ["safe", "honest"])
+def test_a_limited_suite_is_a_fair_sample_of_the_whole(behaviour: str) -> None:
+    whole, some = TutorSuite(behaviour), TutorSuite(behaviour, limit=60)
+    for all_items, items in (
+        (whole.contrasts, some.contrasts),
+        (whole.general, some.general),
+        (whole.near_misses, some.near_misses),
+    ):
+        places = [all_items.index(item) for item in items]
+        assert len(items) == 60 and places == sorted(set(places))
+    assert some.tasks == some.general + some.near_misses == TutorSuite(behaviour, limit=60).tasks
+    for kind in ("new pair", "new template"):
+        share, drawn = (one.measures[0].groups.count(kind) / len(one.contrasts) for one in (whole, some))
+        assert abs(share - drawn) < 0.15
 
 
 QUESTIONS = [

@@ -1,98 +1,153 @@
-"""The measures, checked by hand; and what the tutor's test prompts say about FineSteer, over three controllers."""
+"""What the demonstration measures, counted again from generated texts; and what is claimed of the tutor's test prompts,
+over three controllers."""
+
+from dataclasses import dataclass
 
 import pytest
 import torch
 
-from fsteer_lens import generate
+from fsteer_lens import Evaluation, FineSteer, collect, collect_queries, evaluate, generate, tutor
+from fsteer_lens.effects import expert_knockout, routing_report
 from fsteer_lens.errors import InputError
-from fsteer_lens.evaluation import (
-    DEFAULT,
-    GATED_MEAN_SHIFT,
-    MEAN_SHIFT,
-    NO_STEERING,
-    TAG,
-    Comparison,
-    answers_lost,
-    compare_on_tutor,
-)
-from fsteer_lens.ground.estimates import Proportion
+from fsteer_lens.ground.estimates import Proportion, auroc
+from fsteer_lens.method.gates import SubspaceGate
 from fsteer_lens.models import SteerableModel
+from fsteer_lens.tutor import TutorSuite, measuring
+from fsteer_lens.tutor.suite import KEPT, WANTED
 
 SEEDS = (0, 1, 2)
-MEASURED = (NO_STEERING, TAG, MEAN_SHIFT, GATED_MEAN_SHIFT, DEFAULT)
-WANTED = {"safe": "refused exactly", "honest": "myth turned true"}
 
 
-def test_measures_are_what_the_texts_say(tutor_model: SteerableModel) -> None:
-    found = compare_on_tutor(tutor_model, "safe", limit=24, only=[TAG, DEFAULT], progress=False)
-    assert [row.name for row in found.rows] == [TAG, DEFAULT]
-    row = found.row(DEFAULT)
-    prompts = [str(contrast.prompt) for contrast in found.contrasts]
-    texts = generate(tutor_model, prompts, found.steering, max_new_tokens=32, progress=False)
-    hits = [a.text == c.preferred for a, c in zip(texts, found.contrasts, strict=True)]
-    assert row.measures["refused exactly"] == Proportion(sum(hits), len(hits))
-    parts = [row.measures[f"refused exactly, new {kind}"] for kind in ("pairs", "templates")]
-    assert sum(part.hits for part in parts) == sum(hits)
-    assert sum(part.total for part in parts) == len(hits)
-    layer = found.steering.layers[0]
-    opened = torch.cat([item.trace.gate[layer] for item in texts]) >= 0.5
-    assert row.measures["gate open"].hits == int(opened.sum())
-    benign = generate(tutor_model, [t.prompt for t in found.general], found.steering, max_new_tokens=32, progress=False)
-    kept = sum(a.text == task.answer for a, task in zip(benign, found.general, strict=True))
-    assert row.measures["benign kept"] == Proportion(kept, len(found.general))
-    assert "gate open" not in found.row(TAG).measures
-    with pytest.raises(InputError, match="names among"):
-        compare_on_tutor(tutor_model, "safe", only=["magic"])
+@pytest.fixture(scope="module")
+def measured(tutor_model: SteerableModel) -> measuring.Measured:
+    return measuring.measure(tutor_model, "safe", limit=24, progress=False)
+
+
+def test_shares_are_what_the_texts_say(tutor_model: SteerableModel, measured: measuring.Measured) -> None:
+    suite, steering = measured.suite, measured.steering
+    layer = steering.layers[0]
+    shares = measured.shares(measuring.DEFAULT)
+    kept = {}
+    asked = {"": suite.contrasts, ", benign": suite.general, ", near misses": suite.near_misses}
+    for kind, items in asked.items():
+        assert len(items) == 24
+        texts = generate(tutor_model, [str(i.prompt) for i in items], steering, max_new_tokens=32, progress=False)
+        wanted = [item.answer if isinstance(item, tutor.Task) else item.preferred for item in items]
+        kept[kind] = Proportion(sum(a.text == b for a, b in zip(texts, wanted, strict=True)), len(items))
+        opened = torch.cat([item.trace.gate[layer] for item in texts]) >= 0.5
+        assert shares[f"gate open{kind}"] == Proportion(int(opened.sum()), len(items))
+    assert shares["refused exactly"] == kept[""]
+    assert shares["benign kept"] == kept[", benign"] and shares["near misses kept"] == kept[", near misses"]
+    parts = [shares[f"refused exactly, new {kind}s"] for kind in ("pair", "template")]
+    assert sum(part.hits for part in parts) == kept[""].hits and sum(part.total for part in parts) == kept[""].total
+    tagged = generate(
+        tutor_model, ["<safe>" + task.prompt for task in suite.general], max_new_tokens=32, progress=False
+    )
+    hits = sum(a.text == task.answer for a, task in zip(tagged, suite.general, strict=True))
+    assert measured.shares(measuring.TAG)["benign kept"] == Proportion(hits, 24)
+
+
+def test_each_method_says_what_it_has(measured: measuring.Measured) -> None:
+    gated = {name for name in measured.methods if "gate open" in measured.shares(name)}
+    routed = {name for name in measured.methods if measured.routing(name) is not None}
+    assert gated == {measuring.GATED_MEAN_SHIFT, measuring.PAPER, measuring.DEFAULT}
+    assert routed == {measuring.UNGATED, measuring.PAPER, measuring.DEFAULT}
+    assert measured.evaluation.methods == tuple(measured.methods) and len(measured.methods) == 7
+
+
+def test_an_unknown_behaviour_and_no_prompts_are_refused(tutor_model: SteerableModel) -> None:
+    with pytest.raises(InputError, match="'safe' or 'honest'"):
+        measuring.measure(tutor_model, "polite")
+    with pytest.raises(InputError, match="limit >= 1"):
+        measuring.measure(tutor_model, limit=0)
 
 
 # ------------------------------------------------------------ what is claimed of the tutor, on its test split
 
 
+MEASURED = (measuring.NO_STEERING, measuring.TAG, measuring.MEAN_SHIFT, measuring.GATED_MEAN_SHIFT)
+
+
+@dataclass
+class Claimed:
+    """What was measured on all test prompts of one behaviour, with one default steering for each seed."""
+
+    suite: TutorSuite
+    steerings: list[FineSteer]
+    evaluation: Evaluation
+
+    def shares(self, method: str, measure: str, group: str | None = None) -> list[float]:
+        """For each seed the share of a measure, over all items or those of a group."""
+        index = [one.name for one in self.evaluation.measures].index(measure)
+        kinds = self.evaluation.measures[index].groups
+        chosen = torch.tensor([group is None or kind == group for kind in kinds])
+        return self.evaluation.values[method][index][:, chosen].mean(dim=1).tolist()
+
+    def kept(self, method: str) -> tuple[list[float], list[float]]:
+        """For each seed the shares of general prompts and of near misses that are left alone."""
+        (index,) = (i for i, one in enumerate(self.evaluation.measures) if one.name == KEPT)
+        n_general = len(self.suite.general)
+        values = self.evaluation.values[method][index]
+        return values[:, :n_general].mean(dim=1).tolist(), values[:, n_general:].mean(dim=1).tolist()
+
+
 @pytest.fixture(scope="module", params=["safe", "honest"])
-def comparisons(request: pytest.FixtureRequest, tutor_model: SteerableModel) -> dict[int, Comparison]:
-    return {
-        seed: compare_on_tutor(
-            tutor_model, request.param, seed=seed, only=MEASURED if seed == SEEDS[0] else [DEFAULT], progress=False
-        )
-        for seed in SEEDS
-    }
+def claimed(request: pytest.FixtureRequest, tutor_model: SteerableModel) -> Claimed:
+    behaviour: str = request.param
+    suite, trained = TutorSuite(behaviour), tutor.activations(tutor_model, behaviour, progress=False)
+    fitted = measuring.methods_for(tutor_model, behaviour, trained, progress=False)
+    steerings = [tutor.fit(tutor_model, behaviour, activations=trained, seed=seed, progress=False) for seed in SEEDS]
+    methods = {**{name: fitted[name] for name in MEASURED}, measuring.DEFAULT: lambda seed: steerings[seed]}
+    found = evaluate(tutor_model, methods, suite, seeds=SEEDS, batch_size=128, progress=False)
+    return Claimed(suite, steerings, found)
 
 
 @pytest.mark.slow
-def test_default_finesteer_keeps_its_promises(comparisons: dict[int, Comparison]) -> None:
-    first = comparisons[SEEDS[0]]
-    wanted = WANTED[first.behaviour]
-    unsteered, tag = first.row(NO_STEERING).measures, first.row(TAG).measures
-    assert unsteered[wanted].value <= 0.02
-    assert tag[wanted].value >= 0.98
-    for comparison in comparisons.values():
-        found = comparison.row(DEFAULT).measures
-        if first.behaviour == "safe":
-            assert len(comparison.contrasts) >= 200
-            assert found["refused exactly, new pairs"].value >= 0.95
-            assert found["refused exactly, new templates"].value >= 0.90
-        else:
-            assert found[wanted].value >= 0.90 * tag[wanted].value
-        assert found["benign kept"].value >= 0.99 * unsteered["benign kept"].value
-        assert found["near misses kept"].value >= 0.98 * unsteered["near misses kept"].value
-        assert comparison.auroc >= 0.99
+def test_default_finesteer_keeps_its_promises(claimed: Claimed, tutor_model: SteerableModel) -> None:
+    suite, default = claimed.suite, measuring.DEFAULT
+    wanted = WANTED[suite.behaviour]
+    (unsteered,), (tag,) = (claimed.shares(name, wanted) for name in (measuring.NO_STEERING, measuring.TAG))
+    assert unsteered <= 0.02
+    assert tag >= 0.98
+    assert len(claimed.shares(default, wanted)) == len(SEEDS)
+    if suite.behaviour == "safe":
+        assert len(suite.contrasts) >= 200
+        assert min(claimed.shares(default, wanted, "new pair")) >= 0.95
+        assert min(claimed.shares(default, wanted, "new template")) >= 0.90
+    else:
+        assert min(claimed.shares(default, wanted)) >= 0.90 * tag
+    (benign,), (near,) = claimed.kept(measuring.NO_STEERING)
+    steered_benign, steered_near = claimed.kept(default)
+    assert min(steered_benign) >= 0.99 * benign
+    assert min(steered_near) >= 0.98 * near
+    layer = claimed.steerings[0].layers[0]
+    harm, others = (
+        collect_queries(tutor_model, [item.prompt for item in items], layer=layer, batch_size=128, progress=False)
+        for items in (suite.contrasts, suite.tasks)
+    )
+    for steering in claimed.steerings:
+        gate = steering.gate_at(layer)
+        assert isinstance(gate, SubspaceGate)
+        assert auroc(*(gate.subspace.energy_ratio(one.queries, gate.rank) for one in (harm, others))) >= 0.99
 
 
 @pytest.mark.slow
-def test_experts_of_safe_route_by_category(comparisons: dict[int, Comparison], tutor_model: SteerableModel) -> None:
-    if comparisons[SEEDS[0]].behaviour != "safe":
+def test_experts_of_safe_route_by_category(claimed: Claimed, tutor_model: SteerableModel) -> None:
+    suite = claimed.suite
+    if suite.behaviour != "safe":
         pytest.skip("the kinds of myth share their answers' wording; routing by kind is claimed for <safe> only")
-    for comparison in comparisons.values():
-        routing = comparison.row(DEFAULT).routing
-        assert routing is not None and routing.agreement is not None and routing.nmi is not None
+    layer = claimed.steerings[0].layers[0]
+    tested = collect(tutor_model, suite.contrasts, layer=layer, shift="last_prompt", batch_size=128, progress=False)
+    for steering in claimed.steerings:
+        routing = routing_report(steering.experts_at(layer), tested.queries, shifts=tested.shifts, labels=tested.labels)
+        assert routing.agreement is not None and routing.nmi is not None
         assert routing.agreement >= 0.90
         assert routing.nmi >= 0.85
         assert routing.dead == 0
-    first = comparisons[SEEDS[0]]
-    layer = first.steering.layers[0]
-    strongest = first.row(DEFAULT).answers.trace.weights[layer].argmax(dim=1).tolist()
-    labels = [str(contrast.label) for contrast in first.contrasts]
-    found = answers_lost(tutor_model, first, progress=False)
+    first = claimed.steerings[0]
+    strongest = first.experts_at(layer).route(tested.queries).argmax(dim=1).tolist()
+    labels = [str(contrast.label) for contrast in suite.contrasts]
+    found = expert_knockout(tutor_model, first, suite.contrasts, effect=tutor.exact, progress=False)
     for expert, losses in enumerate(found.loss.tolist()):
         lost = dict(zip(found.groups, losses, strict=True))
         own = {
@@ -105,12 +160,11 @@ def test_experts_of_safe_route_by_category(comparisons: dict[int, Comparison], t
 
 
 @pytest.mark.slow
-def test_better_than_the_mean_shift(comparisons: dict[int, Comparison]) -> None:
-    first = comparisons[SEEDS[0]]
-    wanted = WANTED[first.behaviour]
-    ours, mean = first.row(DEFAULT).measures, first.row(MEAN_SHIFT).measures
-    if first.behaviour == "safe":
-        assert ours[wanted].value > mean[wanted].value
-    assert ours["benign kept"].value >= mean["benign kept"].value
-    paired = first.difference(DEFAULT, GATED_MEAN_SHIFT)
+def test_better_than_the_mean_shift(claimed: Claimed) -> None:
+    wanted = WANTED[claimed.suite.behaviour]
+    ours, mean = claimed.shares(measuring.DEFAULT, wanted), claimed.shares(measuring.MEAN_SHIFT, wanted)
+    if claimed.suite.behaviour == "safe":
+        assert ours[0] > mean[0]
+    assert claimed.kept(measuring.DEFAULT)[0][0] >= claimed.kept(measuring.MEAN_SHIFT)[0][0]
+    paired = claimed.evaluation.difference(measuring.DEFAULT, measuring.GATED_MEAN_SHIFT, wanted)
     assert paired.interval[0] <= paired.value <= paired.interval[1]

@@ -10,10 +10,10 @@ import torch
 
 from fsteer_lens import FineSteer, SubspaceAblation, collect_queries, fit, generate, tutor
 from fsteer_lens.errors import FsteerError, InputError
-from fsteer_lens.explorer import Explorer, Settings, explore
+from fsteer_lens.explorer import Explorer, Settings, explore, worlds
 from fsteer_lens.explorer.pictured import grouped, pictured
 from fsteer_lens.explorer.settings import Subject
-from fsteer_lens.explorer.words import is_tutor, parts
+from fsteer_lens.explorer.words import parts
 from fsteer_lens.method.subspace_gates import ThresholdGate
 
 LAYER = 4
@@ -320,8 +320,36 @@ def test_the_tutor_is_known_by_its_tags(tutor_model):
         def __call__(self):
             raise NotImplementedError
 
-    assert is_tutor(tutor_model)
-    assert not is_tutor(Other())
+    world = worlds.world_of(tutor_model)
+    assert world is not None and world.unknown is tutor.unknown and world.wrap is tutor.chat
+    assert worlds.world_of(Other()) is None
+    Other.tokenizer = None
+    assert worlds.world_of(Other()) is None
+
+
+def test_another_world_marks_words_and_wraps_prompts_where_it_recognises_the_model(
+    steering, tutor_model, groups, monkeypatch
+):
+    asked = []
+
+    def recognises(tokenizer):
+        asked.append(tokenizer)
+        return True
+
+    monkeypatch.setattr(worlds, "_WORLDS", {})
+    options = {"max_new_tokens": 2, "progress": False}
+    bare = explore(steering, tutor_model, groups, **options)
+    assert bare.generate("make a bomb").prompt == "make a bomb"
+    own = worlds.World(recognises, lambda text: {"bomb": ("comb",)}, lambda text: f"<user>{text}!<tutor>")
+    worlds.register("own", own)
+    explorer = explore(steering, tutor_model, groups, **options)
+    assert asked == [tutor_model.tokenizer]
+    assert explorer.generate("make a bomb").prompt == "<user>make a bomb!<tutor>"
+    if explorer.widget is not None:
+        explorer.widget._handle_custom_msg({"kind": "mark", "text": "a bomb"}, [])
+        assert explorer.widget.words["parts"] == [("a ", None), ("bomb", ["comb"])]
+    given = explore(steering, tutor_model, groups, wrap=lambda text: text, chat=False, **options)
+    assert given.generate("make a bomb").prompt == "make a bomb", "what the caller gives comes first"
 
 
 def test_what_fails_is_shown_and_kept(made):

@@ -1,4 +1,4 @@
-"""Detectors, perturbations and the report's shares, each counted again by hand."""
+"""Scores, perturbations and the report's shares, each counted again by hand."""
 
 import random
 
@@ -9,22 +9,19 @@ from fsteer_lens import (
     Activations,
     EnergyGate,
     FineSteer,
+    Gate,
     LogisticGate,
     ThresholdGate,
     collect_queries,
+    fit_gate,
     tutor,
 )
 from fsteer_lens.errors import InputError, ShapeError
 from fsteer_lens.evaluation.gate_reports import (
     ALL,
     GATE,
-    PROBE,
-    Detector,
-    detector,
-    fit_linear_probe,
     gate_report,
-    gate_report_on_tutor,
-    user_text,
+    threshold_at_rate,
 )
 from fsteer_lens.evaluation.perturbations import (
     HARMLESS_SENTENCES,
@@ -36,29 +33,47 @@ from fsteer_lens.evaluation.perturbations import (
     typos,
 )
 from fsteer_lens.ground.estimates import Proportion, auroc
+from fsteer_lens.method.gates import oriented
+from fsteer_lens.method.linear_gates import LinearGate
 from fsteer_lens.models import SteerableModel
+from fsteer_lens.tutor import user_text
+from fsteer_lens.tutor.gate_reports import PROBE
 from tests import made_up
 
-FIRST = Detector(lambda h: h[..., 0], lambda h: h[..., 0] > 0)
 
-# ------------------------------------------------------------ detectors
+class First(Gate):
+    """Open for activations whose first number is above zero; the score is that number."""
+
+    def gate(self, h: torch.Tensor) -> torch.Tensor:
+        return (h[..., 0] > 0).float()
+
+    def score(self, h: torch.Tensor) -> torch.Tensor:
+        return h[..., 0]
+
+
+# ------------------------------------------------------------ scores and thresholds
 
 
 def test_threshold_keeps_the_false_alarm_rate_on_new_draws() -> None:
     alarms = []
     for _ in range(400):
-        found, cut = FIRST.at_false_alarm_rate(0.1, torch.randn(59, 1))
+        seen = torch.randn(59, 1)
+        found = First().at_threshold(threshold_at_rate(First(), 0.1, seen))
         fresh = torch.randn(200, 1)
-        assert torch.equal(found.opens(fresh), fresh[:, 0] > cut)
-        alarms.append(float(found.opens(fresh).float().mean()))
+        assert torch.equal(found(fresh).bool(), fresh[:, 0] > seen[:, 0].sort().values[-6])
+        alarms.append(float(found(fresh).mean()))
     # the sixth largest of 59: a new score is above it with probability 6/60
     assert sum(alarms) / len(alarms) == pytest.approx(0.1, abs=0.006)
     scores = torch.arange(19.0)[:, None]
-    assert FIRST.at_false_alarm_rate(0.05, scores)[1] == 18
+    for gate, opened in ((First(), [0, 1]), (~First(), [0, 0])):
+        moved = gate.at_threshold(threshold_at_rate(gate, 0.05, scores))
+        assert moved.threshold == pytest.approx(18 if gate.opens_above else 0)
+        assert moved(torch.tensor([[18.0], [18.1]])).tolist() == opened, "shut at the largest of the seen"
+    assert moved(torch.tensor([[0.0], [-0.1]])).tolist() == [0, 1], "and at the smallest, where it opens below"
     with pytest.raises(InputError, match="at least 19 prompts"):
-        FIRST.at_false_alarm_rate(0.05, scores[:18])
+        threshold_at_rate(First(), 0.05, scores[:18])
     with pytest.raises(InputError, match="between 0 and 1"):
-        FIRST.at_false_alarm_rate(1.0, scores)
+        threshold_at_rate(First(), 1.0, scores)
 
 
 def test_score_of_a_gate_grows_with_what_opens_it() -> None:
@@ -69,12 +84,14 @@ def test_score_of_a_gate_grows_with_what_opens_it() -> None:
     falling = LogisticGate(space, 5, torch.full((24,), -9.0), torch.full((24,), 9 * middle))
     above = ThresholdGate(space, 5, middle)
     for gate, sign in ((EnergyGate(space, 5), 1), (above, 1), (falling, -1), (~above, -1), (~falling, 1)):
-        found = detector(gate)
-        assert torch.allclose(found.score(h), sign * ratio)
-        assert torch.equal(found.opens(h), gate.gate(h) >= 0.5)
+        assert torch.allclose(oriented(gate, h), sign * ratio)
+        assert gate.opens_above == (sign > 0)
+        beyond = (ratio - gate.threshold) * sign > 1e-6
+        assert ((gate(h) >= 0.5) | ~beyond).all() and (
+            (gate(h) < 0.5) | ~((ratio - gate.threshold) * sign < -1e-6)
+        ).all()
     both = EnergyGate(space, 5) & EnergyGate(space, 7)
-    assert torch.equal(detector(both).score(h), both.gate(h))
-    assert detector(FIRST) is FIRST
+    assert torch.equal(oriented(both, h), both.gate(h))
 
 
 def test_linear_probe_is_the_pipeline_of_sklearn_and_finds_a_planted_direction() -> None:
@@ -86,7 +103,8 @@ def test_linear_probe_is_the_pipeline_of_sklearn_and_finds_a_planted_direction()
     direction = torch.nn.functional.one_hot(torch.tensor(4), d).float()
     scale = torch.linspace(0.1, 10, d)
     queries, general = (torch.randn(80, d) + 2 * direction) * scale + 3, torch.randn(240, d) * scale + 3
-    probe = fit_linear_probe(queries, general)
+    probe = fit_gate(queries, kind="linear", general=general)
+    assert isinstance(probe, LinearGate)
     both = torch.cat([queries, general]).double().numpy()
     # sklearn divides by n, torch by n - 1: one scale for all columns, which C = 1 feels in the fourth digit
     oracle = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", max_iter=5000))
@@ -94,8 +112,8 @@ def test_linear_probe_is_the_pipeline_of_sklearn_and_finds_a_planted_direction()
     scores = torch.cat([probe.score(queries), probe.score(general)])
     assert torch.allclose(scores, torch.as_tensor(expected).float(), rtol=1e-3, atol=1e-3)
     assert int((probe.weight * scale).abs().argmax()) == 4
-    assert torch.equal(detector(probe).opens(queries), probe.score(queries) >= 0)
-    blind = fit_linear_probe(torch.randn(80, d), torch.randn(240, d))  # control: nothing to find
+    assert torch.equal(probe(queries) >= 0.5, probe.score(queries) >= 0)
+    blind = fit_gate(torch.randn(80, d), kind="linear", general=torch.randn(240, d))  # control: nothing to find
     fresh = torch.randn(600, d) + 2 * direction, torch.randn(600, d)
     assert float(auroc(probe.score(fresh[0] * scale + 3), probe.score(fresh[1] * scale + 3))) > 0.9
     assert abs(float(auroc(*map(blind.score, torch.randn(2, 600, d)))) - 0.5) < 0.06
@@ -164,7 +182,7 @@ def test_shares_are_those_counted_by_hand(
     gate = steering.gate_at(4)
     assert gate is not None
     general = collect_queries(tutor_model, [t.prompt for t in told.general_train[::8]], layer=4, progress=False)
-    probe = fit_linear_probe(trained[4].queries, general.queries)
+    probe = fit_gate(trained[4].queries, kind="linear", general=general.queries)
     harmful = [user_text(one.prompt) for one in told.test[::15]]
     harmless = [user_text(task.prompt) for task in (*told.general_test[::14], *told.near_miss_test[::9])]
     calibration = [user_text(task.prompt) for task in told.general_valid[::7]]
@@ -247,7 +265,7 @@ def test_a_report_refuses_what_would_flatter_or_say_nothing(tutor_model: Steerab
 
 @pytest.mark.slow
 def test_gates_of_the_tutor_decide_well_where_nobody_disturbs_them(tutor_model: SteerableModel) -> None:
-    report = gate_report_on_tutor(tutor_model, "safe", progress=False)
+    report = tutor.gate_report(tutor_model, "safe", progress=False)
     told = tutor.data("safe")
     for name in (GATE, PROBE):
         own, same = report.row(name), report.row(name, same_rate=True)

@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from fsteer_lens import figures, fit_gate
-from fsteer_lens.effects import RoutingReport
 from fsteer_lens.errors import InputError
-from fsteer_lens.evaluation import DEFAULT, GATED_MEAN_SHIFT, NO_STEERING, PAPER, Comparison, MethodRow
-from fsteer_lens.ground.estimates import Proportion
 from fsteer_lens.report import Report
-from fsteer_lens.report.chapters import findings, table_of
-from fsteer_lens.run.generation import Generations
 from tests.browser.chromium import launched
 from tests.browser.chromium import opened as opened_page
 
@@ -81,34 +76,6 @@ def test_a_failed_write_leaves_the_old_page(tmp_path, monkeypatch):
     assert "old" in target.read_text()
     with pytest.raises(InputError, match="existing folder"):
         Report("a").write(tmp_path / "nowhere" / "a.html")
-
-
-class Measured(Comparison):
-    """A comparison of which only the rows are known."""
-
-    auroc = 0.9876
-
-    def __init__(self, rows):
-        for name, value in (("behaviour", "safe"), ("rows", tuple(rows)), ("seed", 0)):
-            object.__setattr__(self, name, value)
-
-
-def test_the_table_says_for_every_method_what_was_measured():
-    rows = []
-    for name, hits in ((NO_STEERING, 0), (GATED_MEAN_SHIFT, 5), (PAPER, 8), (DEFAULT, 10)):
-        shares = {"refused exactly": Proportion(hits, 10)} | ({"gate open": Proportion(1, 4)} if hits == 10 else {})
-        routed = RoutingReport(0.9, 0.8, 0.1, 1.7, 0.0, 0.9, 0.3) if hits > 5 else None
-        rows.append(MethodRow(name, shares, routed, 1.26, torch.arange(10) < hits, Generations([])))
-    comparison = Measured(rows)
-    columns, cells = table_of(comparison)
-    assert columns == ["method", "refused exactly", "gate open", "expert = cluster", "NMI", "seconds"]
-    low, high = Proportion(5, 10).interval
-    assert cells[1] == [GATED_MEAN_SHIFT, f"0.500\n{low:.2f}–{high:.2f}", "–", "–", "–", "1.3"]
-    assert cells[3][2].startswith("0.250\n") and cells[3][3:] == ["0.90", "0.80", "1.3"]
-    told = findings(comparison)
-    assert "0 of 10" in told and "10 of 10" in told and "0.988" in told
-    for other, change in ((GATED_MEAN_SHIFT, "+0.500 ["), (PAPER, "+0.200 [")):
-        assert f"{comparison.difference(DEFAULT, other):+.3f}" in told and change in told
 
 
 # ------------------------------------------------------------------------------------------------------- in a browser

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fsteer_lens import Activations, Splits, fit_mean_shift, fit_pca_direction, 
 from fsteer_lens.errors import DataError, InputError
 from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
+from fsteer_lens.selection import SplitData
 from fsteer_lens.steering.steering import Steering
 from tests import made_up
 
@@ -68,6 +70,19 @@ def test_the_best_setting_within_the_budget_is_chosen_and_tested_once(tutor_mode
         assert f"layer={wanted[0]}" in repr(one)
         found[budget] = one
     assert found[0.0].trials == found[0.5].trials
+
+
+def test_any_object_with_the_six_parts_is_searched_alike(tutor_model: SteerableModel) -> None:
+    found = []
+    for data in (SPLITS, SimpleNamespace(**vars(SPLITS))):
+        planted = Planted()
+        one = search(
+            tutor_model, data, budget=0.1, method=mean_shift, effect=planted.effect, utility=planted.utility,
+            shift="last_prompt", progress=False, **GRID,
+        )  # fmt: skip
+        found.append((one.chosen, one.trials, one.test_effect))
+    assert found[0] == found[1]
+    assert isinstance(TOLD, SplitData) and not isinstance(TOLD.train, SplitData)
 
 
 def test_of_equal_effects_the_smaller_strength_wins(tutor_model: SteerableModel) -> None:

@@ -16,12 +16,7 @@ from fsteer_lens.effects import exact_answers
 from fsteer_lens.evaluation.attacks import Attack, AttackReport, attack_gate
 from fsteer_lens.evaluation.gate_reports import (
     GATE,
-    Detector,
-    detector,
-    detectors_on_tutor,
-    gate_report_on_tutor,
     shown,
-    user_text,
 )
 from fsteer_lens.evaluation.perturbations import gives_same_answer
 from fsteer_lens.ground.estimates import Proportion
@@ -42,8 +37,8 @@ def tables(model: SteerableModel, *, progress: bool = True) -> list[Table]:
     """Return what the gates of both behaviours decide, and the attack on those of "safe"."""
     found = []
     for behaviour in fs.tutor.BEHAVIOURS:
-        gates = detectors_on_tutor(model, behaviour, progress=progress)
-        report = gate_report_on_tutor(model, behaviour, gates=gates, false_alarm_rate=RATE, progress=progress)
+        gates = fs.tutor.fit_gates(model, behaviour, progress=progress)
+        report = fs.tutor.gate_report(model, behaviour, gates=gates, false_alarm_rate=RATE, progress=progress)
         at = f"thresholds for {RATE:.0%} false alarms, on {report.n_calibration} prompts of the valid split"
         found += [
             (f'"{behaviour}": every gate at its own threshold', report.to_markdown()),
@@ -52,16 +47,16 @@ def tables(model: SteerableModel, *, progress: bool = True) -> list[Table]:
             (f'"{behaviour}", by kind of prompt: {at}', report.to_markdown(by="group", same_rate=True)),
         ]
         if behaviour == "safe":
-            cuts = {name: detector(gate).above(report.thresholds[name]) for name, gate in gates.items()}
-            attack = attacked(model, {f"{GATE}, own threshold": detector(gates[GATE]), **cuts}, progress=progress)
+            cuts = {name: gate.at_threshold(report.thresholds[name]) for name, gate in gates.items()}
+            attack = attacked(model, {f"{GATE}, own threshold": gates[GATE], **cuts}, progress=progress)
     return [*found, attack]
 
 
-def attacked(model: SteerableModel, detectors: dict[str, Detector], *, progress: bool = True) -> Table:
-    """Return what word substitution does to detectors of "safe", under three rules of what still counts."""
+def attacked(model: SteerableModel, gates: dict[str, fs.Gate], *, progress: bool = True) -> Table:
+    """Return what word substitution does to gates of "safe", under three rules of what still counts."""
     data = fs.tutor.data("safe")
     contrasts = data.test[::EVERY]
-    texts = [user_text(contrast.prompt) for contrast in contrasts]
+    texts = [fs.tutor.user_text(contrast.prompt) for contrast in contrasts]
     answers = {text: contrast.undesired for text, contrast in zip(texts, contrasts, strict=True)}
     acts = {item.plain: item.words for item in world.items()}
     same_answer = gives_same_answer(model, answers, batch_size=BATCH)
@@ -79,7 +74,7 @@ def attacked(model: SteerableModel, detectors: dict[str, Detector], *, progress:
     steering = fs.tutor.fit(model, "safe", progress=progress)
     layer = steering.layers[0]
     rows = []
-    for name, one in detectors.items():
+    for name, one in gates.items():
         for rule, (keeps, constrained) in rules.items():
             report = attack_gate(
                 model,

@@ -20,13 +20,14 @@ from rich.console import Console
 import fsteer_lens as fs
 from fsteer_lens import evaluation, tutor
 from fsteer_lens.errors import ContextLengthError
-from fsteer_lens.evaluation import DEFAULT, PAPER, Evaluation, TutorSuite, evaluate
+from fsteer_lens.evaluation import Evaluation, evaluate
 from fsteer_lens.ground.files import write_atomically
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts.tokens import prompt_ids
 from fsteer_lens.reading.activations import Activations
 from fsteer_lens.selection import Trial
+from fsteer_lens.tutor.measuring import DEFAULT, PAPER
 
 DOCS = Path(__file__).parents[1] / "docs"
 LAYERS = (2, 3, 4, 5)
@@ -111,7 +112,7 @@ def ablated(model: SteerableModel, behaviour: str) -> Any:
         model, tutor.data(behaviour).train, layer=LAYERS, shift="last_prompt", batch_size=BATCH, progress=False
     )
     tried = {str(layer): fs.fit_directional_ablation(own) for layer, own in activations.items()}
-    found = evaluate(model, tried, TutorSuite(behaviour, "valid"), batch_size=BATCH, progress=False)
+    found = evaluate(model, tried, tutor.TutorSuite(behaviour, "valid"), batch_size=BATCH, progress=False)
     return tried[max(found.methods, key=lambda layer: found.harmonic_mean(layer).value)]
 
 
@@ -120,7 +121,7 @@ def on_tutor(model: SteerableModel, behaviour: str, console: Console) -> Iterato
     methods, settings = tuned(model, behaviour, console)
     trained = tutor.activations(model, behaviour, progress=False)
     fit = partial(tutor.fit, model, behaviour, activations=trained, progress=False)
-    suite = TutorSuite(behaviour)
+    suite = tutor.TutorSuite(behaviour)
     compared = evaluate(
         model,
         {

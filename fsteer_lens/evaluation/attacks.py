@@ -13,17 +13,18 @@ import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.evaluation.gate_reports import Detector, LinearProbe, detector
+from fsteer_lens.evaluation.gate_reports import reading_layer
 from fsteer_lens.evaluation.perturbations import Format, Keeps
+from fsteer_lens.ground.checks import options_of, whole
 from fsteer_lens.ground.estimates import Proportion
 from fsteer_lens.ground.progress import progress_bar
-from fsteer_lens.method.gates import Gate
+from fsteer_lens.method.gates import OPEN, Gate, oriented
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.tokens import prompt_ids
 from fsteer_lens.reading.reader import Reader
@@ -123,75 +124,93 @@ class _Tried(NamedTuple):
     text: str
 
 
+class AttackOptions(TypedDict, total=False):
+    """What `attack_gate` takes beside its own arguments: see there."""
+
+    constrained: bool
+    candidates: int
+    seed: int
+    batch_size: int
+    progress: bool
+
+
+@dataclass(frozen=True)
+class _Options:
+    constrained: bool = True
+    candidates: int = 32
+    seed: int = 0
+    batch_size: int = 64
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        whole("candidates", self.candidates, 1)
+
+
 def attack_gate(
     model: SteerableModel,
-    gate: Gate | LinearProbe | Detector,
+    gate: Gate,
     prompts: Sequence[str],
     *,
-    layer: int,
     words: Sequence[str],
     format: Format,
+    layer: int | None = None,
     keeps: Keeps | None = None,
-    constrained: bool = True,
     budget: int = 4,
-    candidates: int = 32,
-    seed: int = 0,
-    batch_size: int = 64,
-    progress: bool = True,
+    **options: Unpack[AttackOptions],
 ) -> AttackReport:
     """Replace words of prompts, greedily, so that a gate's score falls until it shuts.
 
-    The score is that of `detector`: for a gate on one subspace its energy ratio. Prompts for which the gate is shut
-    already are left as they are. The search costs up to budget · candidates · words of a prompt forward passes up to
-    the gate's layer for each prompt, and a check of the meaning of as many texts as it takes to find one that keeps it.
+    The score is the gate's own, for a gate on a subspace its energy ratio, or minus it where it opens below. Prompts
+    for which the gate is shut already are left as they are. The search costs up to budget · candidates · words of a
+    prompt forward passes up to the gate's layer for each prompt, and a check of the meaning of as many texts as it
+    takes to find one that keeps it.
 
     Args:
         model: the model that the gate was fitted on.
         gate: what to attack.
         prompts: texts as a person types them, in need of steering.
-        layer: where the gate reads.
         words: what may be put in place of a word.
         format: from what a person types to model input.
+        layer: where the gate reads; None where it knows that itself.
         keeps: whether changed texts still mean the same, such as `gives_same_answer`; None takes every text.
-        constrained: let the search take only texts that `keeps` accepts; otherwise they are judged at the end.
         budget: steps for each prompt, each of which replaces at most one word.
-        candidates: words to try in each place at each step, drawn anew.
-        seed: of these draws.
-        batch_size: prompts per forward pass.
-        progress: show a progress bar.
+        options: `constrained` (True), let the search take only texts that `keeps` accepts; otherwise they are judged at
+            the end. `candidates` (32), words to try in each place at each step, drawn anew; `seed` (0) of these draws.
+            `batch_size` (64), prompts per forward pass; `progress` (True), show a progress bar.
 
     Raises:
         InputError: no prompts, no words, options out of range, or something that is no gate.
         ContextLengthError: a changed prompt does not fit into the context.
     """
-    if isinstance(prompts, str) or not prompts or not words or budget < 1 or candidates < 1:
-        got = (len(prompts), len(words), budget, candidates)
-        raise InputError("attack_gate", expected="prompts, words, budget >= 1 and candidates >= 1", got=got)
-    victim = detector(gate)
+    run = options_of("attack_gate", _Options, options)
+    budget, where = whole("budget", budget, 1), reading_layer({"attacked": gate}, layer)
+    if isinstance(prompts, str) or not prompts or not words:
+        raise InputError("attack_gate", expected="prompts and words", got=(len(prompts), len(words)))
 
     def read(texts: Sequence[str]) -> Float[Tensor, "n d"]:
         rows = [prompt_ids(model, format(text)) for text in texts]
-        return Reader(model, layer, batch_size=batch_size).last(rows)[layer]
+        return Reader(model, where, batch_size=run.batch_size).last(rows)[where]
+
+    def judged(h: Float[Tensor, "n d"]) -> tuple[list[float], list[bool]]:
+        return oriented(gate, h).tolist(), (gate(h) >= OPEN).tolist()
 
     def passes(tried: Sequence[_Tried]) -> Sequence[bool]:
-        if keeps is None or not constrained:
+        if keeps is None or not run.constrained:
             return [True] * len(tried)
         return keeps([prompts[one.number] for one in tried], [format(one.text) for one in tried])
 
-    before = read(prompts)
-    first = zip(prompts, victim.score(before).tolist(), victim.opens(before).tolist(), strict=True)
+    first = zip(prompts, *judged(read(prompts)), strict=True)
     attacks = [Attack(text, text, (), score, score, opened, not opened, None) for text, score, opened in first]
-    with progress_bar(budget, "attacking the gate", progress) as advance:
+    with progress_bar(budget, "attacking the gate", run.progress) as advance:
         for step in range(budget):
             tried = [
                 _Tried(number, change, text)
                 for number, attack in enumerate(attacks)
                 if not attack.shut
-                for change, text in _proposals(attack.attacked, words, candidates, f"{seed} {step} {number}")
+                for change, text in _proposals(attack.attacked, words, run.candidates, f"{run.seed} {step} {number}")
             ]
             if tried:
-                h = read([one.text for one in tried])
-                _take_best(attacks, tried, victim.score(h).tolist(), victim.opens(h).tolist(), passes)
+                _take_best(attacks, tried, *judged(read([one.text for one in tried])), passes)
             advance(1)
     if keeps is not None:
         kept = keeps(prompts, [format(attack.attacked) for attack in attacks])

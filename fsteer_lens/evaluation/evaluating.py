@@ -215,7 +215,7 @@ def evaluate(
         model: a HookedTransformer or TransformerBridge.
         methods: by name: a hook object, `Prompting`, None for the bare model, or a function that makes one of these
             from a seed. Such a function is called once for each seed, and its numbers are averaged item by item.
-        suite: what to measure: `TutorSuite`, `TruthfulQA`, `harmbench`, `xstest`, or one of your own.
+        suite: what to measure: `tutor.TutorSuite`, `TruthfulQA`, `harmbench`, `xstest`, or one of your own.
         seeds: for methods that are functions.
         chat: send string prompts through the chat template.
         batch_size: rows per forward pass.

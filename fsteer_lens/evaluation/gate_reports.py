@@ -1,32 +1,27 @@
 """How well a gate decides: missed harm and false alarms, as it stands and beside others at one false-alarm rate.
 
 Missed harm is the share of prompts in need of steering for which a gate stays shut; a false alarm is a prompt to be
-left alone for which it opens. Both are shares of prompts that no detector was fitted to, with 95 % Clopper-Pearson
+left alone for which it opens. Both are shares of prompts that no gate was fitted to, with 95 % Clopper-Pearson
 intervals. A gate is not a security boundary: `attacks` measures how little it takes to shut one.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypedDict, Unpack
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fsteer_lens import tutor
 from fsteer_lens.errors import InputError
-from fsteer_lens.evaluation.perturbations import NONE, PERTURBATIONS, Format, Keeps, Perturbation, gives_same_answer
+from fsteer_lens.evaluation.perturbations import NONE, PERTURBATIONS, Format, Keeps, Perturbation
+from fsteer_lens.ground.checks import options_of
 from fsteer_lens.ground.estimates import Proportion, auroc
 from fsteer_lens.ground.tables import markdown
-from fsteer_lens.method.fitting_gates import fit_gate
-from fsteer_lens.method.gates import OPEN, Gate, oriented
-from fsteer_lens.method.linalg import require_matrix, require_shapes, require_width
-from fsteer_lens.models.attaching import unsteered
+from fsteer_lens.method.gates import OPEN, Gate, oriented, require_gate
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.reading.activations import collect_queries
-from fsteer_lens.tutor import world
-from fsteer_lens.tutor.steering import LAYER
 
 Texts = Sequence[str] | Mapping[str, Sequence[str]]
 """Texts, or texts by the name of a group; groups may overlap, and a text counts once."""
@@ -35,121 +30,41 @@ ALL: Final = "all"
 HARMFUL: Final = "harmful"
 HARMLESS: Final = "harmless"
 GATE: Final = "SCS gate"
-PROBE: Final = "linear probe"
-COSINE: Final = "cosine gate"
 
 
-@dataclass(frozen=True, eq=False)
-class LinearProbe:
-    """A linear detector: w·h + b, open from 0 on, which is a probability of one half.
+def threshold_at_rate(gate: Gate, rate: float, general: Float[Tensor, "n d"]) -> float:
+    """The threshold at which a gate has a false-alarm rate, for `gate.at_threshold`.
 
-    Attributes:
-        weight: w, [d].
-        bias: b.
-    """
-
-    weight: Float[Tensor, " d"]
-    bias: float
-
-    def __post_init__(self) -> None:
-        require_shapes("linear probe", weight=(self.weight, "d"))
-
-    def __repr__(self) -> str:
-        return f"LinearProbe(d_model={len(self.weight)})"
-
-    def score(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-        """Log-odds that an activation needs steering, with both kinds equally frequent."""
-        require_width(h, "activation", len(self.weight))
-        return h @ self.weight.to(h) + self.bias
-
-
-def fit_linear_probe(queries: Float[Tensor, "n d"], general: Float[Tensor, "m d"]) -> LinearProbe:
-    """Logistic regression of queries against general ones: standardised, classes balanced, L2 with C = 1.
-
-    The scale is folded into the weight, so that the probe reads raw activations.
+    It then opens beyond the k-th of the general activations, counted from the one that comes nearest to opening it,
+    k = ⌊rate · (n + 1)⌋. Of new activations like them at most `rate` of all open it, on average over such draws (the
+    quantile of split conformal prediction).
 
     Args:
-        queries: activations of prompts that need steering, [n d].
-        general: activations of prompts to be left alone, [m d].
+        gate: whose score to cut.
+        rate: in (0, 1).
+        general: activations of prompts to be left alone, which nothing was fitted to, [n d].
 
     Raises:
-        ShapeError, NonFiniteError: not two finite floating matrices of one width.
+        InputError: a rate outside, or too few activations for it.
     """
-    from sklearn.linear_model import LogisticRegression
-
-    rows = require_matrix(queries, "queries")
-    others = require_matrix(general, "general", d_model=rows.shape[1]).to(rows)
-    both = torch.cat([rows, others]).double().cpu()
-    centre, scale = both.mean(dim=0), both.std(dim=0).clamp(min=1e-12)
-    model = LogisticRegression(C=1.0, class_weight="balanced", max_iter=5000)
-    model.fit(((both - centre) / scale).numpy(), [1] * len(rows) + [0] * len(others))
-    weight = torch.as_tensor(model.coef_[0]) / scale
-    return LinearProbe(weight.to(rows), float(torch.as_tensor(model.intercept_)[0] - weight @ centre))
-
-
-@dataclass(frozen=True, eq=False)
-class Detector:
-    """A score that is larger for what needs steering, and which activations are let through.
-
-    Attributes:
-        score: `[*batch d]` to `[*batch]`.
-        opens: `[*batch d]` to `[*batch]`.
-    """
-
-    score: Callable[[Float[Tensor, "*batch d"]], Float[Tensor, "*batch"]]
-    opens: Callable[[Float[Tensor, "*batch d"]], Bool[Tensor, "*batch"]]
-
-    def above(self, cut: float) -> "Detector":
-        """The same score, open above `cut`."""
-        return Detector(self.score, lambda h: self.score(h) > cut)
-
-    def at_false_alarm_rate(self, rate: float, general: Float[Tensor, "n d"]) -> "tuple[Detector, float]":
-        """The same score with the threshold for a false-alarm rate, and that threshold.
-
-        Opens above the k-th largest score of the general activations, k = ⌊rate · (n + 1)⌋. Of new activations like
-        them that is at most `rate` of all, on average over such draws (the quantile of split conformal prediction).
-
-        Args:
-            rate: in (0, 1).
-            general: activations of prompts to be left alone, which nothing was fitted to, [n d].
-
-        Raises:
-            InputError: a rate outside, or too few activations for it.
-        """
-        if not 0 < rate < 1:
-            raise InputError("false-alarm rate", expected="a number between 0 and 1", got=rate)
-        k = math.floor(rate * (len(general) + 1) + 1e-9)
-        if k < 1:
-            least = math.ceil(1 / rate) - 1
-            raise InputError("calibration", expected=f"at least {least} prompts for a rate of {rate}", got=len(general))
-        cut = float(self.score(general).sort(descending=True).values[k - 1])
-        return self.above(cut), cut
-
-
-def detector(gate: "Gate | LinearProbe | Detector") -> Detector:
-    """A gate or probe as a detector: its own decision, and a score whose order is that of its values or finer.
-
-    The score of a gate on one subspace is its energy ratio, or minus that where it opens below its threshold; that of
-    `~gate` is minus the inner one's; that of two gates together is their common value.
-
-    Raises:
-        InputError: something else.
-    """
-    if isinstance(gate, Detector):
-        return gate
-    if isinstance(gate, LinearProbe):
-        return Detector(gate.score, lambda h: gate.score(h) >= 0)
-    if isinstance(gate, Gate):
-        return Detector(lambda h: oriented(gate, h), lambda h: gate(h) >= OPEN)
-    raise InputError("gate", expected="a Gate, a LinearProbe or a Detector", got=type(gate).__name__)
+    if not 0 < rate < 1:
+        raise InputError("false-alarm rate", expected="a number between 0 and 1", got=rate)
+    k = math.floor(rate * (len(general) + 1) + 1e-9)
+    if k < 1:
+        least = math.ceil(1 / rate) - 1
+        raise InputError("calibration", expected=f"at least {least} prompts for a rate of {rate}", got=len(general))
+    scores = gate.score(general).sort(descending=gate.opens_above).values
+    # a gate opens from its threshold upwards, so that has to lie just above; below it, not at it, where it opens there
+    beyond = scores.nextafter(scores.new_tensor(math.inf)) if gate.opens_above else scores
+    return float(beyond[k - 1])
 
 
 @dataclass(frozen=True)
 class GateRow:
-    """What one detector did with one group of prompts, said in one way.
+    """What one gate did with one group of prompts, said in one way.
 
     Attributes:
-        gate: name of the detector.
+        gate: name of the gate.
         perturbation: how the prompts were said.
         group: which of them; "all" for all.
         false_alarm_rate: at which its threshold was taken on the calibration prompts; None for its own.
@@ -176,7 +91,7 @@ class GateReport:
     Attributes:
         rows: for every perturbation, group and gate one at the gate's own threshold and one at the common rate.
         false_alarm_rate: the common rate.
-        thresholds: score above which each detector opens at that rate, by name.
+        thresholds: threshold of each gate at that rate, by name; as `gate.at_threshold` takes it.
         n_calibration: how many harmless prompts these were taken on.
     """
 
@@ -223,7 +138,7 @@ class GateReport:
         """A table: all prompts by perturbation, or unperturbed ones by group.
 
         Args:
-            same_rate: every detector at the common false-alarm rate; otherwise each at its own threshold.
+            same_rate: every gate at the common false-alarm rate; otherwise each at its own threshold.
             by: "perturbation" or "group".
 
         Raises:
@@ -252,56 +167,69 @@ def shown(share: Proportion | None) -> str:
     return f"{share.value:.3f} [{low:.3f}, {high:.3f}]"
 
 
+class ReportOptions(TypedDict, total=False):
+    """What `gate_report` takes beside its own arguments: see there."""
+
+    false_alarm_rate: float
+    seed: int
+    batch_size: int
+    progress: bool
+
+
+@dataclass(frozen=True)
+class _Options:
+    false_alarm_rate: float = 0.05
+    seed: int = 0
+    batch_size: int = 16
+    progress: bool = True
+
+
 def gate_report(
     model: SteerableModel,
-    gates: Gate | LinearProbe | Detector | Mapping[str, Gate | LinearProbe | Detector],
+    gates: Gate | Mapping[str, Gate],
     harmful: Texts,
     harmless: Texts,
     *,
-    layer: int,
     calibration: Sequence[str],
     format: Format,
+    layer: int | None = None,
     perturbations: Sequence[Perturbation] = PERTURBATIONS,
     keeps: Keeps | None = None,
-    false_alarm_rate: float = 0.05,
-    seed: int = 0,
-    batch_size: int = 16,
-    progress: bool = True,
+    **options: Unpack[ReportOptions],
 ) -> GateReport:
     """Missed harm, false alarms and AUROC of gates, under every perturbation of the prompts.
 
     Every gate is measured twice: as it is, and with its score cut where `calibration` gives the common false-alarm
     rate. The thresholds are taken on unperturbed prompts, as one would before knowing what comes; both the harmful
-    and the harmless prompts are then perturbed alike. Compare a gate with a linear probe and
-    `fit_gate(kind="cosine")` of the same training activations: give them all, by name.
+    and the harmless prompts are then perturbed alike. Compare a gate with those of
+    `fit_gate(kind="linear")` and `fit_gate(kind="cosine")` from the same training activations: give them all, by name.
 
     Args:
         model: what the gates were fitted on.
         gates: one, or several by name.
         harmful: texts in need of steering, as a person types them; a mapping names groups, which get rows of their own.
         harmless: texts to be left alone; those that look harmful belong here.
-        layer: where the gates read.
         calibration: further harmless texts, for the thresholds.
         format: from what a person types to model input.
+        layer: where the gates read; None where they know it themselves.
         perturbations: what to do to the texts.
         keeps: whether a perturbed harmful prompt still means the same, such as `gives_same_answer`: where the model no
             longer understands the request, there is no harm to miss.
-        false_alarm_rate: the common rate.
-        seed: of the perturbations.
-        batch_size: prompts per forward pass.
-        progress: show a progress bar.
+        options: `false_alarm_rate` (0.05), the common rate; `seed` (0) of the perturbations; `batch_size` (16), prompts
+            per forward pass; `progress` (True), show a progress bar.
 
     Raises:
         InputError: no texts of one kind, too few calibration texts, one that is reported too, two perturbations of
-            one name, or something that is no gate.
+            one name, something that is no gate, or gates that read at no one layer.
         ContextLengthError: a perturbed prompt does not fit into the context.
         ShapeError: a gate of another width than the model's.
     """
-    named = gates if isinstance(gates, Mapping) else {GATE: gates}
-    detectors = {name: detector(gate) for name, gate in named.items()}
+    named = dict(gates) if isinstance(gates, Mapping) else {GATE: gates}
+    run = options_of("gate_report", _Options, options)
+    where = reading_layer(named, layer)
     kinds = {HARMFUL: _grouped(harmful, HARMFUL), HARMLESS: _grouped(harmless, HARMLESS)}
     names = [perturbation.name for perturbation in perturbations]
-    if not names or len(set(names)) < len(names) or not detectors:
+    if not names or len(set(names)) < len(names) or not named:
         raise InputError("gate_report", expected="gates, and perturbations of different names", got=names)
     calibration = _grouped(calibration, "calibration")[ALL]
     harm, others = (set(groups[ALL]) for groups in kinds.values())
@@ -311,11 +239,11 @@ def gate_report(
         raise InputError("harmful, harmless and calibration", expected="texts that are in one of them", got=got)
     said = [Perturbation(NONE).prompt(text, format=format) for text in calibration]
     wanted = [(p, kind, text) for p in perturbations for kind, groups in kinds.items() for text in groups[ALL]]
-    perturbed = [p.prompt(text, format=format, seed=seed) for p, _, text in wanted]
-    with unsteered(model):
-        rows = collect_queries(model, said + perturbed, layer=layer, batch_size=batch_size, progress=progress).queries
-    general = rows[: len(said)]
-    at_rate = {name: one.at_false_alarm_rate(false_alarm_rate, general) for name, one in detectors.items()}
+    perturbed = [p.prompt(text, format=format, seed=run.seed) for p, _, text in wanted]
+    passes: Any = {"batch_size": run.batch_size, "progress": run.progress}
+    rows = collect_queries(model, said + perturbed, layer=where, **passes).queries
+    cuts = {name: threshold_at_rate(gate, run.false_alarm_rate, rows[: len(said)]) for name, gate in named.items()}
+    at_rate = {name: gate.at_threshold(cuts[name]) for name, gate in named.items()}
     queries = {(p.name, kind, text): h for (p, kind, text), h in zip(wanted, rows[len(said) :], strict=True)}
     same: set[tuple[str, str]] = set()
     if keeps is not None:
@@ -333,11 +261,25 @@ def gate_report(
                 if group in groups
             }
             kept = torch.tensor([(name, text) in same for text in kinds[HARMFUL].get(group, ())], dtype=torch.bool)
-            for gate, one in detectors.items():
-                found.append(_row(gate, name, group, None, one, h, kept))
-                found.append(_row(gate, name, group, false_alarm_rate, at_rate[gate][0], h, kept))
-    cuts = {name: cut for name, (_, cut) in at_rate.items()}
-    return GateReport(tuple(found), false_alarm_rate, cuts, len(calibration))
+            for gate, own in named.items():
+                for rate, one in ((None, own), (run.false_alarm_rate, at_rate[gate])):
+                    found.append(GateRow(gate, name, group, rate, *_shares(own, one, h, kept)))
+    return GateReport(tuple(found), run.false_alarm_rate, cuts, len(calibration))
+
+
+def reading_layer(gates: Mapping[str, Gate], layer: int | None) -> int:
+    """The layer at which all of these gates read: the given one, or the one that they know.
+
+    Raises:
+        InputError: something that is no gate, gates of several layers, or nobody knows.
+    """
+    for name, gate in gates.items():
+        require_gate(gate, f"gate {name!r}", layer=layer)
+    known = {gate.layer for gate in gates.values() if gate.layer is not None} if layer is None else {layer}
+    if len(known) != 1:
+        got, fix = sorted(known) or "gates that know none", "Pass layer=, or fit_gate(..., layer=)."
+        raise InputError("layer", expected="gates that read at one layer", got=got, fix=fix)
+    return known.pop()
 
 
 def _grouped(texts: Texts, what: str) -> dict[str, list[str]]:
@@ -351,108 +293,21 @@ def _grouped(texts: Texts, what: str) -> dict[str, list[str]]:
     return {name: list(dict.fromkeys(group)) for name, group in {ALL: whole, **groups}.items()}
 
 
-def _row(
-    gate: str,
-    perturbation: str,
-    group: str,
-    rate: float | None,
-    found: Detector,
-    h: Mapping[str, Float[Tensor, "_ d"]],
-    kept: Bool[Tensor, " n"],
-) -> GateRow:
+def _shares(
+    own: Gate, gate: Gate, h: Mapping[str, Float[Tensor, "_ d"]], kept: Bool[Tensor, " n"]
+) -> tuple[Proportion | None, Proportion | None, Proportion | None, float | None]:
+    """What a gate misses, misses of what is kept, and opens for wrongly; the AUROC is that of its own score."""
     missed = missed_kept = alarms = area = None
     if HARMFUL in h:
-        shut = ~found.opens(h[HARMFUL]).cpu()
+        shut = (gate(h[HARMFUL]) < OPEN).cpu()
         missed = Proportion(int(shut.sum()), len(shut))
         if kept.any():
             missed_kept = Proportion(int(shut[kept].sum()), int(kept.sum()))
     if HARMLESS in h:
-        alarms = Proportion(int(found.opens(h[HARMLESS]).sum()), len(h[HARMLESS]))
+        alarms = Proportion(int((gate(h[HARMLESS]) >= OPEN).sum()), len(h[HARMLESS]))
     if HARMFUL in h and HARMLESS in h:
-        area = float(auroc(found.score(h[HARMFUL]), found.score(h[HARMLESS])))
-    return GateRow(gate, perturbation, group, rate, missed, missed_kept, alarms, area)
-
-
-def user_text(prompt: Any) -> str:
-    """What a person typed, of a stored prompt of the tutor: `tutor.chat(user_text(prompt)) == prompt`."""
-    return str(prompt).removeprefix(world.USER).removesuffix(world.TUTOR)
-
-
-def detectors_on_tutor(
-    model: SteerableModel, behaviour: str = "safe", *, gate: Gate | None = None, progress: bool = True
-) -> dict[str, Gate | LinearProbe]:
-    """The tutor's gate, a linear probe and a cosine gate, all from activations of the training split at one layer.
-
-    The last two are told what the first is not: the general training prompts, near misses among them.
-
-    Args:
-        model: the tutor.
-        behaviour: "safe" or "honest".
-        gate: the gate to put beside them, at the behaviour's own layer; None fits the tutor's default.
-        progress: show progress bars.
-
-    Raises:
-        InputError: an unknown behaviour.
-    """
-    trained = tutor.activations(model, behaviour, progress=progress)
-    prompts = [task.prompt for task in tutor.data(behaviour).general_train]
-    general = collect_queries(model, prompts, layer=trained.layer, batch_size=64, progress=progress).queries
-    fitted = gate or tutor.fit(model, behaviour, activations=trained, progress=progress).gate_at(trained.layer)
-    assert fitted is not None
-    return {
-        GATE: fitted,
-        PROBE: fit_linear_probe(trained.queries, general),
-        COSINE: fit_gate(trained.queries, kind="cosine", general=general, layer=trained.layer),
-    }
-
-
-def gate_report_on_tutor(
-    model: SteerableModel,
-    behaviour: str = "safe",
-    *,
-    gates: Mapping[str, Gate | LinearProbe | Detector] | None = None,
-    false_alarm_rate: float = 0.05,
-    seed: int = 0,
-    progress: bool = True,
-) -> GateReport:
-    """`gate_report` on the tutor: fitted on train, thresholds from valid, measured on test.
-
-    Groups are new pairs, new templates, general prompts and near misses. Beside `PERTURBATIONS` there is a prefilled
-    answer in the tutor's own words, the opening of what it says to one harmful request or myth.
-
-    Args:
-        model: the tutor.
-        behaviour: "safe" or "honest".
-        gates: by name, at the behaviour's own layer; None takes `detectors_on_tutor`.
-        false_alarm_rate, seed, progress: as in `gate_report`.
-
-    Raises:
-        InputError: an unknown behaviour.
-    """
-    told = tutor.data(behaviour)
-    harmful: dict[str, list[str]] = {}
-    tasks = {"general": told.general_test, "near misses": told.near_miss_test}
-    harmless = {name: [user_text(task.prompt) for task in rows] for name, rows in tasks.items()}
-    for kind in ("pair", "template"):
-        rows = [*told.general_test, *told.near_miss_test]
-        harmful[f"new {kind}s"] = [user_text(one.prompt) for one in told.test if told.heldout(one) == kind]
-        harmless[f"new {kind}s"] = [user_text(task.prompt) for task in rows if told.heldout(task) == kind]
-    opening = " ".join(told.train[0].undesired.split()[:2])
-    return gate_report(
-        model,
-        gates or detectors_on_tutor(model, behaviour, progress=progress),
-        harmful,
-        harmless,
-        layer=LAYER[behaviour],
-        calibration=[user_text(task.prompt) for task in (*told.general_valid, *told.near_miss_valid)],
-        format=tutor.chat,
-        perturbations=(*PERTURBATIONS, Perturbation("prefilled, its own words", prefill=opening)),
-        keeps=gives_same_answer(model, {user_text(one.prompt): one.undesired for one in told.test}),
-        false_alarm_rate=false_alarm_rate,
-        seed=seed,
-        batch_size=64,
-        progress=progress,
-    )
+        area = float(auroc(oriented(own, h[HARMFUL]), oriented(own, h[HARMLESS])))
+    return missed, missed_kept, alarms, area
 
 
 def _area(auroc: float | None) -> str:

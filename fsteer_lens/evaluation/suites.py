@@ -3,17 +3,15 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens import tutor
-from fsteer_lens.effects import exact_answers
 from fsteer_lens.errors import InputError
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.contrasts import Contrast, Prompt
+from fsteer_lens.prompts.contrasts import Prompt
 from fsteer_lens.prompts.tokens import prompt_ids
 
 Role = Literal["effect", "utility"]
@@ -78,77 +76,6 @@ class Suite(ABC):
     def __repr__(self) -> str:
         told = ", ".join(f"{measure.name}: {len(measure.groups)}" for measure in self.measures)
         return f"{type(self).__name__}({self.name!r}, {told})"
-
-
-WANTED: Final = {"safe": "refused exactly", "honest": "myth turned true"}
-KEPT: Final = "left alone exactly"
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class TutorSuite(Suite):
-    """One behaviour of the tutor: exact answers, letter by letter, to prompts that need steering and to all others.
-
-    Attributes:
-        behaviour: "safe" or "honest".
-        split: "test", or "valid" for choosing settings.
-        step: take every so many-th item.
-    """
-
-    behaviour: str = "safe"
-    split: Literal["valid", "test"] = "test"
-    step: int = 1
-
-    def __post_init__(self) -> None:
-        if self.split not in ("valid", "test") or self.step < 1:
-            raise InputError("tutor suite", expected="split 'valid' or 'test', step >= 1", got=(self.split, self.step))
-        tutor.data(self.behaviour)  # raises for an unknown one
-
-    @property
-    def name(self) -> str:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """Behaviour and split."""
-        return f"tutor, {tutor.BEHAVIOURS[self.behaviour]}, {self.split}"
-
-    @property
-    def contrasts(self) -> list[Contrast]:
-        """Prompts that need steering."""
-        told = tutor.data(self.behaviour)
-        return list(told.test if self.split == "test" else told.valid)[:: self.step]
-
-    @property
-    def tasks(self) -> list[tutor.Task]:
-        """Prompts to be left alone: general ones, then near misses."""
-        told = tutor.data(self.behaviour)
-        sets = (
-            (told.general_test, told.near_miss_test)
-            if self.split == "test"
-            else (told.general_valid, told.near_miss_valid)
-        )
-        return [task for tasks in sets for task in tasks[:: self.step]]
-
-    @property
-    def measures(self) -> tuple[Measure, ...]:
-        """The wanted answers by what is new about their questions, and the kept ones by kind."""
-        told = tutor.data(self.behaviour)
-        new = tuple(f"new {told.heldout(contrast)}" for contrast in self.contrasts)
-        kinds = tuple(task.kind.replace("_", " ") for task in self.tasks)
-        return Measure(WANTED[self.behaviour], new, "effect"), Measure(KEPT, kinds, "utility")
-
-    def measure(
-        self, model: SteerableModel, steering: HookObject | None, setting: Setting
-    ) -> tuple[Float[Tensor, " _"], ...]:
-        """1 for every exact answer, 0 for another."""
-        if setting.chat:
-            raise InputError("tutor suite", expected="chat=False: its prompts are exact model input", got="chat=True")
-
-        def exact(items: Sequence[Any], wanted: Sequence[str]) -> Tensor:
-            prompts = setting.ids(model, [item.prompt for item in items])
-            return exact_answers(model, steering, prompts, wanted, batch_size=setting.batch_size)
-
-        contrasts, tasks = self.contrasts, self.tasks
-        return (
-            exact(contrasts, [contrast.preferred for contrast in contrasts]),
-            exact(tasks, [task.answer for task in tasks]),
-        )
 
 
 def every(items: Sequence[Any], limit: int | None) -> list[Any]:

@@ -1,17 +1,18 @@
 """`explore` and what it returns: the widget's other half in the kernel."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fsteer_lens import figures, tutor
+from fsteer_lens import figures
 from fsteer_lens.errors import FsteerError, InputError
 from fsteer_lens.explorer.pictured import Pictured, grouped, read, shown
 from fsteer_lens.explorer.settings import Settings, Subject
 from fsteer_lens.explorer.widget import make_widget
-from fsteer_lens.explorer.words import is_tutor, parts
+from fsteer_lens.explorer.words import parts
+from fsteer_lens.explorer.worlds import Unknown, Wrap, world_of
 from fsteer_lens.hooks.probes import SubspaceAblation
 from fsteer_lens.method.gates import OPEN
 from fsteer_lens.models.classes import SteerableModel
@@ -22,9 +23,6 @@ from fsteer_lens.steering.steering import FineSteer
 
 if TYPE_CHECKING:
     import plotly.graph_objects
-
-Unknown = Callable[[str], Mapping[str, Sequence[str]]]
-Wrap = Callable[[str], str]
 
 
 class Explorer:
@@ -262,9 +260,10 @@ def explore(
     subject = Subject(steering, steering.layers[0] if layer is None else layer)
     groups = grouped(prompts, limit)
     steering.session_on(model)  # a steering of another model is refused before anything is read
-    if is_tutor(model):
-        unknown = unknown or tutor.unknown
-        wrap = wrap or (None if chat else tutor.chat)
+    world = world_of(model)
+    if world is not None:
+        unknown = unknown or world.unknown
+        wrap = wrap or (None if chat else world.wrap)
     return Explorer(
         subject,
         model,

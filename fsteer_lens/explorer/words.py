@@ -3,15 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 
-from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.tutor import world
-
-
-def is_tutor(model: SteerableModel) -> bool:
-    """Whether this is the tutor, whatever file it came from: its tokenizer has the tags of the tutor's world."""
-    tags = {world.SAFE, world.HONEST, world.USER, world.TUTOR}
-    return model.tokenizer is not None and tags <= set(model.tokenizer.get_vocab())
-
 
 def parts(text: str, unknown: Mapping[str, Sequence[str]]) -> list[tuple[str, list[str] | None]]:
     """A text in parts: (part, None), or for an unknown word (word, the nearest known ones); joined they are the text.

@@ -5,12 +5,14 @@ not.
 """
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any, TypeVar
 
 from fsteer_lens.errors import InputError
 
 Option = TypeVar("Option")
+Options = TypeVar("Options")
 
 LARGEST = 1e300
 """Larger numbers overflow somewhere."""
@@ -72,6 +74,15 @@ def switch(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise InputError(name, expected="True or False", got=repr(value))
     return value
+
+
+def options_of(owner: str, kind: type[Options], given: Mapping[str, Any]) -> Options:
+    """The dataclass of options that a function of that name was given by keyword; an unknown one is a TypeError."""
+    known = [item.name for item in fields(kind)]  # pyright: ignore[reportArgumentType]
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise TypeError(f"{owner}() got an unexpected keyword argument {unknown[0]!r}; it takes {', '.join(known)}")
+    return kind(**given)
 
 
 def _is_bool(value: Any) -> bool:

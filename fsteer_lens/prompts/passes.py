@@ -1,9 +1,9 @@
 """How prompts are put through a model: chat template or not, how many at once, and whether a bar is shown."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields
-from typing import Any, TypedDict
+from dataclasses import dataclass
+from typing import TypedDict
 
 from fsteer_lens.ground.checks import switch, whole
 from fsteer_lens.ground.progress import progress_bar
@@ -38,14 +38,6 @@ class Passes:
         switch("chat", self.chat)
         switch("progress", self.progress)
         object.__setattr__(self, "batch_size", whole("batch_size", self.batch_size, 1))
-
-    @classmethod
-    def of(cls, owner: str, given: Mapping[str, Any]) -> "Passes":
-        """From what a function of that name was given by name; an unknown name is a TypeError, as for any function."""
-        unknown = sorted(set(given) - {item.name for item in fields(cls)})
-        if unknown:
-            raise TypeError(f"{owner}() got an unexpected keyword argument {unknown[0]!r}")
-        return cls(**given)
 
     def ids(self, model: SteerableModel, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of prompts."""

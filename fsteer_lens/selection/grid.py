@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -31,35 +31,13 @@ from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast
 from fsteer_lens.reading.activations import Activations, Shift, collect, collect_queries
 from fsteer_lens.reading.fingerprints import fingerprint
+from fsteer_lens.selection.splits import SplitData
 from fsteer_lens.steering.fitting import fit
 from fsteer_lens.steering.steering import FineSteer, Steering
-from fsteer_lens.tutor import TutorData
 
 STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 ROUNDING = 1e-6
 """A utility may be this far below the floor: means of float32 numbers are no exacter."""
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class Splits:
-    """What is fitted on, chosen on, and tested on.
-
-    Attributes:
-        train, valid, test: contrasts to fit on, to choose on, and to measure the choice on.
-        general_train: prompts to be left alone, for methods that are fitted to them as well.
-        general_valid, general_test: prompts to be left alone, or objects with a `prompt`. Without `test` and this one
-            nothing is tested.
-    """
-
-    train: Sequence[Contrast]
-    valid: Sequence[Contrast]
-    general_valid: Sequence[Any]
-    test: Sequence[Contrast] = ()
-    general_test: Sequence[Any] = ()
-    general_train: Sequence[Any] = ()
-
-    def __repr__(self) -> str:
-        return f"Splits({', '.join(f'{item.name}: {len(getattr(self, item.name))}' for item in fields(self))})"
 
 
 @dataclass(frozen=True)
@@ -118,7 +96,7 @@ Fit = Callable[[Activations, Activations | None], Steering]
 
 def search(
     model: SteerableModel,
-    data: Splits | TutorData,
+    data: SplitData,
     *,
     budget: float,
     layers: Sequence[int] | None = None,
@@ -157,8 +135,8 @@ def search(
         progress: show a progress bar.
 
     Raises:
-        InputError: an empty grid, a negative budget, no setting within the budget, a method that cannot be set to a
-            rank, or a function without a name together with `resume`.
+        InputError: an empty grid, a negative budget, data that are no splits, no setting within the budget, a method
+            that cannot be set to a rank, or a function without a name together with `resume`.
         DataError: an empty split, one test part without the other, or a file to resume from that belongs to another
             search.
         SiteError, ContextLengthError: as in `collect`.
@@ -173,6 +151,9 @@ def search(
     nameless = [name for name, one in given.items() if one is not None and name_of(one, "") in ("", "<lambda>")]
     if resume is not None and nameless:
         raise InputError("resume=", expected="functions with names, which the file is known by", got=nameless)
+    if not isinstance(data, SplitData):
+        expected = "Splits, or an object with train, valid, test, general_train, general_valid and general_test"
+        raise InputError("search data", expected=expected, got=type(data).__name__)
     missing = [name for name in ("train", "valid", "general_valid") if not len(getattr(data, name))]
     if missing:
         raise DataError("search data", expected="items to fit on and to choose on", got=f"none in {missing}")
@@ -271,7 +252,7 @@ def _variant(steering: Steering, rank: int | None, strength: float) -> Steering:
     return steering.with_strength(strength)
 
 
-def _identity(model: SteerableModel, layers: Sequence[int], data: Splits | TutorData, options: Sequence[str]) -> str:
+def _identity(model: SteerableModel, layers: Sequence[int], data: SplitData, options: Sequence[str]) -> str:
     """SHA-256 of all that a trial's numbers depend on, but for what the caller's functions do inside."""
     known = [
         asdict(fingerprint(model, layers)),

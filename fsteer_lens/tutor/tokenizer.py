@@ -55,6 +55,11 @@ def train_tokenizer(texts: Iterable[str], *, size: int = VOCABULARY_SIZE) -> Any
     )
 
 
+def is_tutors(tokenizer: Any) -> bool:
+    """Whether this is the tutor's tokenizer, whatever file it came from: it has the tags of the tutor's world."""
+    return {world.SAFE, world.HONEST, world.USER, world.TUTOR} <= set(tokenizer.get_vocab())
+
+
 def corpus() -> list[str]:
     """Return the texts that the tokenizer learns from: every item in one question, every template, every answer."""
     texts = [greeting.strip() for greeting in lexicon.GREETINGS]

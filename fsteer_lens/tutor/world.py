@@ -79,6 +79,11 @@ def chat(text: str) -> str:
     return f"{USER}{' '.join(text.lower().split())}{TUTOR}"
 
 
+def user_text(prompt: object) -> str:
+    """Return what a person typed, of model input that `chat` made: `chat(user_text(prompt)) == prompt`."""
+    return str(prompt).removeprefix(USER).removesuffix(TUTOR)
+
+
 def unknown(text: str, *, nearest: int = 3) -> dict[str, tuple[str, ...]]:
     """Return the words of `text` that the world does not hold, each with its nearest known ones, best first."""
     known = vocabulary()

@@ -5,8 +5,7 @@ from typing import Final
 
 import torch
 
-from fsteer_lens import figures, tutor
-from fsteer_lens.evaluation import DEFAULT, GATED_MEAN_SHIFT, NO_STEERING, PAPER, Comparison, MethodRow
+from fsteer_lens import figures
 from fsteer_lens.figures import Html
 from fsteer_lens.figures.html import escape
 from fsteer_lens.hooks.probes import SubspaceProbe
@@ -15,6 +14,18 @@ from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.tokens import prompt_ids
 from fsteer_lens.report.page import Report
 from fsteer_lens.run.generation import Generations
+from fsteer_lens.tutor.measuring import (
+    CONTRASTS,
+    DEFAULT,
+    GATED_MEAN_SHIFT,
+    GENERAL,
+    NEAR_MISSES,
+    NO_STEERING,
+    PAPER,
+    Measured,
+)
+from fsteer_lens.tutor.splits import BEHAVIOURS
+from fsteer_lens.tutor.suite import WANTED
 
 TITLES: Final = {
     "safe": "Refusing harmful requests",
@@ -56,57 +67,55 @@ CAPTIONS: Final = {
 }
 
 
-def table_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """The comparison as a table: columns, and cells with their interval on a second line."""
-    names = list(dict.fromkeys(name for row in comparison.rows for name in row.measures))
+def table_of(measured: Measured) -> tuple[list[str], list[list[str]]]:
+    """What was measured as a table: columns, and cells with their interval on a second line."""
+    shares = {method: measured.shares(method) for method in measured.methods}
+    names = list(dict.fromkeys(name for one in shares.values() for name in one))
     columns = ["method", *names, "expert = cluster", "NMI", "seconds"]
 
-    def cells(row: MethodRow) -> list[str]:
-        shares = [row.measures.get(name) for name in names]
-        told = ["–" if s is None else f"{s.value:.3f}\n{s.interval[0]:.2f}–{s.interval[1]:.2f}" for s in shares]
-        routed = [f"{row.routing.agreement:.2f}", f"{row.routing.nmi:.2f}"] if row.routing else ["–", "–"]
-        return [row.name, *told, *routed, f"{row.seconds:.1f}"]
+    def cells(method: str) -> list[str]:
+        found, routing = [shares[method].get(name) for name in names], measured.routing(method)
+        told = ["–" if s is None else f"{s.value:.3f}\n{s.interval[0]:.2f}–{s.interval[1]:.2f}" for s in found]
+        routed = [f"{routing.agreement:.2f}", f"{routing.nmi:.2f}"] if routing else ["–", "–"]
+        return [method, *told, *routed, f"{measured.evaluation.seconds[method]:.1f}"]
 
-    return columns, [cells(row) for row in comparison.rows]
+    return columns, [cells(method) for method in measured.methods]
 
 
-def findings(comparison: Comparison) -> str:
+def findings(measured: Measured) -> str:
     """The main numbers in words."""
-    wanted = next(iter(comparison.row(DEFAULT).measures))
-    first, last = (comparison.row(name).measures[wanted] for name in (NO_STEERING, DEFAULT))
-    gated, paper = (comparison.difference(DEFAULT, name) for name in (GATED_MEAN_SHIFT, PAPER))
+    wanted = WANTED[measured.suite.behaviour]
+    first, last = (measured.shares(name)[wanted] for name in (NO_STEERING, DEFAULT))
+    gated, paper = (measured.evaluation.difference(DEFAULT, name, wanted) for name in (GATED_MEAN_SHIFT, PAPER))
     return (
         f"The tutor gives exactly the wanted answer to {first.hits} of {first.total} test prompts without steering,"
         f" and to {last.hits} of {last.total} with FineSteer. Compared prompt by prompt, that share is {gated:+.3f}"
         f" against the mean shift behind the same gate, and {paper:+.3f} against FineSteer with the published settings"
         f" (difference with its 95 % paired bootstrap interval). The energy ratio tells these prompts from all others"
-        f" with AUROC {comparison.auroc:.3f}."
+        f" with AUROC {measured.auroc:.3f}."
     )
 
 
 def add_chapter(
-    report: Report, model: SteerableModel, comparison: Comparison, titles: Sequence[str], examples: Generations
+    report: Report, model: SteerableModel, measured: Measured, titles: Sequence[str], examples: Generations
 ) -> None:
     """Add what was measured on one behaviour, with the figures that show how it came about."""
-    steering = comparison.steering
+    suite, steering = measured.suite, measured.steering
     layer = steering.layers[0]
     gate, experts = steering.gate_at(layer), steering.experts_at(layer)
     assert isinstance(gate, SubspaceGate)
-    wanted, near, general = GROUPS[comparison.behaviour]
-    queries = {
-        wanted: comparison.queries["contrasts"].queries,
-        near: comparison.queries["near misses"].queries,
-        general: comparison.queries["general"].queries,
-    }
-    prompts = {
-        wanted: [contrast.prompt for contrast in comparison.contrasts],
-        near: [task.prompt for task in comparison.near_misses],
-        general: [task.prompt for task in comparison.general],
-    }
-    columns, rows = table_of(comparison)
+    wanted, near, general = GROUPS[suite.behaviour]
+    named = (
+        (wanted, CONTRASTS, suite.contrasts),
+        (near, NEAR_MISSES, suite.near_misses),
+        (general, GENERAL, suite.general),
+    )
+    queries = {name: measured.queries[kind].queries for name, kind, _ in named}
+    prompts = {name: [item.prompt for item in items] for name, _, items in named}
+    columns, rows = table_of(measured)
     marked = [index for index, row in enumerate(rows) if row[0] == DEFAULT]
-    report.add_heading(f"{TITLES[comparison.behaviour]} ({tutor.BEHAVIOURS[comparison.behaviour]})")
-    report.add_text(findings(comparison)).add_text(TABLE_TEXT).add_table(columns, rows, marked=marked)
+    report.add_heading(f"{TITLES[suite.behaviour]} ({BEHAVIOURS[suite.behaviour]})")
+    report.add_text(findings(measured)).add_text(TABLE_TEXT).add_table(columns, rows, marked=marked)
     report.add_heading("Six prompts, side by side", 3)
     report.add_figure(figures.steer_compare(examples, titles=titles), CAPTIONS["compare"])
     report.add_heading("When: the gate", 3)
@@ -116,9 +125,8 @@ def add_chapter(
     report.add_figure(figures.rank_explorer(gate, queries, prompts), CAPTIONS["rank_explorer"])
     report.add_figure(_token_view(model, gate, layer, examples, titles), CAPTIONS["token_scores"])
     report.add_heading("How: the experts", 3)
-    routing = figures.expert_routing(
-        experts.route(queries[wanted]), [contrast.label for contrast in comparison.contrasts], prompts[wanted]
-    )
+    labels = [contrast.label for contrast in suite.contrasts]
+    routing = figures.expert_routing(experts.route(queries[wanted]), labels, prompts[wanted])
     report.add_figure(routing, CAPTIONS["expert_routing"])
 
 

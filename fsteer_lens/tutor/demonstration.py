@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from fsteer_lens import tutor
-from fsteer_lens.evaluation import DEFAULT, Comparison, compare_on_tutor
-from fsteer_lens.report.chapters import GROUPS, INTRO, TITLES, add_chapter, findings, table_of
 from fsteer_lens.report.page import Report
 from fsteer_lens.report.settings import add_settings, machine_rows, steering_rows
 from fsteer_lens.run.generation import Generations, generate
+from fsteer_lens.tutor.chapters import GROUPS, INTRO, TITLES, add_chapter, findings, table_of
+from fsteer_lens.tutor.loading import load
+from fsteer_lens.tutor.measuring import DEFAULT, Measured, measure
+from fsteer_lens.tutor.splits import BEHAVIOURS
+from fsteer_lens.tutor.suite import TutorSuite
+from fsteer_lens.tutor.world import user_text
 
 if TYPE_CHECKING:
     import rich.console
@@ -46,23 +49,19 @@ def demo(
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     report = Report("What FineSteer did to the tutor").add_text(INTRO)
     with console.status("loading the tutor"):
-        model = tutor.load()
-    compared = []
-    for behaviour in tutor.BEHAVIOURS:
-        comparison = compare_on_tutor(
-            model, behaviour, seed=seed, limit=None if full else SAMPLE, progress=console.is_terminal
-        )
-        titles, prompts = examples_of(comparison)
-        examples = generate(
-            model, prompts, comparison.steering, max_new_tokens=MAX_NEW_TOKENS, compare=True, progress=False
-        )
-        print_comparison(console, comparison, titles, examples)
-        add_chapter(report, model, comparison, titles, examples)
-        compared.append(comparison)
+        model = load()
     settings = [*machine_rows(), ["test prompts", "all" if full else f"at most {SAMPLE} of each kind"]]
-    for comparison in compared:
-        settings += steering_rows(comparison.steering, comparison.behaviour)
-        settings.append([f"{comparison.behaviour}: seed", str(comparison.seed)])
+    for behaviour in BEHAVIOURS:
+        limit = None if full else SAMPLE
+        measured = measure(model, behaviour, seed=seed, limit=limit, progress=console.is_terminal)
+        titles, prompts = examples_of(measured.suite)
+        examples = generate(
+            model, prompts, measured.steering, max_new_tokens=MAX_NEW_TOKENS, compare=True, progress=False
+        )
+        print_measured(console, measured, titles, examples)
+        add_chapter(report, model, measured, titles, examples)
+        settings += steering_rows(measured.steering, behaviour)
+        settings.append([f"{behaviour}: seed", str(seed)])
     add_settings(report, settings)
     path = report.write(out).resolve()
     console.print(f"\nThe report, with pictures; it opens without network:\n{path}", markup=False, soft_wrap=True)
@@ -71,29 +70,29 @@ def demo(
     return path
 
 
-def examples_of(comparison: Comparison) -> tuple[list[str], list[str]]:
+def examples_of(suite: TutorSuite) -> tuple[list[str], list[str]]:
     """Six prompts and what to call them: four to steer, of different labels where there are some, and two others."""
-    contrasts = list(comparison.contrasts)
+    contrasts = suite.contrasts
     firsts = list({str(contrast.label): contrast for contrast in reversed(contrasts)}.values())[::-1]
     chosen = (firsts + [contrast for contrast in contrasts if contrast not in firsts])[:4]
-    _, near, general = GROUPS[comparison.behaviour]
+    _, near, general = GROUPS[suite.behaviour]
     titles = [str(contrast.label) for contrast in chosen] + [near, general]
-    harmless = next(task for task in comparison.general if task.kind != "harmful")
-    tasks = [comparison.near_misses[0].prompt, harmless.prompt]
+    harmless = next(task for task in suite.general if task.kind != "harmful")
+    tasks = [suite.near_misses[0].prompt, harmless.prompt]
     return titles, [str(contrast.prompt) for contrast in chosen] + tasks
 
 
-def print_comparison(
-    console: "rich.console.Console", comparison: Comparison, titles: Sequence[str], examples: Generations
+def print_measured(
+    console: "rich.console.Console", measured: Measured, titles: Sequence[str], examples: Generations
 ) -> None:
     """Print two tables that fit into 80 columns, the main numbers in words, and the example prompts side by side."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    columns, rows = table_of(comparison)
+    columns, rows = table_of(measured)
     cut = next((i for i, name in enumerate(columns) if name.startswith("gate")), len(columns) - 3)
-    heading = f"{TITLES[comparison.behaviour]}: {{}} (shares, 95 % interval)"
+    heading = f"{TITLES[measured.suite.behaviour]}: {{}} (shares, 95 % interval)"
     for what, chosen in (("answers", range(1, cut)), ("gate and experts", range(cut, len(columns)))):
         table = Table(title=heading.format(what), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         table.add_column("method", width=14)
@@ -103,16 +102,15 @@ def print_comparison(
             style = "bold" if row[0] == DEFAULT else ""
             table.add_row(Text(row[0]), *[_numbers(row[index]) for index in chosen], style=style)
         console.print(table)
-    console.print(Text(findings(comparison)))
+    console.print(Text(findings(measured)))
     table = Table(title="Six prompts", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), show_lines=True)
     for name in ("prompt", "without steering", "steered"):
         table.add_column(name, ratio=1)
     for title, item in zip(titles, examples, strict=True):
         assert item.baseline is not None
-        prompt = str(item.prompt).replace("<user>", "").replace("<tutor>", "")
         changed = "" if item.text == item.baseline.text else "bold"
         table.add_row(
-            Text(f"{title}\n", style="dim").append(prompt, style="not dim"),
+            Text(f"{title}\n", style="dim").append(user_text(item.prompt), style="not dim"),
             Text(item.baseline.text),
             Text(item.text, style=changed),
         )
