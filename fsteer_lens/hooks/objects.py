@@ -25,7 +25,6 @@ from fsteer_lens.errors import HookError, MismatchError, ShapeError
 from fsteer_lens.hooks.positions import View
 from fsteer_lens.hooks.session import Acted, Point, PointHook, Session, State
 from fsteer_lens.method.linalg import move
-from fsteer_lens.models.attaching import AddedHooks
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import DEFAULT_SITE, site_name
 from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint
@@ -42,13 +41,13 @@ class Hooks(list[tuple[str, PointHook]]):
 
     @property
     def trace(self) -> Trace:
-        """What the hooks recorded for the latest prompt.
+        """What the hooks have recorded of the latest prompt, as it stands: what comes later does not change it.
 
         Raises:
             HookError: one of them has not run, say because the model ignores hooks at names that it does not know.
         """
         _require_fired(self._session)
-        return self._session.trace
+        return self._session.trace.copy()
 
 
 @final
@@ -57,18 +56,18 @@ class Handle:
 
     def __init__(self, model: SteerableModel, session: Session) -> None:
         self._session = session
-        self._hooks = AddedHooks(model, session.hooks())
+        self._hooks = session.added_to(model)
 
     @property
     def trace(self) -> Trace:
-        """What the hooks recorded for the latest prompt.
+        """What the hooks have recorded of the latest prompt, as it stands: what comes later does not change it.
 
         Raises:
             HookError: as `detach`.
         """
         if not self._hooks.in_place():
             raise _removed_by_others(self._session.hook_object)
-        return self._session.trace
+        return self._session.trace.copy()
 
     def reset(self) -> None:
         """Take the next forward, from whichever thread, as a new prompt."""
@@ -150,6 +149,9 @@ class HookObject(ABC):
     def on(self, model: SteerableModel, prompt_lengths: Any = None, attention_mask: Any = None) -> Iterator[Trace]:
         """Put the hooks on a model for the length of a `with` block; yields the trace, which fills as the model runs.
 
+        It follows the model: while the block is open it is that of the latest prompt, and `trace.copy()` is what it is
+        now. Where no `attention_mask` is given the model's own tells which tokens are padding, as far as it has one.
+
         Args as in `fwd_hooks`.
 
         Raises:
@@ -158,7 +160,7 @@ class HookObject(ABC):
             HookError: at the end, if the model never ran through one of the hooks, or somebody else took them away.
         """
         session = self.session_on(model, prompt_lengths, attention_mask)
-        added = AddedHooks(model, session.hooks())
+        added = session.added_to(model)
         in_place = True
         try:
             yield session.trace

@@ -59,13 +59,25 @@ class Positions:
         """Take the next forward as a new prompt."""
         self.at_query = None
 
-    def observe(self, activation: Float[Tensor, "b t d"], fresh: bool | None = None) -> View:
-        """Place an activation, before any edit; `fresh` says whether it is a new prompt, where the caller knows."""
+    def observe(
+        self,
+        activation: Float[Tensor, "b t d"],
+        fresh: bool | None = None,
+        real: Bool[Tensor, "b s"] | None = None,
+    ) -> View:
+        """Place an activation, before any edit.
+
+        Args:
+            activation: of one forward pass.
+            fresh: whether it is a new prompt, where the caller knows.
+            real: which tokens the model takes for real, cached ones included; counts where no mask was given.
+        """
         rows, width = activation.shape[:2]
         if fresh is None:
             fresh = self._is_fresh(activation)
+        mask = real if self.mask is None and _usable(real, rows, width, fresh) else self.mask
         if fresh:
-            self.query, self.first = self._locate(rows, width, activation.device)
+            self.query, self.first = self._locate(rows, width, activation.device, mask)
         with torch.inference_mode(False):
             if fresh:
                 self.at_query = at(activation, self.query).detach().clone()
@@ -76,7 +88,7 @@ class Positions:
             start = self.seen if width == 1 else 0
             n_new, self.seen = 1, self.seen + 1
         columns = torch.arange(start, start + width, device=activation.device)
-        return View(columns, n_new, fresh, self.query, self.first, self._real(columns, rows))
+        return View(columns, n_new, fresh, self.query, self.first, _real(columns, rows, mask))
 
     def _is_fresh(self, activation: Tensor) -> bool:
         rows, width = activation.shape[:2]
@@ -100,18 +112,18 @@ class Positions:
         tolerance = HALF_PREFIX_TOLERANCE if found.element_size() < 4 else PREFIX_TOLERANCE
         return (found - stored).float().norm(dim=-1) <= tolerance * stored.float().norm(dim=-1)
 
-    def _locate(self, rows: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _locate(self, rows: int, width: int, device: torch.device, mask: Tensor | None) -> tuple[Tensor, Tensor]:
         first = torch.zeros(rows, dtype=torch.long)
         last = torch.full((rows,), width - 1)
-        if self.mask is not None:
-            if self.mask.shape != (rows, width):
+        if mask is not None:
+            if mask.shape != (rows, width):
                 raise HookError(
                     "attention_mask does not fit this forward",
                     expected=[rows, width],
-                    got=list(self.mask.shape),
+                    got=list(mask.shape),
                     fix="Open a new context for every batch that has its own mask.",
                 )
-            mask = self.mask.cpu().long()
+            mask = mask.cpu().long()
             if not mask.any(dim=1).all():
                 raise HookError(
                     "attention_mask",
@@ -132,9 +144,18 @@ class Positions:
             last = ends
         return last.to(device), first.to(device)
 
-    def _real(self, columns: Tensor, rows: int) -> Tensor:
-        real = torch.ones(rows, len(columns), dtype=torch.bool, device=columns.device)
-        if self.mask is not None:
-            inside = columns < self.mask.shape[1]
-            real[:, inside] = self.mask.to(columns.device)[:, columns[inside]]
-        return real
+
+def _usable(real: Tensor | None, rows: int, width: int, fresh: bool) -> bool:
+    """Whether what the model masks fits the rows at hand, and leaves each of them a token."""
+    if real is None or len(real) not in (1, rows):
+        return False
+    return real.shape[1] >= width and (not fresh or (real.shape[1] == width and bool(real.any(dim=1).all())))
+
+
+def _real(columns: Tensor, rows: int, mask: Tensor | None) -> Tensor:
+    """Which columns hold real tokens; those beyond the mask do."""
+    real = torch.ones(rows, len(columns), dtype=torch.bool, device=columns.device)
+    if mask is not None:
+        inside = columns < mask.shape[1]
+        real[:, inside] = mask.to(columns.device)[:, columns[inside]]
+    return real

@@ -6,11 +6,12 @@ from threading import Thread, current_thread
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from fsteer_lens.errors import HookError, ShapeError
 from fsteer_lens.hooks.positions import Positions, View
-from fsteer_lens.models.attaching import OwnHook, hooks_added
+from fsteer_lens.models.attaching import AddedHooks, OwnHook, hooks_added
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import Point
 from fsteer_lens.trace.trace import Trace
@@ -101,19 +102,28 @@ class Session:
         edited = {Point(layer, link.site) for link in hook_object.links for layer in link.edited_layers}
         layers = [point.layer for point in edited]
         self._alone = {layer for layer in layers if layers.count(layer) == 1}
+        self._knows_padding = attention_mask is not None
         self._thread: Thread | None = None
         self._fresh: bool | None = None
         self._forward_is_fresh = True
+        self._place = len(self._points)
+        self._real: Tensor | None = None
 
     def reset(self) -> None:
         """Take the next forward, from whichever thread, as a new prompt."""
-        self._thread = None
+        self._thread, self._place = None, len(self._points)
         for positions in self._positions.values():
             positions.reset()
 
     def hooks(self) -> "list[tuple[str, PointHook]]":
         """(name, function) pairs for the model."""
         return [(point.name, PointHook(self, point)) for point in self._points]
+
+    def added_to(self, model: SteerableModel) -> AddedHooks:
+        """The hooks on a model, until they are removed; where no mask was given, the model is asked which tokens are
+        padding."""
+        watched = None if self._knows_padding else (self._points[0].layer, self._see_padding)
+        return AddedHooks(model, self.hooks(), padding=watched)
 
     @contextmanager
     def step(self, model: SteerableModel, *, fresh: bool) -> Iterator[None]:
@@ -149,9 +159,13 @@ class Session:
                 fix="Was this fitted on another model?",
             )
         self.unfired.discard(point)
-        view = self._positions[point].observe(activation, self._fresh)
-        if point == self._points[0]:
+        view = self._positions[point].observe(activation, self._fresh, self._real)
+        place = self._points.index(point)
+        new_forward, self._place = place <= self._place, place
+        if new_forward:
             self._forward_is_fresh = view.fresh
+            if view.fresh:
+                self._begin(view)
         elif view.fresh != self._forward_is_fresh:
             raise HookError(
                 f"at {point.name} this forward {'opens a new prompt' if view.fresh else 'goes on with the last one'}",
@@ -159,10 +173,6 @@ class Session:
                 fix="A forward was broken off between the layers: call handle.reset(), or open a new context.",
             )
         acting = self._acting[point]
-        if view.fresh:
-            for trace in {id(one): one for one in (self.trace, *(state.trace for state in acting))}.values():
-                trace.prompt_lengths = (view.query - view.first + 1).cpu()
-                trace.first = view.first.cpu()
         edits = [state.link.edit(state, point.layer, activation, view) for state in acting]
         edits = [None if edit is None else edit.to(activation.device) for edit in edits]
         acted = [edit for edit in edits if edit is not None]
@@ -178,6 +188,15 @@ class Session:
             return None
         precise = torch.promote_types(activation.dtype, torch.float32)
         return (activation.to(precise) + total.to(precise)).to(activation.dtype)
+
+    def _begin(self, view: View) -> None:
+        """Record a new prompt: what was handed out of the last one stays as it is."""
+        lengths, first = (view.query - view.first + 1).cpu(), view.first.cpu()
+        for trace in {id(one): one for one in (self.trace, *(state.trace for state in self.states))}.values():
+            trace.begin(lengths, first)
+
+    def _see_padding(self, real: Bool[Tensor, "b s"] | None) -> None:
+        self._real = real
 
     def _require_own_thread(self) -> None:
         here, owner = current_thread(), self._thread

@@ -7,17 +7,25 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.padding import PaddingWatch, See
 from fsteer_lens.models.points import hook_point, standing
 
 
 class AddedHooks:
-    """Hooks that were added to a model; `remove` takes away exactly these, in whatever order others come and go."""
+    """Hooks that were added to a model; `remove` takes away exactly these, in whatever order others come and go.
 
-    def __init__(self, model: SteerableModel, hooks: Sequence[tuple[str, Any]]) -> None:
+    With `padding`, a layer and a function, that function is told before the layer runs which tokens are real.
+    """
+
+    def __init__(
+        self, model: SteerableModel, hooks: Sequence[tuple[str, Any]], padding: tuple[int, See] | None = None
+    ) -> None:
         self._model: Any = model
         self._added: list[tuple[str, Any, Any]] = []
+        self._watch: PaddingWatch | None = None
         with lock_of(model):
             try:
+                self._watch = None if padding is None else PaddingWatch(model, *padding)
                 for name, function in hooks:
                     point = hook_point(model, name)
                     self._added.append((name, point, function))  # first, so that an interrupt leaves nothing behind
@@ -35,11 +43,13 @@ class AddedHooks:
 
     def remove(self) -> None:
         """Take the hooks away; calling it twice does nothing more."""
-        if self._added:
+        if self._model is not None:
             with lock_of(self._model):
+                if self._watch is not None:
+                    self._watch.remove()
                 for _, point, function in self._added:
                     self._pop(point, function)
-        self._added, self._model = [], None
+        self._added, self._watch, self._model = [], None, None
 
     @staticmethod
     def _pop(point: Any, function: Any) -> None:

@@ -151,6 +151,17 @@ class Trace:
         shared = {name: getattr(self, name) for name in ("bos", "prompts", "steps", "unsteered")}
         return replace(self.parts[index], **shared)
 
+    def copy(self) -> "Trace":
+        """The trace as it stands: a value that no later forward pass changes."""
+        held = {name: dict(getattr(self, name)) for name in PER_LAYER}
+        return replace(self, **held, parts=tuple(part.copy() for part in self.parts))
+
+    def begin(self, prompt_lengths: Int[Tensor, " b"], first: Int[Tensor, " b"]) -> None:
+        """Forget what was recorded, for a new prompt; mappings that were handed out keep what they hold."""
+        for name in PER_LAYER:
+            setattr(self, name, {})
+        self.prompt_lengths, self.first = prompt_lengths, first
+
     def cpu(self) -> "Trace":
         """The same trace with every tensor on the CPU."""
         held = {name: {layer: value.cpu() for layer, value in getattr(self, name).items()} for name in PER_LAYER}
