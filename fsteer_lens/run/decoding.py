@@ -3,21 +3,18 @@
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.hooks.objects import HookObject
-from fsteer_lens.hooks.positions import at
-from fsteer_lens.hooks.session import Point, Session
+from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import lock_of, unsteered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.models.forward import Forward, run_up_to
+from fsteer_lens.models.forward import Forward
 from fsteer_lens.prompts.tokens import Batch, stop_ids, token_texts
-from fsteer_lens.steering.steering import Steering
 
 TOP = 5
 CHUNK_NUMBERS = 2**25
@@ -141,60 +138,6 @@ def decode(
 def divergence(logprobs: Float[Tensor, "*batch vocab"], base: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
     """KL(p ‖ q) of two next-token distributions given by their log-probabilities, in nats."""
     return (logprobs.exp() * (logprobs - base)).sum(dim=-1).clamp(min=0)
-
-
-Read = Literal["clean", "live"]
-
-
-def open_session(
-    model: SteerableModel,
-    batch: Batch,
-    hook_object: HookObject,
-    prompt_lengths: Int[Tensor, " b"],
-    read: Read | None = None,
-) -> Session:
-    """A session for padded rows that begin with their prompts.
-
-    Args:
-        model: what to run.
-        batch: prompts, with or without more tokens after them.
-        hook_object: what to put on the model.
-        prompt_lengths: real prompt tokens of each row, [b].
-        read: "clean" takes every query activation from one pass of the unsteered model; "live" from the running
-            stream, in which later layers see what earlier ones have added. Gates and experts are fitted on an unsteered
-            stream. The two differ only where there are several points. None: "clean", or "live" where something
-            decides again at every step, which no pass over the prompt can answer.
-
-    Raises:
-        InputError: no hook object, or read="clean" for several points with refresh="step".
-        MismatchError, SiteError: the hook object does not fit the model.
-    """
-    if not isinstance(hook_object, HookObject):
-        raise InputError("steering", expected="a steering, probe, ablation or chain", got=type(hook_object).__name__)
-    if read not in ("clean", "live", None):
-        raise InputError("read", expected="'clean' or 'live'", got=repr(read))
-    session = hook_object.session_on(model, prompt_lengths, batch.mask)
-    points = hook_object.points
-    stepwise = any(isinstance(link, Steering) and link.refresh == "step" for link in hook_object.links)
-    if len(points) == 1 or read == "live" or (read is None and stepwise):
-        return session
-    if stepwise:
-        raise InputError('read="clean" with refresh="step" at several layers', fix='Use read="live".')
-    last = batch.mask.long().argmax(dim=1) + prompt_lengths.to(batch.mask.device) - 1
-    read_at: dict[Point, Tensor] = {}
-
-    def keep(point: Point) -> Any:
-        def hook_function(activation: Tensor, hook: Any) -> None:
-            read_at[point] = at(activation, last.to(activation.device)).float()
-
-        return hook_function
-
-    with unsteered(model):
-        hooks = [(point.name, keep(point)) for point in points]
-        run_up_to(model, batch.tokens, batch.mask, max(point.layer for point in points), hooks)
-    for state in session.states:
-        state.queries = {point.layer: read_at[point] for point in state.link.points}
-    return session
 
 
 class Unsteered:

@@ -16,6 +16,7 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.hooks.opening import Read, open_session
 from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
@@ -30,7 +31,7 @@ from fsteer_lens.prompts.tokens import (
     texts_of_top,
     token_texts,
 )
-from fsteer_lens.run.decoding import TOP, Read, Sampling, Step, Stop, Unsteered, decode, open_session
+from fsteer_lens.run.decoding import TOP, Sampling, Step, Stop, Unsteered, decode
 from fsteer_lens.trace.steps import Steps
 from fsteer_lens.trace.trace import Trace, join
 
