@@ -20,7 +20,7 @@ from fsteer_lens.models.forward import run_up_to
 from fsteer_lens.models.points import site_name
 from fsteer_lens.prompts.contrasts import Prompt
 from fsteer_lens.prompts.tokens import Batch, answer_ids, pad, prompt_ids, require_fits
-from fsteer_lens.run.decoding import CHUNK_NUMBERS, divergence
+from fsteer_lens.run.unsteered import CHUNK_NUMBERS, divergence
 
 Advance = Callable[[int], None]
 
