@@ -21,8 +21,8 @@ from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.tokens import require_tokenizer, stop_ids, text_ids
-from fsteer_lens.run.decoding import Stop
 from fsteer_lens.run.generation import generate
+from fsteer_lens.run.stopping import Stop
 from fsteer_lens.run.teacher_forcing import Answered, each_answer, known_logprobs
 
 MAX_NEW_TOKENS = 256

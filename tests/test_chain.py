@@ -19,6 +19,9 @@ from fsteer_lens import (
     tutor,
 )
 from fsteer_lens.errors import HookError, InputError, ShapeError
+from fsteer_lens.hooks.objects import Link
+from fsteer_lens.hooks.positions import View
+from fsteer_lens.hooks.session import State
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts.tokens import pad
 from tests import made_up
@@ -269,3 +272,30 @@ def test_bad_reads_raise(tutor_model: SteerableModel) -> None:
     with pytest.raises(InputError, match="live"):
         generate(tutor_model, ROWS, stepwise, read="clean", progress=False)
     assert generate(tutor_model, ROWS, stepwise, max_new_tokens=1, progress=False)[0].trace.gate.keys() == {1, 4}
+
+
+class Watching(Link):
+    """A hook object of a stranger's: sees two layers, edits none, and decides at every step if told to."""
+
+    hooked_layers, edited_layers, d_model = (1, 4), (), made_up.D_MODEL
+
+    def __init__(self, stepwise: bool) -> None:
+        self.told, self.queries = stepwise, []
+
+    @property
+    def stepwise(self) -> bool:
+        return self.told
+
+    def edit(self, state: State, layer: int, activation: Tensor, view: View) -> None:
+        self.queries.append(state.queries)
+
+
+def test_any_link_may_decide_at_every_step(tutor_model: SteerableModel) -> None:
+    assert two_layers(refresh="step").stepwise and not two_layers().stepwise
+    once, stepwise = Watching(False), Watching(True)
+    for link in (once, stepwise):
+        generate(tutor_model, ROWS, link, max_new_tokens=2, stop=[], progress=False)
+    assert len(once.queries) == 4 and all(queries.keys() == {1, 4} for queries in once.queries)
+    assert stepwise.queries == [None] * 4, "no pass over the prompt can answer what is asked at every step"
+    with pytest.raises(InputError, match=r"Watching.*decides at every step.*live"):
+        generate(tutor_model, ROWS, chain(once, stepwise), read="clean", progress=False)

@@ -13,7 +13,8 @@ from fsteer_lens import Activations, FineSteer, Schedule, collect, fit, generate
 from fsteer_lens.errors import ContextLengthError, InputError, TokenizerError
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts.tokens import pad, prompt_ids, stop_ids
-from fsteer_lens.run import decoding
+from fsteer_lens.run import unsteered as unsteered_module
+from fsteer_lens.run.sampling import Sampling
 from tests.running import LAYER, logits_of, n_hooks
 
 NEW = 14
@@ -109,7 +110,7 @@ def test_sampling_is_seeded_per_row(tutor_model: SteerableModel, prompts: list[s
 
 def test_sampling_follows_the_distribution() -> None:
     logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
-    sampling = decoding.Sampling(do_sample=True, temperature=2.0, top_k=3, seed=0)
+    sampling = Sampling(do_sample=True, temperature=2.0, top_k=3, seed=0)
     generator = sampling.generators([0])
     counts = torch.bincount(torch.cat([sampling.choose(logits, generator) for _ in range(4000)]), minlength=4)
     expected = torch.tensor([0.0, 0.5, 1.0]).softmax(0)
@@ -122,7 +123,7 @@ def test_compare_is_the_teacher_forced_divergence(
 ) -> None:
     runs = []
     for chunk in (2**25, 2 * model.cfg.d_vocab):
-        monkeypatch.setattr(decoding, "CHUNK_NUMBERS", chunk)
+        monkeypatch.setattr(unsteered_module, "CHUNK_NUMBERS", chunk)
         runs.append(generate(model, prompts, steering, max_new_tokens=NEW, compare=True, batch_size=4, progress=False))
     plain = generate(model, prompts, max_new_tokens=NEW, progress=False)
     for item, chunked, unsteered in zip(*runs, plain, strict=True):

@@ -1,18 +1,19 @@
 """What steering does to given answers, by teacher forcing: nothing is generated."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError, TokenizerError
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet, Prompt
-from fsteer_lens.prompts.tokens import require_tokenizer, stop_ids, texts_of_top, token_texts
-from fsteer_lens.run.decoding import TOP
+from fsteer_lens.prompts.tokens import stop_ids
+from fsteer_lens.run.decoding import Step
+from fsteer_lens.run.recorder import Recorder
 from fsteer_lens.run.teacher_forcing import (
     Answered,
     answer_divergences,
@@ -20,11 +21,9 @@ from fsteer_lens.run.teacher_forcing import (
     answer_logprobs,
     answered,
     batches,
-    divergences,
     each_answer,
     session_for,
 )
-from fsteer_lens.trace.steps import Steps
 from fsteer_lens.trace.trace import Trace, join
 
 Effect = Callable[[SteerableModel, HookObject | None, Sequence[Contrast]], Float[Tensor, " n"]]
@@ -163,50 +162,28 @@ def counterfactual(
         As `answer_margin`.
     """
     rows = answered(model, prompts, answers, chat=chat)
-    tokenizer = require_tokenizer(model)
     traces: dict[int, Trace] = {}
     for chosen, batch in batches(model, rows, batch_size):
         group = [rows[index] for index in chosen]
         session = session_for(model, batch, group, steering)
         steered, base = answer_logits(model, batch, group, session), answer_logits(model, batch, group, None)
-        trace = session.trace.cpu()
-        trace.bos = torch.tensor([row.prompt[0] == tokenizer.bos_token_id for row in group])
-        trace.prompts = tuple(token_texts(model, row.prompt) for row in group)
-        trace.steps = Steps.join(
-            [_steps(model, row, *logits) for row, *logits in zip(group, steered, base, strict=True)]
-        )
+        recorder = Recorder(model, [row.prompt for row in group])
+        for step, other in zip(_as_steps(group, steered), _as_steps(group, base), strict=True):
+            recorder.add(step, other.logprobs)
+        trace = recorder.complete(session.trace)
         traces |= {index: trace.row(place) for place, index in enumerate(chosen)}
     return join([traces[index] for index in range(len(rows))])
 
 
-def _steps(
-    model: SteerableModel, row: Answered, steered: Float[Tensor, "n vocab"], base: Float[Tensor, "n vocab"]
-) -> Steps:
-    """What both models say about one given answer."""
-    tokenizer = require_tokenizer(model)
-    tokens = torch.tensor([row.answer])
-    logprobs, top = _known(steered, tokens)
-    base_logprobs, base_top = _known(base, tokens)
-    return Steps(
-        tokens=tokens,
-        texts=(token_texts(model, row.answer, row.prompt),),
-        logprobs=logprobs,
-        top_ids=top.indices,
-        top_logprobs=top.values,
-        top_texts=texts_of_top(tokenizer, top.indices),
-        special=torch.isin(tokens, torch.tensor(tokenizer.all_special_ids)),
-        kl=divergences(steered, base).unsqueeze(0),
-        baseline_logprobs=base_logprobs,
-        baseline_top_ids=base_top.indices,
-        baseline_top_logprobs=base_top.values,
-        baseline_top_texts=texts_of_top(tokenizer, base_top.indices),
-    )
-
-
-def _known(logits: Float[Tensor, "n vocab"], tokens: Int[Tensor, "1 n"]) -> tuple[Float[Tensor, "1 n"], Any]:
-    """Log-probabilities of the tokens, and the likeliest tokens with theirs, on the CPU."""
-    logprobs = logits.float().log_softmax(dim=-1).cpu().unsqueeze(0)
-    return logprobs.gather(2, tokens.unsqueeze(2)).squeeze(2), logprobs.topk(min(TOP, logprobs.shape[-1]), dim=-1)
+def _as_steps(rows: Sequence[Answered], logits: Sequence[Float[Tensor, "_ vocab"]]) -> Iterator[Step]:
+    """The tokens of given answers, as if decoding had chosen them one after another."""
+    lengths = torch.tensor([len(row.answer) for row in rows])
+    for number in range(int(lengths.max())):
+        places = (lengths - 1).clamp(max=number).tolist()  # a row that has ended stays at its last token
+        here = torch.stack([one[place] for one, place in zip(logits, places, strict=True)])
+        chosen = [row.answer[place] for row, place in zip(rows, places, strict=True)]
+        alive = (number < lengths).to(here.device)
+        yield Step(torch.tensor(chosen, device=here.device), here.float().log_softmax(dim=-1), alive)
 
 
 def one_each(what: str, values: Any, n: int) -> Float[Tensor, " n"]:

@@ -225,6 +225,11 @@ class Link(HookObject):
     def edited_layers(self) -> tuple[int, ...]:
         """Those of them where the stream may be edited; the others are only read."""
 
+    @property
+    def stepwise(self) -> bool:
+        """Whether it decides again at every later position, from the activation there."""
+        return False
+
     @abstractmethod
     def edit(self, state: State, layer: int, activation: Tensor, view: View) -> Tensor | None:
         """What to add to one activation, [b t d] in float32; None is nothing."""

@@ -2,20 +2,20 @@
 
 1. Prompts are tokenised, sorted by length and padded on the left.
 2. One decoding loop serves both model classes; the hooks are on the model only while it computes a token.
-3. With `compare=True` an unsteered pass is fed the steered tokens in chunks of steps, so that no
-   [batch, tokens, vocabulary] rectangle is ever held; and the same prompts are generated without steering.
+3. A recorder keeps a few numbers of every step. With `compare=True` the unsteered model is fed the steered tokens
+   alongside, and the same prompts are generated without steering.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, overload
+from dataclasses import dataclass
+from typing import Any, Unpack, overload
 
 import torch
-from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.hooks.opening import Read, open_session
 from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
@@ -30,8 +30,11 @@ from fsteer_lens.prompts.tokens import (
     texts_of_top,
     token_texts,
 )
-from fsteer_lens.run.decoding import TOP, Read, Sampling, Step, Stop, Unsteered, decode, open_session
-from fsteer_lens.trace.steps import Steps
+from fsteer_lens.run.decoding import Rules, Step, decode
+from fsteer_lens.run.recorder import Recorder, filled, predicted, without_fill
+from fsteer_lens.run.sampling import Sampling, SamplingOptions
+from fsteer_lens.run.stopping import Stop
+from fsteer_lens.run.unsteered import Unsteered
 from fsteer_lens.trace.trace import Trace, join
 
 
@@ -171,9 +174,7 @@ def generate(
     if compare and steering is None:
         raise InputError("compare=True without a steering has nothing to compare", fix="Give steering=.")
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
-    if do_sample and seed is None:
-        sampling = replace(sampling, seed=torch.Generator().seed())
-    ending = Stop(model, stop)
+    rules = Rules(sampling, Stop(model, stop), max_new_tokens, use_past_kv_cache)
     rows = [prompt_ids(model, prompt, chat=chat) for prompt in many]
     for number, row in enumerate(rows):
         require_fits(model, len(row) + max_new_tokens, f"prompt {number} with {max_new_tokens} new tokens")
@@ -183,13 +184,9 @@ def generate(
     with progress_bar(len(rows), "generating", progress) as advance:
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
-            ids = [rows[index] for index in chosen]
-            batch = pad(model, ids, "left")
-            made = _generate_batch(
-                model, ids, batch, steering, sampling, chosen, ending, max_new_tokens, use_past_kv_cache, compare, read
-            )
-            for index, (text, tokens, trace, baseline) in zip(chosen, made, strict=True):
-                results[index] = Generation(many[index], text, tokens, trace, baseline)
+            asked, ids = [many[index] for index in chosen], [rows[index] for index in chosen]
+            made = _generate_batch(model, asked, ids, chosen, steering, rules, read, compare)
+            results |= zip(chosen, made, strict=True)
             advance(len(chosen))
     return Generations(results[index] for index in range(len(rows)))
 
@@ -202,27 +199,22 @@ def stream(
     max_new_tokens: int = 64,
     stop: Sequence[int | str] | None = None,
     chat: bool = False,
-    do_sample: bool = False,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    seed: int | None = None,
     read: Read | None = None,
     use_past_kv_cache: bool = True,
+    **sampling: Unpack[SamplingOptions],
 ) -> Iterator[tuple[str, StepRecord]]:
     """Generate one text token by token, yielding (text that the token adds, step record); the tokens of `generate`.
 
-    Arguments and errors as in `generate`. The hooks are on the model only while it computes a token.
+    Arguments and errors as in `generate`; `sampling` are do_sample, temperature, top_k, top_p and seed. The hooks are
+    on the model only while it computes a token.
     """
     _require_counts(max_new_tokens=max_new_tokens)
-    sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
+    drawing = Sampling.of(sampling)
     ids = prompt_ids(model, prompt, chat=chat)
     require_fits(model, len(ids) + max_new_tokens, f"the prompt with {max_new_tokens} new tokens")
     batch = pad(model, [ids], "left")
-    session = None if steering is None else open_session(model, batch, steering, batch.mask.sum(dim=1), read)
-    ending = Stop(model, stop)
-    generators = sampling.generators([0]) if do_sample else []
-    steps = decode(model, batch, session, sampling, generators, ending, max_new_tokens, use_past_kv_cache)
+    session = _session(model, batch, steering, read)
+    steps = decode(model, batch, session, Rules(drawing, Stop(model, stop), max_new_tokens, use_past_kv_cache), [0])
     return _records(steps, require_tokenizer(model), ids, Trace() if session is None else session.trace)
 
 
@@ -235,21 +227,13 @@ def _require_counts(**counts: int) -> None:
 def _records(steps: Iterator[Step], tokenizer: Any, ids: list[int], trace: Trace) -> Iterator[tuple[str, StepRecord]]:
     detokenize = Detokenizer(tokenizer, ids)
     for number, step in enumerate(steps):
+        said = predicted(step.logprobs, step.chosen)
         token = int(step.chosen[0])
-        top = step.logprobs[0].topk(min(TOP, step.logprobs.shape[-1]))
-        yield (
-            detokenize(token),
-            StepRecord(
-                number,
-                token,
-                float(step.logprobs[0, token]),
-                tuple(
-                    (tokenizer.decode([i]), p) for i, p in zip(top.indices.tolist(), top.values.tolist(), strict=True)
-                ),
-                *_latest(trace),
-                parts=tuple(_latest(part) for part in trace.parts),
-            ),
-        )
+        ((texts,),) = texts_of_top(tokenizer, said.top_ids.unsqueeze(1))
+        top = tuple(zip(texts, said.top_logprobs[0].tolist(), strict=True))
+        parts = tuple(_latest(part) for part in trace.parts)
+        record = StepRecord(number, token, float(said.logprobs[0]), top, *_latest(trace), parts=parts)
+        yield detokenize(token), record
 
 
 def _latest(trace: Trace) -> tuple[dict[int, float], dict[int, float]]:
@@ -264,84 +248,52 @@ def _is_one(prompts: Any) -> bool:
     return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | Mapping))
 
 
+def _session(model: SteerableModel, batch: Batch, steering: HookObject | None, read: Read | None) -> Session | None:
+    """A session for left-padded prompts; None where there is nothing to put on the model."""
+    return None if steering is None else open_session(model, batch, steering, batch.mask.sum(dim=1), read)
+
+
 def _generate_batch(
     model: SteerableModel,
+    prompts: Sequence[Prompt],
     ids: Sequence[Sequence[int]],
-    batch: Batch,
-    steering: HookObject | None,
-    sampling: Sampling,
     numbers: Sequence[int],
-    stop: Stop,
-    max_new_tokens: int,
-    cache: bool,
-    compare: bool,
+    steering: HookObject | None,
+    rules: Rules,
     read: Read | None,
-) -> list[tuple[str, tuple[int, ...], Trace, Baseline | None]]:
-    def run(session: Session | None) -> Iterator[Step]:
-        generators = sampling.generators(numbers) if sampling.do_sample else []
-        return decode(model, batch, session, sampling, generators, stop, max_new_tokens, cache)
-
-    session = None if steering is None else open_session(model, batch, steering, batch.mask.sum(dim=1), read)
-    beside = Unsteered(model, batch, cache) if compare else None
-    chosen, alive, logprobs, top = [], [], [], []
-    for step in run(session):
-        chosen.append(step.chosen)
-        alive.append(step.alive)
-        logprobs.append(step.logprobs.gather(1, step.chosen.unsqueeze(1)).squeeze(1))
-        top.append(step.logprobs.topk(min(TOP, step.logprobs.shape[-1]), dim=-1))
-        if beside is not None:
-            beside.add(step)
-    if beside is not None:
-        beside.flush()
-    lived = torch.stack(alive, dim=1).cpu()
-
-    def shown(values: Sequence[Tensor], fill: int | float) -> Tensor:
-        stacked = torch.stack(list(values), dim=1).cpu()
-        return stacked.masked_fill(~lived.reshape(*lived.shape, *[1] * (stacked.ndim - 2)), fill)
-
-    tokenizer = require_tokenizer(model)
-    tokens = shown(chosen, -1)
-    top_ids = shown([values.indices for values in top], -1)
-    rows = [[token for token in row if token >= 0] for row in tokens.tolist()]
-    nan = float("nan")
-    steps = Steps(
-        tokens=tokens,
-        texts=tuple(token_texts(model, row, before) for row, before in zip(rows, ids, strict=True)),
-        logprobs=shown(logprobs, nan),
-        top_ids=top_ids,
-        top_logprobs=shown([values.values for values in top], nan),
-        top_texts=texts_of_top(tokenizer, top_ids),
-        special=torch.isin(tokens, torch.tensor(tokenizer.all_special_ids)) & lived,
-    )
-    baselines: list[Baseline | None] = [None] * len(ids)
-    if beside is not None:
-        base_ids = shown([values.indices for values in beside.top], -1)
-        steps = replace(
-            steps,
-            kl=shown(beside.kl, nan),
-            baseline_logprobs=shown(beside.logprobs, nan),
-            baseline_top_ids=base_ids,
-            baseline_top_logprobs=shown([values.values for values in beside.top], nan),
-            baseline_top_texts=texts_of_top(tokenizer, base_ids),
-        )
-        with unsteered(model):
-            plain = [(step.chosen, step.alive) for step in run(None)]
-        for index in range(len(ids)):
-            row = [int(one[index]) for one, lives in plain if lives[index]]
-            baselines[index] = Baseline(_answer(model, ids[index], row, stop), tuple(row))
-    trace = (Trace() if session is None else session.trace).cpu()
+    compare: bool,
+) -> list[Generation]:
+    """Go on with one batch of prompts, whose places among all of them are `numbers`."""
+    batch = pad(model, ids, "left")
+    session = _session(model, batch, steering, read)
+    recorder = Recorder(model, ids)
+    steps = decode(model, batch, session, rules, numbers)
+    compared = Unsteered(model, batch, cache=rules.cache).beside(steps) if compare else ((step, None) for step in steps)
+    for step, base in compared:
+        recorder.add(step, base)
+    trace = recorder.complete(Trace() if session is None else session.trace)
     trace.prompt_lengths = batch.mask.sum(dim=1).cpu()
     trace.first = batch.tokens.shape[1] - trace.prompt_lengths
-    trace.bos = torch.tensor([row[0] == tokenizer.bos_token_id for row in ids])
-    trace.prompts = tuple(token_texts(model, row) for row in ids)
-    trace.steps = steps
-    if beside is not None:
-        answers = [() if one is None else one.tokens for one in baselines]
-        trace.unsteered = tuple(token_texts(model, row, before) for row, before in zip(answers, ids, strict=True))
-    return [
-        (_answer(model, ids[index], rows[index], stop), tuple(rows[index]), trace.row(index), baselines[index])
-        for index in range(len(ids))
-    ]
+    baselines: Sequence[Baseline | None] = [None] * len(ids)
+    if compare:
+        baselines = _baselines(model, batch, ids, numbers, rules)
+        rows = zip(baselines, ids, strict=True)
+        trace.unsteered = tuple(token_texts(model, one.tokens, before) for one, before in rows)
+    assert trace.steps is not None
+    answers = without_fill(trace.steps.tokens)
+    texts = [_answer(model, *pair, rules.stop) for pair in zip(ids, answers, strict=True)]
+    traces = [trace.row(index) for index in range(len(ids))]
+    return [Generation(*one) for one in zip(prompts, texts, answers, traces, baselines, strict=True)]
+
+
+def _baselines(
+    model: SteerableModel, batch: Batch, ids: Sequence[Sequence[int]], numbers: Sequence[int], rules: Rules
+) -> list[Baseline]:
+    """What the unsteered model generates for the same prompts."""
+    with unsteered(model):
+        tokens = [filled(step.chosen, step.alive) for step in decode(model, batch, None, rules, numbers)]
+    answers = zip(ids, without_fill(torch.stack(tokens, dim=1)), strict=True)
+    return [Baseline(_answer(model, before, answer, rules.stop), answer) for before, answer in answers]
 
 
 def _answer(model: SteerableModel, prompt: Sequence[int], generated: Sequence[int], stop: Stop) -> str:

@@ -12,12 +12,13 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import whole
 from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.hooks.opening import open_session
 from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Prompt
 from fsteer_lens.prompts.tokens import Batch, answer_ids, pad, prompt_ids, require_fits
-from fsteer_lens.run.decoding import CHUNK_NUMBERS, divergence, open_session
+from fsteer_lens.run.unsteered import CHUNK_NUMBERS, divergence
 
 Advance = Callable[[int], None]
 

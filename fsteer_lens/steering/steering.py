@@ -141,10 +141,15 @@ class Steering(Link):
         """Steered layers."""
         return self.layers
 
+    @property
+    def stepwise(self) -> bool:
+        """Whether it decides again at every later position."""
+        return self.refresh == "step"
+
     def __repr__(self) -> str:
         gates = {type(gate).__name__ if (gate := self.gate_at(layer)) else "no gate" for layer in self.layers}
         where = self.layers[0] if len(self.layers) == 1 else list(self.layers)
-        more = (", refresh=step" if self.refresh == "step" else "") + (", monitor" if self.monitor else "")
+        more = (", refresh=step" if self.stepwise else "") + (", monitor" if self.monitor else "")
         return (
             f"{type(self).__name__}(layer={where}, {' / '.join(sorted(gates))}, strength={self.strength:g},"
             f" scope={self.scope}{more})"
@@ -211,7 +216,7 @@ class Steering(Link):
             state.record(layer, **kept)
         decision = state.decisions[layer]
         gate, vector = decision.gate.unsqueeze(1), decision.vector.unsqueeze(1)  # [b 1], [b 1 d]
-        if self.refresh == "step":
+        if self.stepwise:
             gate, vector = self._refreshed(state, layer, activation, view)
         if layer not in self.layers or self.monitor:
             return None

@@ -151,13 +151,17 @@ def tensor(values: Any, kind: torch.dtype = torch.float32) -> Tensor:
     return torch.tensor(filled(values), dtype=kind)
 
 
+def fill_of(kind: torch.dtype) -> float:
+    """What stands where a row has ended: NaN, False or −1."""
+    return math.nan if kind.is_floating_point else False if kind == torch.bool else -1
+
+
 def stack(tensors: Sequence[Tensor]) -> Tensor:
     """Concatenate along the rows; a second axis of different length is filled with NaN, −1 or False."""
     if tensors[0].ndim < 2:
         return torch.cat(list(tensors))
     longest = max(tensor.shape[1] for tensor in tensors)
-    kind = tensors[0].dtype
-    fill = math.nan if kind.is_floating_point else False if kind == torch.bool else -1
+    fill = fill_of(tensors[0].dtype)
     widened = [
         torch.cat([t, t.new_full((t.shape[0], longest - t.shape[1], *t.shape[2:]), fill)], dim=1) for t in tensors
     ]

@@ -1,0 +1,62 @@
+"""Opening a session for prompts that are known beforehand, so that nothing about them has to be guessed."""
+
+from typing import Literal
+
+from jaxtyping import Int
+from torch import Tensor
+
+from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import choice
+from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.hooks.session import Session
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.tokens import Batch
+from fsteer_lens.reading import reader
+from fsteer_lens.reading.reader import at
+
+Read = Literal["clean", "live"]
+
+
+def open_session(
+    model: SteerableModel,
+    batch: Batch,
+    hook_object: HookObject,
+    prompt_lengths: Int[Tensor, " b"],
+    read: Read | None = None,
+) -> Session:
+    """A session for padded rows that begin with their prompts.
+
+    Args:
+        model: what to run.
+        batch: prompts, with or without more tokens after them.
+        hook_object: what to put on the model.
+        prompt_lengths: real prompt tokens of each row, [b].
+        read: "clean" takes every query activation from one pass of the unsteered model; "live" from the running
+            stream, in which later layers see what earlier ones have added. Gates and experts are fitted on an unsteered
+            stream. The two differ only where there are several points. None: "clean", or "live" where something
+            decides again at every step, which no pass over the prompt can answer.
+
+    Raises:
+        InputError: no hook object, or read="clean" for several points where something decides again at every step.
+        MismatchError, SiteError: the hook object does not fit the model.
+    """
+    if not isinstance(hook_object, HookObject):
+        raise InputError("steering", expected="a steering, probe, ablation or chain", got=type(hook_object).__name__)
+    if read is not None:
+        choice("read", read, ("clean", "live"))
+    session = hook_object.session_on(model, prompt_lengths, batch.mask)
+    stepwise = [link for link in hook_object.links if link.stepwise]
+    if len(hook_object.points) == 1 or read == "live" or (read is None and stepwise):
+        return session
+    if stepwise:
+        raise InputError(
+            'read="clean" at several layers',
+            expected="links that decide once, at the prompt's last token",
+            got=f"{stepwise[0]!r}, which decides at every step",
+            fix='Use read="live".',
+        )
+    last = batch.mask.long().argmax(dim=1) + prompt_lengths.to(batch.mask.device) - 1
+    queries = reader.read(model, batch, hook_object.points, lambda activation: at(activation, last))
+    for state in session.states:
+        state.queries = {point.layer: queries[point] for point in state.link.points}
+    return session

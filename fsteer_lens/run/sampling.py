@@ -1,0 +1,97 @@
+"""How the next token is chosen from the logits: the most probable one, or one that is drawn."""
+
+import operator
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from fsteer_lens.errors import InputError
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of `Sampling` as keyword arguments of a function."""
+
+    do_sample: bool
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen from the logits; every row has a generator of its own.
+
+    Attributes:
+        do_sample: draw from the distribution; otherwise take the most probable token.
+        temperature: divides the logits, > 0.
+        top_k: keep this many of the most probable tokens.
+        top_p: keep the smallest set of tokens with this much probability, in (0, 1].
+        seed: of the draws; None takes a random one.
+    """
+
+    do_sample: bool = False
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        _require("do_sample", self.do_sample, lambda given: isinstance(given, bool), "True or False")
+        given = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "seed")}
+        unused = [name for name, value in given.items() if value is not None]
+        if not self.do_sample and unused:
+            raise InputError(f"{', '.join(unused)} without effect", fix="Pass do_sample=True as well.")
+        _require("temperature", self.temperature, lambda t: t > 0, "a number > 0", fix="Or do_sample=False.")
+        _require("top_k", self.top_k, lambda k: operator.index(k) >= 1, "an int >= 1")
+        _require("top_p", self.top_p, lambda p: 0 < p <= 1, "a number in (0, 1]")
+        if self.do_sample and self.seed is None:
+            object.__setattr__(self, "seed", torch.Generator().seed())
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> "Sampling":
+        """From keyword arguments that a function took.
+
+        Raises:
+            InputError: one of them is not among `SamplingOptions`, or cannot be used.
+        """
+        known = [item.name for item in fields(cls)]
+        unknown = sorted(set(options) - set(known))
+        if unknown:
+            raise InputError("options that nothing takes", expected=f"some of {', '.join(known)}", got=unknown)
+        return cls(**options)
+
+    def generators(self, rows: Iterable[int]) -> list[torch.Generator]:
+        """One generator per row number, so that a row draws the same in any batch; none where nothing is drawn."""
+        if not self.do_sample:
+            return []
+        return [torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{row}".encode())) for row in rows]
+
+    def choose(self, logits: Float[Tensor, "b vocab"], generators: Sequence[torch.Generator]) -> Int[Tensor, " b"]:
+        """The next token of every row."""
+        if not self.do_sample:
+            return logits.argmax(dim=-1)
+        ordered, ids = (logits.float() / (self.temperature or 1.0)).sort(dim=-1, descending=True)
+        probabilities = ordered.softmax(dim=-1)
+        if self.top_k is not None:
+            probabilities[:, self.top_k :] = 0
+        if self.top_p is not None:
+            probabilities[probabilities.cumsum(dim=-1) - probabilities >= self.top_p] = 0
+        cpu = probabilities.cpu()
+        places = torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(cpu, generators, strict=True)])
+        return ids.gather(1, places.to(ids.device).unsqueeze(1)).squeeze(1)
+
+
+def _require(name: str, value: Any, holds: Callable[[Any], bool], expected: str, fix: str | None = None) -> None:
+    """Raise `InputError` for a value that is given and does not do."""
+    try:
+        usable = value is None or holds(value)
+    except TypeError:  # a word where a number is compared
+        usable = False
+    if not usable:
+        raise InputError(name, expected=expected, got=repr(value), fix=fix)
