@@ -1,6 +1,6 @@
 """A gate of one's own: a class with one method that steers, combines, is recorded, drawn, explored and monitored."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -170,5 +170,6 @@ def test_a_gate_keeps_to_its_layer(steering: FineSteer, trained: dict[int, Activ
         InputError, match=r"FineSteer gate: expected a gate of layer 4, got one of layer 2.*gate_layer="
     ):
         steering.with_gate(elsewhere)
+    assert replace(steering, layer=5, site="hook_resid_pre").gate is steering.gate, "one tensor, named from above"
     nowhere = fit_gate(trained[2].queries, rank=2)
     assert steering.with_gate(nowhere).gate_at(LAYER) is nowhere and (nowhere & elsewhere).layer == 2

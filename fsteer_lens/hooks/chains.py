@@ -24,7 +24,7 @@ class Chain(HookObject):
         wrong = [type(link).__name__ for link in self.hooks if not isinstance(link, Link)]
         if wrong or len(self.hooks) < 2:
             raise InputError("chain", expected="at least two hook objects", got=wrong or len(self.hooks))
-        widths = {link.d_model for link in self.hooks}
+        widths = {link.d_model for link in self.hooks if link.d_model is not None}
         if len(widths) > 1:
             raise ShapeError("chain", expected="hook objects of one d_model", got=sorted(widths))
 
@@ -37,9 +37,9 @@ class Chain(HookObject):
         return self.hooks
 
     @property
-    def d_model(self) -> int:
-        """Width of the activations."""
-        return self.hooks[0].d_model
+    def d_model(self) -> int | None:
+        """Width of the activations; None takes any."""
+        return next((link.d_model for link in self.hooks if link.d_model is not None), None)
 
 
 def chain(*hooks: HookObject) -> Chain:

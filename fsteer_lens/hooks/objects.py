@@ -121,9 +121,9 @@ class HookObject(ABC):
         """What it is made of: itself, or the links of a chain."""
 
     @property
-    @abstractmethod
-    def d_model(self) -> int:
-        """Width of the activations."""
+    def d_model(self) -> int | None:
+        """Width of the activations; None takes any."""
+        return None
 
     @property
     def points(self) -> tuple[Point, ...]:
@@ -179,7 +179,7 @@ class HookObject(ABC):
         """A session for a model that was checked against the fingerprints (once per model)."""
         for point in self.points:
             site_name(model, point.layer, point.site)
-        if model.cfg.d_model != self.d_model:
+        if self.d_model not in (None, model.cfg.d_model):
             raise ShapeError(
                 repr(self),
                 expected=f"a model with d_model={self.d_model}",
@@ -205,7 +205,32 @@ class HookObject(ABC):
 
 
 class Link(HookObject):
-    """A hook object that acts by itself: it reads the stream at layers of one site, and edits it at some of them."""
+    """A hook object that acts by itself: it reads the stream at layers of one site, and edits it at some of them.
+
+    One of your own needs `hooked_layers` and `edit`; it then has `.on`, `.attach` and `.fwd_hooks`, goes to `generate`,
+    `chain` and whatever takes a steering, and its values are in the trace. Make it a frozen dataclass: a session
+    keeps what changes. A file cannot hold it: see `save`::
+
+        @dataclass(frozen=True, eq=False)
+        class Shorten(fs.hooks.Link):
+            layer: int
+            most: float
+
+            @property
+            def hooked_layers(self):
+                return (self.layer,)
+
+            def edit(self, state, layer, activation, view):
+                h = activation.float()
+                length = h.norm(dim=-1)
+                state.extend(layer, view, length=length)  # trace.own_by_token["length"][layer], [b s]
+                factor = (self.most / length).clamp(max=1)
+                return (factor - 1).unsqueeze(-1) * h
+
+    Attributes:
+        site: hook point within a layer, "hook_resid_pre" or "hook_resid_post".
+        fingerprint: of the model that it was fitted on, checked when it is put on one; None fits any.
+    """
 
     site: str = DEFAULT_SITE
     fingerprint: Fingerprint | None = None
@@ -221,9 +246,9 @@ class Link(HookObject):
         """Layers whose hook points are used."""
 
     @property
-    @abstractmethod
     def edited_layers(self) -> tuple[int, ...]:
-        """Those of them where the stream may be edited; the others are only read."""
+        """Those of them where the stream may be edited, all of them unless it says otherwise; others are only read."""
+        return self.hooked_layers
 
     @property
     def stepwise(self) -> bool:
@@ -232,4 +257,17 @@ class Link(HookObject):
 
     @abstractmethod
     def edit(self, state: State, layer: int, activation: Tensor, view: View) -> Tensor | None:
-        """What to add to one activation, [b t d] in float32; None is nothing."""
+        """What to add to one activation of one forward pass; None is nothing.
+
+        Args:
+            state: remembers what was decided on the prompts, takes what the trace is to hold (`record` for a value of
+                each row, `extend` for one of each position), and gives the query activation (`query`).
+            layer: one of `hooked_layers`.
+            activation: the residual stream there before any edit at this point, [b t d], in the model's dtype; not to
+                be written to.
+            view: where it lies in its rows: which columns, whether a new prompt, where each row's last prompt token
+                is, and which positions are real.
+
+        Returns:
+            What to add, float32, that shape or one that expands to it. Pads may be given anything.
+        """

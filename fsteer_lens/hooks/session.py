@@ -6,7 +6,7 @@ from threading import Thread, current_thread
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fsteer_lens.errors import HookError, ShapeError
@@ -14,6 +14,7 @@ from fsteer_lens.hooks.positions import Positions, View
 from fsteer_lens.models.attaching import AddedHooks, OwnHook, hooks_added
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import Point
+from fsteer_lens.reading.reader import at
 from fsteer_lens.trace.trace import Trace
 
 
@@ -51,34 +52,49 @@ class Acted(Protocol):
         ...
 
     @property
-    def d_model(self) -> int:
-        """Width of the activations."""
+    def d_model(self) -> int | None:
+        """Width of the activations; None takes any."""
         ...
 
 
 class State:
-    """What one link remembers of the prompts at hand."""
+    """What one link remembers of the prompts at hand, and where it puts what the trace is to hold.
+
+    Attributes:
+        decisions: what was decided on the prompts, {layer: anything}; the link's own to fill and to read.
+        steps: what was decided at the latest positions, likewise, where a link decides at every step.
+        queries: query activations, {layer: [b d]}, where they are not to be read from the running stream; else None.
+    """
 
     def __init__(self, link: Acts) -> None:
         self.link = link
         self.trace = Trace()
         self.decisions: dict[int, Any] = {}
-        """What was decided on the prompts, per layer."""
         self.steps: dict[int, Any] = {}
-        """What was decided at the latest positions, per layer, where a link decides at every step."""
         self.queries: dict[int, Tensor] | None = None
-        """Query activations, {layer: [b d]}, where they are not to be read from the running stream."""
+
+    def query(self, layer: int, activation: Float[Tensor, "b t d"], view: View) -> Float[Tensor, "b d"]:
+        """The activation at each row's last prompt token, float32; of a new prompt, where `view.fresh`."""
+        if self.queries is None:
+            return at(activation, view.query).float()
+        return self.queries[layer].to(activation.device)
 
     def record(self, layer: int, **values: Tensor | None) -> None:
-        """Put values into the trace, replacing what is there; None is left out."""
+        """Put a value of each row, [b ...], into the trace, replacing what is there; None is left out.
+
+        A name that is no field of `Trace` goes to `trace.own[name][layer]`.
+        """
         for name, value in values.items():
             if value is not None:
-                getattr(self.trace, name)[layer] = _kept(value)
+                self.trace.holder(name, by_token=False)[layer] = _kept(value)
 
     def extend(self, layer: int, view: View, **values: Tensor) -> None:
-        """Append the values of new positions, [b t ...], to the trace."""
+        """Append a value of each position, [b t ...], to the trace.
+
+        A name that is no field of `Trace` goes to `trace.own_by_token[name][layer]`.
+        """
         for name, value in values.items():
-            _extend(getattr(self.trace, name), layer, view, value)
+            _extend(self.trace.holder(name, by_token=True), layer, view, value)
 
 
 class Session:
@@ -151,7 +167,7 @@ class Session:
             raise
 
     def _respond(self, point: Point, activation: Tensor) -> Tensor | None:
-        if activation.shape[-1] != self.hook_object.d_model:
+        if self.hook_object.d_model not in (None, activation.shape[-1]):
             raise ShapeError(
                 f"activation at layer {point.layer}",
                 expected=f"width d_model={self.hook_object.d_model}",
@@ -173,8 +189,7 @@ class Session:
                 fix="A forward was broken off between the layers: call handle.reset(), or open a new context.",
             )
         acting = self._acting[point]
-        edits = [state.link.edit(state, point.layer, activation, view) for state in acting]
-        edits = [None if edit is None else edit.to(activation.device) for edit in edits]
+        edits = [_checked(state.link.edit(state, point.layer, activation, view), state, activation) for state in acting]
         acted = [edit for edit in edits if edit is not None]
         total = sum(acted[1:], acted[0]) if acted else None
         editing = [pair for pair in zip(acting, edits, strict=True) if point.layer in pair[0].link.edited_layers]
@@ -225,6 +240,20 @@ class PointHook(OwnHook):
     def __call__(self, activation: Tensor, hook: Any = None) -> Tensor | None:
         """Return the edited activation, or None to leave it."""
         return self.session.respond(self.point, activation)
+
+
+def _checked(edit: Any, state: State, activation: Tensor) -> Tensor | None:
+    """An edit on the activation's device and in its shape; raises `ShapeError` where it is none."""
+    if edit is None:
+        return None
+    try:
+        return edit.to(activation.device).expand(activation.shape)
+    except (AttributeError, RuntimeError) as error:
+        raise ShapeError(
+            f"what {type(state.link).__name__}.edit gave",
+            expected=f"None, or a tensor to add to the activation {list(activation.shape)}",
+            got=list(edit.shape) if isinstance(edit, Tensor) else type(edit).__name__,
+        ) from error
 
 
 def _change(edit: Tensor | None, size: Tensor, view: View) -> Tensor:

@@ -21,7 +21,7 @@ from torch import Tensor
 from fsteer_lens.errors import DataError, InputError
 from fsteer_lens.hooks.probes import SubspaceAblation
 from fsteer_lens.method.experts import Experts
-from fsteer_lens.method.gates import Gate, require_gate
+from fsteer_lens.method.gates import Gate
 from fsteer_lens.method.linalg import require_matrix, require_shapes, require_width
 from fsteer_lens.method.subspace import Subspace
 from fsteer_lens.reading.activations import Activations
@@ -38,7 +38,7 @@ class _OneLayer(Steering):
         if self.layer is None:
             raise InputError(name, expected="layer=", got=None)
         if self.gate is not None:
-            require_gate(self.gate, f"{name} gate", self.d_model, self.layer)
+            self._require_gate(self.gate, self.layer)
         super().__post_init__()
 
     @property

@@ -26,7 +26,6 @@ from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.gates import Gate, require_gate
 from fsteer_lens.models.points import DEFAULT_SITE
 from fsteer_lens.reading.fingerprints import Fingerprint
-from fsteer_lens.reading.reader import at
 
 Own = TypeVar("Own", bound="Steering")
 
@@ -130,6 +129,12 @@ class Steering(Link):
     def vectors(self, layer: int, h: Float[Tensor, "*batch d"]) -> Decision:
         """The vector for each activation with what it is made of; its gate is all ones."""
 
+    def _require_gate(self, gate: Any, layer: int | None) -> None:
+        """Raise unless this is a gate for the stream at a layer: what enters a layer is what leaves the one below."""
+        if layer is not None and self.site == "hook_resid_pre":
+            layer -= 1
+        require_gate(gate, f"{type(self).__name__} gate", self.d_model, layer)
+
     @property
     def hooked_layers(self) -> tuple[int, ...]:
         """Steered layers and the gate's."""
@@ -205,10 +210,7 @@ class Steering(Link):
     def edit(self, state: State, layer: int, activation: Tensor, view: View) -> Tensor | None:
         """Decide on a new prompt (with refresh="step" at every later position too), and scale by scope and schedule."""
         if view.fresh:
-            if state.queries is None:
-                h = at(activation, view.query).float()
-            else:
-                h = state.queries[layer].to(activation.device)
+            h = state.query(layer, activation, view)
             decision = self.decide(layer, h, self._shared_gate(layer, state.decisions, h))
             state.decisions[layer] = decision
             kept = decision._asdict()
@@ -313,7 +315,7 @@ class FineSteer(Steering):
         gates = self.gate if isinstance(self.gate, Mapping) else {self.layer: self.gate}
         for layer, gate in gates.items():
             if gate is not None:
-                require_gate(gate, "FineSteer gate", self.d_model, layer)
+                self._require_gate(gate, layer)
         super().__post_init__()
 
     @property

@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from fsteer_lens.trace.records import jsonable, tensor
+
 Texts = tuple[tuple[tuple[str, ...], ...], ...]
 """Texts of the likeliest tokens: per row, per step, likeliest first."""
 
@@ -132,23 +134,6 @@ class Steps:
             "baseline_logprobs": numbers("baseline_logprob"),
         }
         return cls(**{**empty, **known, **tops("top"), **tops("baseline_top")})  # pyright: ignore[reportArgumentType]
-
-
-def jsonable(value: Tensor) -> Any:
-    """A tensor as nested lists with None for NaN and infinity."""
-    if value.ndim:
-        return [jsonable(item) for item in value]
-    number = value.item()
-    return number if math.isfinite(number) else None
-
-
-def tensor(values: Any, kind: torch.dtype = torch.float32) -> Tensor:
-    """Nested lists as a tensor, with NaN for None."""
-
-    def filled(item: Any) -> Any:
-        return [filled(part) for part in item] if isinstance(item, list) else math.nan if item is None else item
-
-    return torch.tensor(filled(values), dtype=kind)
 
 
 def fill_of(kind: torch.dtype) -> float:

@@ -5,22 +5,21 @@ elsewhere. What `generate` returns is on the CPU; under `.on` and `.attach` a tr
 that the way of running could not know is None.
 """
 
-import gzip
-import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from fsteer_lens.errors import DataError, InputError, MissingDependencyError
-from fsteer_lens.ground.files import read_text, write_atomically
-from fsteer_lens.trace.steps import Steps, jsonable, stack, tensor
+from fsteer_lens.errors import DataError, InputError
+from fsteer_lens.trace import records
+from fsteer_lens.trace.records import jsonable, tensor
+from fsteer_lens.trace.steps import Steps, stack
 
 PerLayer = dict[int, Tensor]
 
@@ -69,6 +68,8 @@ class Trace:
         steps: what was generated; from `generate`.
         unsteered: token texts of what the model generates without steering; from `generate` with `compare=True`.
         parts: the trace of each link; of a chain, whose own trace has the common `change` and no decisions.
+        own: what a hook object of one's own recorded of each row, {name: {layer: [b ...]}}.
+        own_by_token: what it recorded of each position, {name: {layer: [b s ...]}}.
     """
 
     ser: PerLayer = field(default_factory=dict)
@@ -89,6 +90,8 @@ class Trace:
     steps: Steps | None = None
     unsteered: tuple[tuple[str, ...], ...] | None = None
     parts: "tuple[Trace, ...]" = ()
+    own: dict[str, PerLayer] = field(default_factory=dict)
+    own_by_token: dict[str, PerLayer] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         known = [item.name for item in fields(self) if getattr(self, item.name) not in (None, {}, ())]
@@ -97,8 +100,8 @@ class Trace:
     @property
     def layers(self) -> tuple[int, ...]:
         """Layers that were recorded, by any part."""
-        own = {layer for name in PER_LAYER for layer in getattr(self, name)}
-        return tuple(sorted(own.union(*(part.layers for part in self.parts))))
+        known = {layer for by_layer in self._mappings() for layer in by_layer}
+        return tuple(sorted(known.union(*(part.layers for part in self.parts))))
 
     @property
     def n_rows(self) -> int:
@@ -122,15 +125,8 @@ class Trace:
         return self._cut(cut, slice(start, end), steps)
 
     def _cut(self, rows: slice, columns: slice, steps: Steps | None) -> "Trace":
-        def pick(name: str) -> PerLayer:
-            values: PerLayer = getattr(self, name)
-            return {
-                layer: value[rows, columns] if _by_position(name, value) else value[rows]
-                for layer, value in values.items()
-            }
-
         return Trace(
-            **{name: pick(name) for name in PER_LAYER},
+            **self._changed(lambda value, by_position: value[rows, columns] if by_position else value[rows]),
             prompt_lengths=None if self.prompt_lengths is None else self.prompt_lengths[rows],
             first=None if self.first is None else torch.zeros_like(self.first[rows]),
             bos=None if self.bos is None else self.bos[rows],
@@ -153,18 +149,45 @@ class Trace:
 
     def copy(self) -> "Trace":
         """The trace as it stands: a value that no later forward pass changes."""
-        held = {name: dict(getattr(self, name)) for name in PER_LAYER}
+        held = self._changed(lambda value, by_position: value)
         return replace(self, **held, parts=tuple(part.copy() for part in self.parts))
 
     def begin(self, prompt_lengths: Int[Tensor, " b"], first: Int[Tensor, " b"]) -> None:
         """Forget what was recorded, for a new prompt; mappings that were handed out keep what they hold."""
-        for name in PER_LAYER:
+        for name in (*PER_LAYER, *OWN):
             setattr(self, name, {})
         self.prompt_lengths, self.first = prompt_lengths, first
 
+    def holder(self, name: str, by_token: bool) -> PerLayer:
+        """Where values of that name go: a field of the trace, or a mapping for a hook object of one's own."""
+        if name in PER_LAYER:
+            return getattr(self, name)
+        own = self.own_by_token if by_token else self.own
+        return own.setdefault(name, {})
+
+    def _mappings(self) -> list[PerLayer]:
+        """Everything that goes from layer to tensor."""
+        own = [by_layer for name in OWN for by_layer in getattr(self, name).values()]
+        return [getattr(self, name) for name in PER_LAYER] + own
+
+    def _changed(self, change: Callable[[Tensor, bool], Tensor]) -> dict[str, Any]:
+        """Everything that goes from layer to tensor, changed; `change` is told whether the second axis is positions."""
+
+        def changed(by_layer: PerLayer, by_position: Callable[[Tensor], bool]) -> PerLayer:
+            return {layer: change(value, by_position(value)) for layer, value in by_layer.items()}
+
+        fields_of: dict[str, Any] = {
+            name: changed(getattr(self, name), partial(_by_position, name)) for name in PER_LAYER
+        }
+        for name in OWN:
+            by_token = name == "own_by_token"
+            own = getattr(self, name).items()
+            fields_of[name] = {key: changed(by_layer, lambda value, by=by_token: by) for key, by_layer in own}
+        return fields_of
+
     def cpu(self) -> "Trace":
         """The same trace with every tensor on the CPU."""
-        held = {name: {layer: value.cpu() for layer, value in getattr(self, name).items()} for name in PER_LAYER}
+        held = self._changed(lambda value, by_position: value.cpu())
         return replace(self, **held, parts=tuple(part.cpu() for part in self.parts))
 
     def marks(self, layer: int | None = None) -> Marks:
@@ -204,7 +227,7 @@ class Trace:
 
         The record of a chain has a record of each link in "parts". `from_records` reads them back.
         """
-        records = []
+        found = []
         for index in range(self.n_rows):
             row = self.row(index)
             assert row.prompt_lengths is not None
@@ -220,16 +243,20 @@ class Trace:
                 record["unsteered"] = list(row.unsteered[0])
             if row.parts:
                 record["parts"] = [{"row": index, "layers": part._layer_records()} for part in row.parts]
-            records.append(record)
-        return records
+            found.append(record)
+        return found
 
     def _layer_records(self) -> dict[int, dict[str, Any]]:
         """What is known of the first row, per layer."""
-        known = {name: getattr(self, name) for name in PER_LAYER}
-        return {
-            layer: {name: jsonable(values[layer][0]) for name, values in known.items() if layer in values}
-            for layer in sorted({layer for values in known.values() for layer in values})
-        }
+        found: dict[int, dict[str, Any]] = {layer: {} for layer in sorted({at for by in self._mappings() for at in by})}
+        for name in PER_LAYER:
+            for layer, value in getattr(self, name).items():
+                found[layer][name] = jsonable(value[0])
+        for name in OWN:
+            for key, by_layer in getattr(self, name).items():
+                for layer, value in by_layer.items():
+                    found[layer].setdefault(name, {})[key] = jsonable(value[0])
+        return found
 
     @classmethod
     def from_records(cls, records: Sequence[Mapping[str, Any]]) -> "Trace":
@@ -252,9 +279,13 @@ class Trace:
     @classmethod
     def _of_record(cls, record: Mapping[str, Any], length: int | None = None) -> "Trace":
         """The trace of one row."""
-        fields_of: dict[str, PerLayer] = {name: {} for name in PER_LAYER}
+        fields_of: dict[str, Any] = {name: {} for name in (*PER_LAYER, *OWN)}
         for layer, values in record["layers"].items():
             for name, value in values.items():
+                if name in OWN:
+                    for key, one in value.items():
+                        fields_of[name].setdefault(key, {})[int(layer)] = tensor(one).unsqueeze(0)
+                    continue
                 kind = torch.bool if name in ("distance_outside", "energy_outside") else torch.float32
                 fields_of[name][int(layer)] = tensor(value, kind).unsqueeze(0)
         length = record["prompt_length"] if length is None else length
@@ -271,7 +302,7 @@ class Trace:
 
     def json_lines(self) -> str:
         """The records as text, one JSON object a line."""
-        return "".join(json.dumps(record, allow_nan=False) + "\n" for record in self.to_records())
+        return records.json_lines(self.to_records())
 
     def to_jsonl(self, path: str | os.PathLike[str]) -> None:
         """Write one JSON object a row, atomically, compressed where the name ends in .gz.
@@ -281,8 +312,7 @@ class Trace:
         Raises:
             InputError: the folder does not exist.
         """
-        data = self.json_lines().encode()
-        write_atomically(path, gzip.compress(data) if Path(path).suffix == ".gz" else data)
+        records.write(path, self.json_lines())
 
     @classmethod
     def from_jsonl(cls, path: str | os.PathLike[str]) -> "Trace":
@@ -292,9 +322,7 @@ class Trace:
             DataError: no such file, or no trace in it.
         """
         try:
-            zipped = Path(path).suffix == ".gz"
-            text = gzip.decompress(Path(path).read_bytes()).decode() if zipped else read_text(path)
-            return cls.from_records([json.loads(line) for line in text.split("\n") if line.strip()])
+            return cls.from_records(records.read(path))
         except (OSError, EOFError, zlib.error, ValueError, DataError) as error:
             raise DataError(f"{path}", expected="a trace that to_jsonl wrote", got=str(error)) from error
 
@@ -306,43 +334,18 @@ class Trace:
         Raises:
             MissingDependencyError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise MissingDependencyError("to_frame needs pandas", fix="pip install pandas.") from error
-        lines = []
-        for record in self.to_records():
-            text = {"text": "".join(step["text"] for step in record["steps"])} if "steps" in record else {}
-            for number, part in enumerate(record.get("parts", [record])):
-                where = {"part": number} if "parts" in record else {}
-                lines += [{**line, **where, **text} for line in _frame_lines(part)]
-        return pandas.DataFrame(lines)
+        return records.frame(self.to_records())
 
 
-PER_LAYER = tuple(item.name for item in fields(Trace) if item.default_factory is dict)
+OWN = ("own", "own_by_token")
+"""Fields that hold such mappings by the names that a hook object of one's own chose."""
+PER_LAYER = tuple(item.name for item in fields(Trace) if item.default_factory is dict and item.name not in OWN)
 """Names of the fields that go from layer to tensor."""
 
 
 def _by_position(name: str, value: Tensor) -> bool:
     """Whether the second axis of a field's tensor is positions: always, or where a probe read every token."""
     return name in ("change", "step_gate", "step_weights") or (name in ("ser", "weights") and value.ndim == 3)
-
-
-def _frame_lines(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A line per layer of one record."""
-    lines = []
-    for layer, values in record["layers"].items():
-        line: dict[str, Any] = {"row": record["row"], "layer": layer, "gate": values.get("gate")}
-        ser, weights = values.get("ser", [None]), values.get("weights", [])
-        line["ser"] = None if isinstance(ser[0], list) else ser[-1]  # a list for every token: a probe's, not a decision
-        if weights and not isinstance(weights[0], list):
-            line.update({f"expert_{i}": weight for i, weight in enumerate(weights)})
-        for name in ("distance", "distance_outside", "energy_outside"):
-            line[name] = values.get(name)
-        changes = [value for value in values.get("change", []) if value]
-        line["change"] = sum(changes) / len(changes) if changes else 0.0
-        lines.append(line)
-    return lines
 
 
 def join(traces: Sequence[Trace]) -> Trace:
