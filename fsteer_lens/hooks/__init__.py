@@ -3,6 +3,7 @@
 from fsteer_lens.hooks.chains import Chain, chain
 from fsteer_lens.hooks.objects import Handle, HookObject, Hooks, Link
 from fsteer_lens.hooks.probes import ExpertProbe, SubspaceAblation, SubspaceProbe
+from fsteer_lens.hooks.scopes import Schedule, Window
 
 __all__ = [
     "Chain",
@@ -11,7 +12,9 @@ __all__ = [
     "HookObject",
     "Hooks",
     "Link",
+    "Schedule",
     "SubspaceAblation",
     "SubspaceProbe",
+    "Window",
     "chain",
 ]
