@@ -130,7 +130,8 @@ def _ours(kind: Any) -> Toolkit:
     def make(sizes: dict[str, int], device: str, layer: int, vector: Any) -> tuple[Way, Way]:
         import torch
 
-        from fsteer_lens import MeanShift, generate, models
+        from fsteer_lens import generate, models
+        from fsteer_lens.steering import MeanShift
         from fsteer_lens.tutor.loading import FOLDER
 
         from transformers import AutoTokenizer  # isort: skip

@@ -7,27 +7,19 @@ import numpy as np
 import pytest
 import torch
 
-from fsteer_lens import (
-    FineSteer,
-    MeanShift,
-    SubspaceAblation,
-    collect_queries,
-    fit_directional_ablation,
-    fit_experts,
-    fit_gate,
-    fit_mean_shift,
-    fit_nearest_centroid,
-    fit_null_space,
-    fit_pca_direction,
-    generate,
-    load,
-    save,
-    tutor,
-)
+from fsteer_lens import FineSteer, SubspaceAblation, collect_queries, fit_experts, fit_gate, generate, load, save, tutor
 from fsteer_lens.errors import DataError, InputError, ShapeError
 from fsteer_lens.method.linear_gates import CosineGate
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.reading.activations import Activations
+from fsteer_lens.steering import (
+    MeanShift,
+    fit_directional_ablation,
+    fit_mean_shift,
+    fit_nearest_centroid,
+    fit_null_space,
+    fit_pca_direction,
+)
 from tests.running import LAYER, SITE, batch_of, residual
 from tests.test_baselines_fitting import D, activations, general
 

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import inspect
 import json
 import re
 import shlex
@@ -15,6 +16,7 @@ import pytest
 import fsteer_lens
 from fsteer_lens import tutor
 from tests.page_code import blocks, differences, same_output
+from tests.test_package import ROOMS, face
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -69,12 +71,10 @@ def test_every_public_name_is_on_a_page_of_the_reference() -> None:
                 listed.append(getattr(importlib.import_module(module), own))
             else:
                 listed.append(getattr(place, name))
-    for name in ("", ".effects", ".evaluation", ".explorer", ".figures", ".report", ".selection", ".tutor"):
-        module = importlib.import_module(f"fsteer_lens{name}")
-        missing = [
-            one for one in module.__all__ if callable(getattr(module, one)) and getattr(module, one) not in listed
-        ]
-        assert not missing, f"fsteer_lens{name}: {missing} are on no page of docs/reference"
+    for room in ("", *ROOMS):
+        named = {name: getattr(face(room), name) for name in face(room).__all__}
+        missing = [name for name, value in named.items() if not inspect.ismodule(value) and value not in listed]
+        assert not missing, f"fsteer_lens.{room}: {missing} are on no page of docs/reference"
 
 
 # ----------------------------------------------------------------------------------------------------------- links

@@ -11,7 +11,6 @@ from torch import Tensor
 from fsteer_lens import (
     ContrastSet,
     FineSteer,
-    MeanShift,
     SubspaceAblation,
     SubspaceProbe,
     Window,
@@ -19,7 +18,6 @@ from fsteer_lens import (
     collect,
     collect_queries,
     effects,
-    fit_mean_shift,
     generate,
     models,
     tutor,
@@ -30,6 +28,7 @@ from fsteer_lens.ground.estimates import bootstrap
 from fsteer_lens.method.subspace_gates import EnergyGate, LogisticGate
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts.tokens import answer_ids, prompt_ids
+from fsteer_lens.steering import MeanShift, fit_mean_shift
 from tests import made_up
 from tests.families import FAMILIES, random_model
 from tests.running import LAYER, SITE, n_hooks

@@ -12,16 +12,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsteer_lens import Activations, FineSteer, Prompting, evaluate, fit_ablations, generate, tutor
+from fsteer_lens import Activations, FineSteer, evaluate, generate, tutor
 from fsteer_lens.effects import exact_answers
 from fsteer_lens.errors import DataError, InputError, NonFiniteError, ShapeError
 from fsteer_lens.evaluation import (
     Evaluation,
     Measure,
+    Prompting,
     Setting,
     Suite,
     TruthfulQA,
     every,
+    fit_ablations,
     harmbench,
     refuses,
     xstest,

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from fsteer_lens import Evaluation, FineSteer, collect, collect_queries, evaluate, generate, tutor
+from fsteer_lens import FineSteer, collect, collect_queries, evaluate, generate, tutor
 from fsteer_lens.effects import expert_knockout, routing_report
 from fsteer_lens.errors import InputError
+from fsteer_lens.evaluation import Evaluation
 from fsteer_lens.ground.estimates import Proportion, auroc
-from fsteer_lens.method.gates import SubspaceGate
+from fsteer_lens.method import SubspaceGate
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.tutor import TutorSuite, measuring
 from fsteer_lens.tutor.suite import KEPT, WANTED

@@ -422,7 +422,7 @@ h = torch.randn(40, 128)
 steering = fl.FineSteer(fl.fit_experts(h, torch.randn(40, 128), epochs=1), layer=4)
 prompts = ["<user>hello<tutor>"]
 cases = [
-    lambda: explore(fl.MeanShift(h[0], layer=4), model, prompts),
+    lambda: explore(fl.steering.MeanShift(h[0], layer=4), model, prompts),
     lambda: explore(steering, "gpt2", prompts),
     lambda: explore(steering, model, {}),
     lambda: explore(steering, model, []),

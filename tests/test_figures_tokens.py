@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fsteer_lens import MeanShift, Window, chain, figures, generate
+from fsteer_lens import Window, chain, figures, generate
 from fsteer_lens.effects import GateExplanation
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.rich import harmless
 from fsteer_lens.figures.style import expert_colours
 from fsteer_lens.figures.tokens import tokens_of_text
 from fsteer_lens.run.generation import Baseline, Generation, Generations
+from fsteer_lens.steering import MeanShift
 from fsteer_lens.trace.trace import Trace, join
 from tests.figure_parts import HOSTILE, Elements, trace_of
 from tests.running import LAYER, SITE, batch_of, residual

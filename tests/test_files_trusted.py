@@ -19,10 +19,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fsteer_lens import FineSteer, LogisticGate, MeanShift, Schedule, SubspaceAblation, Window, chain, load, save
+from fsteer_lens import FineSteer, LogisticGate, Schedule, SubspaceAblation, Window, chain, load, save
 from fsteer_lens.errors import FileFormatError, FsteerError
 from fsteer_lens.hooks import HookObject
 from fsteer_lens.reading.fingerprints import Fingerprint
+from fsteer_lens.steering import MeanShift
 from fsteer_lens.steering.steering import Steering
 from fsteer_lens.steering.storage import FORMAT, MAX_HEADER
 from tests import made_up

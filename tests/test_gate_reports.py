@@ -5,17 +5,7 @@ import random
 import pytest
 import torch
 
-from fsteer_lens import (
-    Activations,
-    EnergyGate,
-    FineSteer,
-    Gate,
-    LogisticGate,
-    ThresholdGate,
-    collect_queries,
-    fit_gate,
-    tutor,
-)
+from fsteer_lens import Activations, EnergyGate, FineSteer, Gate, LogisticGate, collect_queries, fit_gate, tutor
 from fsteer_lens.errors import InputError, ShapeError
 from fsteer_lens.evaluation.gate_reports import (
     ALL,
@@ -33,6 +23,7 @@ from fsteer_lens.evaluation.perturbations import (
     typos,
 )
 from fsteer_lens.ground.estimates import Proportion, auroc
+from fsteer_lens.method import ThresholdGate
 from fsteer_lens.method.gates import oriented
 from fsteer_lens.method.linear_gates import LinearGate
 from fsteer_lens.models import SteerableModel

@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
-from fsteer_lens import FineSteer, MeanShift, harness, tutor
+from fsteer_lens import FineSteer, harness, tutor
 from fsteer_lens.errors import ContextLengthError, InputError, MissingDependencyError
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts.tokens import pad, prompt_ids
+from fsteer_lens.steering import MeanShift
 from tests.running import LAYER, logits_of
 
 OPTIONS: dict[str, Any] = {

@@ -6,12 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fsteer_lens import Activations, FineSteer, chain, fit, fit_gate, fit_mean_shift, generate, load, save, tutor
+from fsteer_lens import Activations, FineSteer, chain, fit, fit_gate, generate, load, save, tutor
 from fsteer_lens.errors import InputError
 from fsteer_lens.method.gates import Gate
 from fsteer_lens.method.subspace import fit_subspace
 from fsteer_lens.method.subspace_gates import SubspaceGate
 from fsteer_lens.models import SteerableModel
+from fsteer_lens.steering import fit_mean_shift
 from tests import made_up
 from tests.compare import same
 from tests.running import LAYER, batch_of, logits_of

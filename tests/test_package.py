@@ -1,12 +1,16 @@
 """What the package promises about itself: its names, its version, its errors and what importing it costs."""
 
+import importlib
 import importlib.metadata
 import inspect
+import re
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
+
+import pytest
 
 import fsteer_lens
 from fsteer_lens import errors
@@ -21,25 +25,82 @@ IMPORTED_ON_USE = [
     "pandas",
     "anywidget",
 ]
+# `ground` is what the other rooms stand on, and no room for users.
+ROOMS = sorted(path.parent.name for path in Path(fsteer_lens.__file__).parent.glob("*/__init__.py"))
+ROOMS.remove("ground")
+MAX_NAMES = 45
+TOP_OF_0_1 = """
+    Activations AttackReport Calibration Chain Contrast ContrastSet EnergyGate Evaluation ExpertProbe Experts Explorer
+    FineSteer FitReport Gate GateReport Generation Generations LogisticGate MeanShift NearestCentroid NullSpaceSteering
+    Parts PcaDirection Prompting QuantileGate Report Schedule Search Splits StepRecord Subspace SubspaceAblation
+    SubspaceProbe ThresholdGate Trace Trial Window attack_gate calibrate chain collect collect_queries effects errors
+    evaluate evaluation explore figures fit fit_ablations fit_directional_ablation fit_experts fit_gate fit_mean_shift
+    fit_nearest_centroid fit_null_space fit_pca_direction fit_subspace gate_report generate load models save search
+    steering_report stream tutor
+""".split()
 
 
 def run_python(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
 
 
-def test_all_is_the_public_namespace() -> None:
-    submodules = {name for name, value in vars(fsteer_lens).items() if isinstance(value, ModuleType)}
-    visible = {name for name in dir(fsteer_lens) if not name.startswith("_")} - submodules
-    declared = set(fsteer_lens.__all__)
-    assert declared - submodules - {"__version__"} == visible
+def face(room: str) -> ModuleType:
+    return importlib.import_module(f"fsteer_lens.{room}" if room else "fsteer_lens")
 
 
-def test_every_public_name_is_there_once_and_documented() -> None:
-    assert len(set(fsteer_lens.__all__)) == len(fsteer_lens.__all__)
-    for name in fsteer_lens.__all__:
-        value = getattr(fsteer_lens, name)
+@pytest.mark.parametrize("room", ["", *ROOMS])
+def test_all_is_the_public_namespace(room: str) -> None:
+    def ours(value: object) -> bool:
+        return (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__.startswith("fsteer_lens.")
+
+    bound = {name for name, value in vars(face(room)).items() if ours(value) and not name.startswith("_")}
+    declared = {name for name in face(room).__all__ if ours(getattr(face(room), name))}
+    assert bound == declared
+
+
+@pytest.mark.parametrize("room", ["", *ROOMS])
+def test_every_public_name_is_there_once_and_documented(room: str) -> None:
+    names = face(room).__all__
+    assert names and len(set(names)) == len(names)
+    for name in names:
+        value = getattr(face(room), name)
         if inspect.isclass(value) or inspect.isfunction(value) or inspect.ismodule(value):
             assert inspect.getdoc(value), f"{name} has no docstring"
+
+
+def test_the_top_is_small_and_shows_nothing_but_public_names() -> None:
+    assert len(fsteer_lens.__all__) <= MAX_NAMES
+    assert set(dir(fsteer_lens)) == {*fsteer_lens.__all__, *ROOMS, "__version__"}
+    assert all(inspect.ismodule(getattr(fsteer_lens, room)) for room in ROOMS)
+
+
+@pytest.mark.parametrize("name", sorted(set(TOP_OF_0_1) - set(fsteer_lens.__all__)))
+def test_a_name_that_moved_is_found_and_tells_its_new_address(name: str) -> None:
+    with pytest.warns(DeprecationWarning) as told:
+        value = getattr(fsteer_lens, name)
+    address = re.match(r"fsteer_lens\.(\w+) is now (fsteer_lens\.\w+)\.(\w+);", str(told[0].message))
+    assert address and address[1] == address[3] == name
+    room = importlib.import_module(address[2])
+    assert name in room.__all__ and getattr(room, name) is value
+
+
+@pytest.mark.parametrize("use", ["from fsteer_lens import MeanShift", "fsteer_lens.MeanShift"])
+def test_a_name_that_moved_warns_the_line_that_uses_it(use: str) -> None:
+    done = run_python(f"import fsteer_lens\n{use}")
+    assert done.returncode == 0, done.stderr
+    assert "<string>:2: DeprecationWarning: fsteer_lens.MeanShift is now fsteer_lens.steering.MeanShift" in done.stderr
+
+
+def test_a_name_that_is_gone_says_what_to_use_and_a_misspelt_one_is_unknown() -> None:
+    with pytest.raises(AttributeError, match=r"fit_gate\(queries, kind='cosine', general=\.\.\.\)"):
+        _ = fsteer_lens.fit_cosine_gate
+    with pytest.raises(AttributeError, match="no attribute 'fit_gates'"):
+        _ = fsteer_lens.fit_gates
+
+
+def test_modules_without_a_place_in_all_that_users_reach_from_the_top() -> None:
+    assert {"prompt_ids", "text_ids", "answer_ids"} <= set(dir(fsteer_lens.tokens))
+    assert fsteer_lens.tutor.loading.FOLDER.is_dir()
 
 
 def test_no_module_is_named_like_a_public_function() -> None:

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsteer_lens import Activations, Splits, fit_mean_shift, fit_pca_direction, generate, search, tutor
+from fsteer_lens import Activations, generate, search, tutor
 from fsteer_lens.errors import DataError, InputError
 from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
-from fsteer_lens.selection import SplitData
+from fsteer_lens.selection import SplitData, Splits
+from fsteer_lens.steering import fit_mean_shift, fit_pca_direction
 from fsteer_lens.steering.steering import Steering
 from tests import made_up
 

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from fsteer_lens import Activations, FineSteer, calibrate, fit, fit_mean_shift, generate, tutor
+from fsteer_lens import Activations, FineSteer, calibrate, fit, generate, tutor
 from fsteer_lens.errors import ContextLengthError, InputError
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts.tokens import answer_ids, pad, prompt_ids
+from fsteer_lens.steering import fit_mean_shift
 from fsteer_lens.steering.steering import Steering
 from tests import made_up
 from tests.running import LAYER, logits_of

@@ -13,23 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from fsteer_lens import (
-    Contrast,
-    EnergyGate,
-    Experts,
-    FineSteer,
-    Trace,
-    effects,
-    figures,
-    fit,
-    fit_mean_shift,
-    generate,
-    tutor,
-)
+from fsteer_lens import Contrast, EnergyGate, Experts, FineSteer, Trace, effects, figures, fit, generate, tutor
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.estimates import Proportion, bootstrap
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.report import Report, steering_report
+from fsteer_lens.steering import fit_mean_shift
 from tests import made_up
 from tests.browser.chromium import launched, opened
 from tests.running import LAYER

@@ -6,23 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fsteer_lens import (
-    Activations,
-    Experts,
-    FineSteer,
-    MeanShift,
-    Schedule,
-    fit,
-    fit_gate,
-    fit_mean_shift,
-    models,
-    tutor,
-)
+from fsteer_lens import Activations, Experts, FineSteer, Schedule, fit, fit_gate, models, tutor
 from fsteer_lens.errors import HookError, InputError, MismatchError, ShapeError, SiteError
 from fsteer_lens.hooks.positions import Positions
 from fsteer_lens.hooks.session import Point
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts.tokens import pad, prompt_ids
+from fsteer_lens.steering import MeanShift, fit_mean_shift
 from tests import made_up
 from tests.families import random_model, tokenizer
 from tests.running import LAYER, SITE, batch_of, logits_of, n_hooks, residual, three_ways

@@ -9,9 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fsteer_lens import Activations, FineSteer, Schedule, fit, fit_gate, fit_mean_shift, generate, load, save
+from fsteer_lens import Activations, FineSteer, Schedule, fit, fit_gate, generate, load, save
 from fsteer_lens.errors import FileFormatError, InputError, MismatchError
 from fsteer_lens.models import SteerableModel
+from fsteer_lens.steering import fit_mean_shift
 from tests.compare import same
 from tests.running import LAYER
 

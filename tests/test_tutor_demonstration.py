@@ -6,11 +6,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from fsteer_lens import Activations, Evaluation, MeanShift, generate
+from fsteer_lens import Activations, generate
 from fsteer_lens.effects import routing_report
+from fsteer_lens.evaluation import Evaluation
 from fsteer_lens.ground.estimates import Proportion, bootstrap
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.reading.fingerprints import Fingerprint
+from fsteer_lens.steering import MeanShift
 from fsteer_lens.tutor import TutorSuite
 from fsteer_lens.tutor.chapters import findings, table_of
 from fsteer_lens.tutor.demonstration import examples_of, print_measured

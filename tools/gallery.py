@@ -129,7 +129,7 @@ ENTRIES: Final = (
         "methods = {\n"
         '    "FineSteer": steering,\n'
         '    "without its gate": steering.with_gate(None),\n'
-        '    "mean shift": fs.fit_mean_shift(trained),\n'
+        '    "mean shift": fs.steering.fit_mean_shift(trained),\n'
         "}\n"
         "found = effects.strength_sweep(\n"
         "    model, methods, harmful[::2], general[::2], answers=answers[::2], batch_size=64, progress=False\n"
@@ -147,7 +147,7 @@ ENTRIES: Final = (
         "    harmful[::4],\n"
         "    general[::4],\n"
         '    shift="last_prompt",\n'
-        '    methods={"FineSteer without gate": ungated, "mean shift": fs.fit_mean_shift},\n'
+        '    methods={"FineSteer without gate": ungated, "mean shift": fs.steering.fit_mean_shift},\n'
         "    answers=answers[::4],\n"
         "    batch_size=64,\n"
         "    progress=False,\n"

@@ -26,7 +26,7 @@ from fsteer_lens.ground.tables import markdown
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts.tokens import prompt_ids
 from fsteer_lens.reading.activations import Activations
-from fsteer_lens.selection import Trial
+from fsteer_lens.selection import Splits, Trial
 from fsteer_lens.tutor.measuring import DEFAULT, PAPER
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -53,16 +53,16 @@ def experts_of(trained: Activations) -> fs.Experts:
 
 
 BASELINES: dict[str, Fit] = {
-    "mean shift": lambda own, general: fs.fit_mean_shift(own),
-    "mean shift, SCS gate": lambda own, general: fs.fit_mean_shift(own, gate=scs_gate(own)),
-    "PCA direction": lambda own, general: fs.fit_pca_direction(own),
-    "PCA direction, SCS gate": lambda own, general: fs.fit_pca_direction(own, gate=scs_gate(own)),
-    "mean shift, cosine gate": lambda own, general: fs.fit_mean_shift(
+    "mean shift": lambda own, general: fs.steering.fit_mean_shift(own),
+    "mean shift, SCS gate": lambda own, general: fs.steering.fit_mean_shift(own, gate=scs_gate(own)),
+    "PCA direction": lambda own, general: fs.steering.fit_pca_direction(own),
+    "PCA direction, SCS gate": lambda own, general: fs.steering.fit_pca_direction(own, gate=scs_gate(own)),
+    "mean shift, cosine gate": lambda own, general: fs.steering.fit_mean_shift(
         own, gate=fs.fit_gate(own.queries, kind="cosine", general=general.queries)
     ),
-    "null space": lambda own, general: fs.fit_null_space(own, general.queries),
-    "nearest centroid": lambda own, general: fs.fit_nearest_centroid(own, experts_of(own)),
-    "nearest centroid, SCS gate": lambda own, general: fs.fit_nearest_centroid(
+    "null space": lambda own, general: fs.steering.fit_null_space(own, general.queries),
+    "nearest centroid": lambda own, general: fs.steering.fit_nearest_centroid(own, experts_of(own)),
+    "nearest centroid, SCS gate": lambda own, general: fs.steering.fit_nearest_centroid(
         own, experts_of(own), gate=scs_gate(own)
     ),
 }
@@ -76,7 +76,7 @@ def harmonic(trial: Trial) -> float:
 def tuned(model: SteerableModel, behaviour: str, console: Console) -> tuple[dict[str, Any], list[list[str]]]:
     """Every baseline at the layer and strength that are best on valid, and a table of these."""
     told = tutor.data(behaviour)
-    splits = fs.Splits(
+    splits = Splits(
         told.train,
         told.valid,
         [*told.general_valid, *told.near_miss_valid],
@@ -111,7 +111,7 @@ def ablated(model: SteerableModel, behaviour: str) -> Any:
     activations = fs.collect(
         model, tutor.data(behaviour).train, layer=LAYERS, shift="last_prompt", batch_size=BATCH, progress=False
     )
-    tried = {str(layer): fs.fit_directional_ablation(own) for layer, own in activations.items()}
+    tried = {str(layer): fs.steering.fit_directional_ablation(own) for layer, own in activations.items()}
     found = evaluate(model, tried, tutor.TutorSuite(behaviour, "valid"), batch_size=BATCH, progress=False)
     return tried[max(found.methods, key=lambda layer: found.harmonic_mean(layer).value)]
 
@@ -126,7 +126,7 @@ def on_tutor(model: SteerableModel, behaviour: str, console: Console) -> Iterato
         model,
         {
             "no steering": None,
-            f"`{tutor.BEHAVIOURS[behaviour]}` in the prompt": fs.Prompting(tutor.BEHAVIOURS[behaviour]),
+            f"`{tutor.BEHAVIOURS[behaviour]}` in the prompt": evaluation.Prompting(tutor.BEHAVIOURS[behaviour]),
             "directional ablation": ablated(model, behaviour),
             **methods,
             PAPER: lambda seed: fit("paper", seed=seed),
@@ -153,7 +153,7 @@ def on_tutor(model: SteerableModel, behaviour: str, console: Console) -> Iterato
 @cache
 def variants(trained: Activations, seed: int) -> dict[str, Any]:
     """FineSteer's ablations with the tutor's settings."""
-    return dict(fs.fit_ablations(trained, rank=RANK, strength=tutor.steering.STRENGTH, seed=seed))
+    return dict(evaluation.fit_ablations(trained, rank=RANK, strength=tutor.steering.STRENGTH, seed=seed))
 
 
 def by_group(compared: Evaluation, methods: tuple[str, ...]) -> str:
@@ -309,7 +309,7 @@ def compared_on(
     activations = fs.collect(model, contrasts, layer=layer, chat=chat)
     methods = {
         "no steering": None,
-        "mean shift": fs.fit_mean_shift(activations),
+        "mean shift": fs.steering.fit_mean_shift(activations),
         "FineSteer": fs.fit(activations),
     }
     return evaluate(model, methods, suite, chat=chat).to_markdown(reference="FineSteer", groups=groups) + "\n"

@@ -27,7 +27,7 @@ class Lesson:
         self.model = fs.tutor.load()
         self.data = fs.tutor.data("honest")
         self.trained = fs.tutor.activations(self.model, "honest", layer=LAYER, progress=False)
-        self.vector = fs.fit_mean_shift(self.trained, strength=1.5)
+        self.vector = fs.steering.fit_mean_shift(self.trained, strength=1.5)
         self.steering: Any = fs.tutor.fit(self.model, "honest", activations=self.trained, progress=False)
         self.gate = self.steering.gate
         self.safe_data = fs.tutor.data("safe")

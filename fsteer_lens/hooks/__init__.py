@@ -7,6 +7,7 @@ from fsteer_lens.hooks.chains import Chain, chain
 from fsteer_lens.hooks.objects import Handle, HookObject, Hooks, Link
 from fsteer_lens.hooks.positions import View
 from fsteer_lens.hooks.probes import ExpertProbe, SubspaceAblation, SubspaceProbe
+from fsteer_lens.hooks.scopes import Schedule, Window
 from fsteer_lens.hooks.session import State
 
 __all__ = [
@@ -16,9 +17,11 @@ __all__ = [
     "HookObject",
     "Hooks",
     "Link",
+    "Schedule",
     "State",
     "SubspaceAblation",
     "SubspaceProbe",
     "View",
+    "Window",
     "chain",
 ]

@@ -77,7 +77,7 @@ class LinearGate(_DirectionGate):
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class CosineGate(_DirectionGate):
-    """The gate of CAST (Lee et al. 2024, arXiv 2409.05907): 1 where cos(h, proj_c h) = |c·h| / (‖c‖ ‖h‖) ≥ θ, else 0.
+    """The gate of CAST (Lee et al. 2024, arXiv 2409.05907): 1 where cos(h, proj_c h) = abs(c·h)/(‖c‖ ‖h‖) ≥ θ, else 0.
 
     Attributes:
         condition: c, the condition vector, [d].
@@ -114,7 +114,7 @@ class CosineGate(_DirectionGate):
         return self.above
 
     def score(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-        """|c·h| / (‖c‖ ‖h‖), in [0, 1]; 0 for an activation of zero."""
+        """abs(c·h)/(‖c‖ ‖h‖), in [0, 1]; 0 for an activation of zero."""
         require_width(h, "activation", self.d_model)
         rows = h.to(self.condition)
         lengths = (rows.norm(dim=-1) * self.condition.norm()).clamp(min=torch.finfo(rows.dtype).tiny)

@@ -9,6 +9,7 @@ answers of who learns with the notebooks.
 """
 
 from fsteer_lens.explorer import worlds
+from fsteer_lens.tutor import tokenizer
 from fsteer_lens.tutor.accuracy import exact
 from fsteer_lens.tutor.demonstration import demo
 from fsteer_lens.tutor.exercises import Verdict, exercise, reveal
@@ -17,11 +18,10 @@ from fsteer_lens.tutor.loading import load
 from fsteer_lens.tutor.splits import BEHAVIOURS, Task, TutorData, data
 from fsteer_lens.tutor.steering import activations, fit
 from fsteer_lens.tutor.suite import TutorSuite
-from fsteer_lens.tutor.tokenizer import is_tutors
 from fsteer_lens.tutor.world import chat, unknown, user_text
 
 # The explorer knows no world; this is how it learns to mark words and to wrap prompts for the tutor.
-worlds.register("tutor", worlds.World(recognises=is_tutors, unknown=unknown, wrap=chat))
+worlds.register("tutor", worlds.World(recognises=tokenizer.is_tutors, unknown=unknown, wrap=chat))
 
 __all__ = [
     "BEHAVIOURS",

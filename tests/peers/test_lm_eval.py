@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from fsteer_lens import FineSteer, MeanShift, generate, harness, models, tutor
+from fsteer_lens import FineSteer, generate, harness, models, tutor
 from fsteer_lens.errors import ContextLengthError, InputError
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.run.teacher_forcing import answer_logprobs, answered
+from fsteer_lens.steering import MeanShift
 from fsteer_lens.tutor.loading import FOLDER
 from tests.conftest import STORIES
 from tests.running import LAYER, n_hooks

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fsteer_lens import MeanShift
 from fsteer_lens.models import SteerableModel
+from fsteer_lens.steering import MeanShift
 from fsteer_lens.tutor.loading import FOLDER
 from tests.running import LAYER, batch_of, logits_of
 

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fsteer_lens import Contrast, MeanShift, collect, fit_mean_shift, fit_pca_direction, generate, models, tutor
+from fsteer_lens import Contrast, collect, generate, models, tutor
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts.tokens import answer_ids, prompt_ids
+from fsteer_lens.steering import MeanShift, fit_mean_shift, fit_pca_direction
 from fsteer_lens.tutor.loading import FOLDER
 from tests.conftest import STORIES
 from tests.running import LAYER, batch_of, logits_of
