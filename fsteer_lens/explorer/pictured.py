@@ -154,7 +154,7 @@ def pictured(
         opened = gate.gates(queries)[:, : max(1, ranks)].ge(OPEN).cpu()
         scores = gate.score(queries).unsqueeze(1).cpu()
         if ranks:
-            scores, name = subject.leaves[0].subspace.energy_ratios(queries)[:, :ranks].cpu(), "energy ratio s"
+            scores, name = subject.leaves[0].subspace.energy_ratios(queries)[:, :ranks].cpu(), "energy ratio"
     if gate is not None and subject.has_threshold:
         at_ranks = [gate.at_rank(rank) for rank in range(1, ranks + 1)] or [gate]
         thresholds = torch.tensor([one.threshold for one in at_ranks], dtype=torch.float64)
