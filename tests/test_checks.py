@@ -257,12 +257,14 @@ import json, sys, tempfile
 import numpy as np
 import torch
 import fsteer_lens as fl
-from fsteer_lens import effects, evaluation, figures, tutor
+from fsteer_lens import effects, figures, tutor
+from fsteer_lens.selection import Splits
+from fsteer_lens.steering import fit_mean_shift
 
 model, data = tutor.load(), tutor.data("safe")
 given, other = data.train[:40], [task.prompt for task in data.general_train[:4]]
 held = data.valid[:3]
-splits = fl.Splits(given, held, general_valid=other)
+splits = Splits(given, held, general_valid=other)
 quiet = {"progress": False}
 
 
@@ -284,7 +286,7 @@ def outcome(i, f):
         loaded = fl.load(f"{folder}/one.safetensors", model)
     sweep = effects.strength_sweep(model, steering, held, other, strengths=[f(0.5)], seed=i(1), **quiet)
     layers = effects.layer_sweep(
-        model, given, held, other, layers=[i(4)], methods={"mean": fl.fit_mean_shift}, batch_size=i(4), **quiet
+        model, given, held, other, layers=[i(4)], methods={"mean": fit_mean_shift}, batch_size=i(4), **quiet
     )
     ranks = effects.rank_sweep(
         steering, acts.queries, -acts.queries, layer=i(4), ranks=[i(2)], model=model, contrasts=held, **quiet
