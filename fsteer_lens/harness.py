@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fsteer_lens.errors import ContextLengthError, InputError, MissingDependencyError, TokenizerError
+from fsteer_lens.ground.checks import switch, whole
 from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
@@ -116,18 +117,15 @@ class SteeredLM:
         progress: bool,
     ) -> None:
         super().__init__()
-        counts = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
-        for name, count in counts.items():
-            if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-                raise InputError(name, expected="an int >= 1", got=repr(count))
         longest = model.cfg.n_ctx
-        if max_length is not None and not 2 <= max_length <= longest:
-            raise InputError("max_length", expected=f"an int in 2..{longest}, the model's context", got=max_length)
+        given = longest if max_length is None else max_length
         self.model, self.steering = model, steering
         self.tokenizer = require_tokenizer(model)
-        self.batch_size, self.max_gen_toks = batch_size, max_new_tokens
-        self.max_length = longest if max_length is None else max_length
-        self.add_bos_token, self.seed, self.progress = add_bos_token, seed, progress
+        self.batch_size = whole("batch_size", batch_size, 1)
+        self.max_gen_toks = whole("max_new_tokens", max_new_tokens, 1)
+        self.max_length = whole("max_length", given, 2, longest, why="the model's context")
+        self.add_bos_token, self.progress = switch("add_bos_token", add_bos_token), switch("progress", progress)
+        self.seed = whole("seed", seed)
         self._device = model.cfg.device
 
     def __repr__(self) -> str:

@@ -156,7 +156,10 @@ def test_report_on_a_saved_steering(
     assert run("report", *common, "--no-sweep", "--limit", 2, "--out", tmp_path / "small.html") == 0
     assert "How much: strength" not in (tmp_path / "small.html").read_text(encoding="utf-8")
     capsys.readouterr()
-    for wrong, says in ((["--limit", 0], "at least 1"), (["--out", tmp_path / "no" / "x.html"], "existing folder")):
+    for wrong, says in (
+        (["--limit", 0], "limit: expected an int >= 1, got 0"),
+        (["--out", tmp_path / "no" / "x.html"], "existing folder"),
+    ):
         assert run("report", *common, *wrong) == 2
         assert says in capsys.readouterr().err
 

@@ -59,7 +59,7 @@ def test_each_method_says_what_it_has(measured: measuring.Measured) -> None:
 def test_an_unknown_behaviour_and_no_prompts_are_refused(tutor_model: SteerableModel) -> None:
     with pytest.raises(InputError, match="'safe' or 'honest'"):
         measuring.measure(tutor_model, "polite")
-    with pytest.raises(InputError, match="limit >= 1"):
+    with pytest.raises(InputError, match=r"limit: expected an int >= 1 \(or None for all\), got 0"):
         measuring.measure(tutor_model, limit=0)
 
 

@@ -12,7 +12,6 @@ from fsteer_lens.effects import GateExplanation
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.rich import harmless
 from fsteer_lens.figures.style import expert_colours
-from fsteer_lens.figures.tokens import tokens_of_text
 from fsteer_lens.run.generation import Baseline, Generation, Generations
 from fsteer_lens.steering import MeanShift
 from fsteer_lens.trace.trace import Trace, join
@@ -102,7 +101,7 @@ def test_token_views_refuse_what_does_not_fit():
     with pytest.raises(InputError, match="one for each of 2 tokens"):
         figures.token_scores(["a", "b"], torch.ones(3))
     with pytest.raises(InputError, match="one for each of 2 tokens"):
-        tokens_of_text(["a", "b"], steered=torch.ones(3) > 0)
+        figures.token_scores(["a", "b"], torch.ones(2), steered=torch.ones(3) > 0)
     with pytest.raises(InputError, match="at least one"):
         figures.token_scores([], torch.ones(0))
     with pytest.raises(InputError, match="low < high"):
@@ -372,5 +371,5 @@ def test_a_link_of_a_chain_is_drawn_with_the_chains_texts(tutor_model, steering)
     assert "layer 4: gate" in shown and "layer 2: always steered" in shown
     with pytest.raises(InputError, match=r"trace\.link"):
         figures.token_experts(trace, layer=4)
-    with pytest.raises(InputError, match="one of 2 links"):
+    with pytest.raises(InputError, match=r"one of the links of a chain, \[0, 1\], got 2"):
         trace.link(2)

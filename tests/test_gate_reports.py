@@ -63,7 +63,7 @@ def test_threshold_keeps_the_false_alarm_rate_on_new_draws() -> None:
     assert moved(torch.tensor([[0.0], [-0.1]])).tolist() == [0, 1], "and at the smallest, where it opens below"
     with pytest.raises(InputError, match="at least 19 prompts"):
         threshold_at_rate(First(), 0.05, scores[:18])
-    with pytest.raises(InputError, match="between 0 and 1"):
+    with pytest.raises(InputError, match=r"expected a finite number > 0 and < 1, got 1\.0"):
         threshold_at_rate(First(), 1.0, scores)
 
 

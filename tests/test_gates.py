@@ -119,9 +119,17 @@ def test_a_ratio_that_is_no_number_has_no_gate_value():
         assert value[0].isnan() and value[1] == 1
 
 
-@pytest.mark.parametrize("options", [{"epsilon": 0.0}, {"epsilon": 1.5}, {"gamma": 0.0}, {"epsilon": float("nan")}])
-def test_epsilon_and_gamma_out_of_range_are_refused(options):
-    with pytest.raises(InputError, match="0 < epsilon <= 1 and gamma > 0, got"):
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"epsilon": 0.0}, "epsilon: expected a finite number > 0 and <= 1, got 0"),
+        ({"epsilon": 1.5}, "epsilon: expected a finite number > 0 and <= 1, got 1.5"),
+        ({"gamma": 0.0}, "gamma: expected a finite number > 0, got 0"),
+        ({"epsilon": float("nan")}, "epsilon: expected a finite number > 0 and <= 1, got nan"),
+    ],
+)
+def test_epsilon_and_gamma_out_of_range_are_refused(options, words):
+    with pytest.raises(InputError, match=words):
         fit_gate(torch.randn(20, 4), rank=2, **options)
 
 

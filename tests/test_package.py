@@ -1,5 +1,6 @@
 """What the package promises about itself: its names, its version, its errors and what importing it costs."""
 
+import ast
 import importlib
 import importlib.metadata
 import inspect
@@ -141,3 +142,16 @@ def test_import_loads_no_heavy_library() -> None:
     done = run_python(code)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_no_function_has_more_than_ten_parameters_but_two() -> None:
+    """Every parameter counts, *args and **kwargs too; what travels together is one value, or options by name."""
+    long = set()
+    for path in sorted(Path(fsteer_lens.__file__).parent.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                given = node.args
+                every = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+                if len([one for one in every if one is not None and one.arg not in ("self", "cls")]) > 10:
+                    long.add((path.name, getattr(node, "name", "lambda")))
+    assert long == {("fitting_experts.py", "fit_experts"), ("generation.py", "generate")}

@@ -201,7 +201,7 @@ def test_a_split_by_group_keeps_every_group_together(n_groups, seed):
     ("options", "error", "words"),
     [
         ({"valid": 0.5, "test": 0.5}, InputError, "sum below 1"),
-        ({"valid": -0.1}, InputError, "valid and test in"),
+        ({"valid": -0.1}, InputError, r"split valid: expected a finite number >= 0 and < 1, got -0\.1"),
         ({"by": "colour"}, InputError, "'label' or 'group', got 'colour'"),
         ({"by": "group"}, DataError, r"at least 3 groups, one for every part, got 1\. Give the contrasts a group="),
     ],

@@ -87,8 +87,8 @@ def test_answers_may_be_given(tutor_model: SteerableModel, steering: FineSteer) 
 
 def test_bad_requests_raise(tutor_model: SteerableModel, steering: FineSteer) -> None:
     for options, message in (
-        ({"kl": 0.0}, "kl > 0"),
-        ({"kl": -1.0}, "kl > 0"),
+        ({"kl": 0.0}, "kl: expected a finite number > 0"),
+        ({"kl": -1.0}, "kl: expected a finite number > 0"),
         ({"kl": 1.0, "quantile": 0.0}, "quantile"),
         ({"kl": 1.0, "max_strength": 0.0}, "max_strength"),
         ({"kl": 1.0, "batch_size": 0}, "batch_size"),

@@ -2,20 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.effects.answers import Effect, answer_margin, one_each
+from fsteer_lens.effects.measuring import MeasureOptions, Measuring
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import whole
+from fsteer_lens.ground.checks import choice, instance, optional, options_of, seed_of, whole
 from fsteer_lens.ground.estimates import Estimate, auroc, bootstrap
 from fsteer_lens.method.gates import OPEN, Gate
 from fsteer_lens.method.subspace_gates import SubspaceGate, subspace_leaves
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, Prompt
+from fsteer_lens.prompts.passes import Passes
 from fsteer_lens.prompts.tokens import prompt_ids, token_texts
 from fsteer_lens.reading.reader import Reader
 from fsteer_lens.steering.steering import FineSteer, Steering
@@ -56,10 +57,8 @@ def rank_sweep(
     ranks: Sequence[int] = (),
     model: SteerableModel | None = None,
     contrasts: Sequence[Contrast] = (),
-    effect: Effect | None = None,
-    chat: bool = False,
-    batch_size: int = 16,
     seed: int = 0,
+    **options: Unpack[MeasureOptions],
 ) -> RankSweep:
     """Energy ratios, gate rates and AUROC at every fitted rank from one product, and the effect at given ranks.
 
@@ -71,21 +70,22 @@ def rank_sweep(
         ranks: measure the effect with all gates of the steering at these; needs a FineSteer, `model` and `contrasts`.
         model: the model that the steering was fitted on.
         contrasts: prompts to be steered, held out from the fit, with both answers.
-        effect: a number per contrast; None takes `answer_margin`, in nats per token.
-        chat, batch_size: as in `answer_margin`.
         seed: of the bootstrap.
+        options: `effect` (None), a number per contrast; None takes `answer_margin`, in nats per token. `chat` (False)
+            and `batch_size` (16) as in `answer_margin`; `progress` (True), show a progress bar.
 
     Raises:
         InputError: no gate, one without ranks, no finite query of either kind, a rank that was not fitted, or
             something missing for the effect.
         ShapeError: activations of another width than the gate's.
     """
+    run, seed = options_of("rank_sweep", Measuring, options), seed_of(seed)
     gate = steering if isinstance(steering, Gate) else _gate_of(steering, layer)[1]
     if not gate.ranks:
         raise InputError("rank_sweep", expected="a gate on a subspace", got=f"{type(gate).__name__}, without ranks")
     if not len(queries) or not len(general):
         raise InputError("rank_sweep", expected="queries of both kinds", got=(len(queries), len(general)))
-    if ranks and (not isinstance(steering, FineSteer) or model is None or not contrasts):
+    if len(ranks) and (not isinstance(steering, FineSteer) or model is None or not contrasts):
         raise InputError("ranks=", expected="a FineSteer, model= and contrasts= to measure the effect with", got=ranks)
     opened, general_opened = (gate.gates(rows) >= OPEN for rows in (queries, general))
     r = opened.shape[-1]
@@ -93,13 +93,13 @@ def rank_sweep(
     ser, general_ser = (subspace.energy_ratios(rows)[:, :r] for rows in (queries, general))
     finite, general_finite = (rows[rows.isfinite().all(dim=1)] for rows in (ser, general_ser))
     area = auroc(finite, general_finite)
-    measure = effect or partial(answer_margin, chat=chat, batch_size=batch_size)
-    variants = {rank: steering.at_rank(rank) for rank in ranks if isinstance(steering, FineSteer)}
+    variants = {whole("rank", rank): steering.at_rank(rank) for rank in ranks if isinstance(steering, FineSteer)}
     measured = {}
-    for rank, variant in variants.items():
-        assert model is not None
-        values = one_each("effect", measure(model, variant, contrasts), len(contrasts))
-        measured[rank] = bootstrap(values, seed=seed)
+    with run.bar(len(variants), "measuring ranks") as advance:
+        for rank, variant in variants.items():
+            assert model is not None
+            measured[rank] = bootstrap(run.effects(model, variant, contrasts), seed=seed)
+            advance(1)
     return RankSweep(
         tuple(range(1, r + 1)),
         ser,
@@ -191,11 +191,12 @@ def explain_gate(
             fix="Explain its leaves one by one: steering.with_gate(gate.leaves[0]).",
         )
     steering.session_on(model)  # was it fitted on this model?
-    ids = tuple(prompt_ids(model, prompt, chat=chat))
-    limit = None if limit is None else whole("limit", limit, 0, why="or None for all")
+    passes = Passes(chat, batch_size)
+    ids = tuple(prompt_ids(model, prompt, chat=passes.chat))
+    limit = optional(whole, "limit", limit, 0, why="or None for all")
     first = 0 if limit is None else max(0, len(ids) - limit)
     shorter = [ids[:place] + ids[place + 1 :] for place in range(first, len(ids))] if len(ids) > 1 else []
-    h = Reader(model, where, steering.site, batch_size=batch_size).last([ids, *shorter])[where]
+    h = Reader(model, where, steering.site, batch_size=passes.batch_size).last([ids, *shorter])[where]
     ratios = gate.subspace.energy_ratio(h, gate.rank).cpu()
     ratio, without = float(ratios[0]), torch.full((len(ids),), torch.nan)
     without[len(ids) - len(shorter) :] = ratios[1:]
@@ -222,10 +223,8 @@ def explain_gate(
 
 def _gate_of(steering: Steering, layer: int | None) -> tuple[int, Gate]:
     """The layer that is meant, and its gate."""
-    if not isinstance(steering, Steering):
-        raise InputError("steering", expected="a steering with a gate", got=type(steering).__name__)
+    instance("steering", steering, Steering, "a steering with a gate")
     gates = {at: gate for at in steering.hooked_layers if (gate := steering.gate_at(at)) is not None}
-    chosen = next(iter(gates)) if layer is None and len(gates) == 1 else layer
-    if chosen is None or chosen not in gates:
-        raise InputError("layer", expected=f"one of the layers with a gate, {list(gates)}", got=layer)
+    only = next(iter(gates)) if len(gates) == 1 else None
+    chosen = choice("layer", only if layer is None else layer, gates, "one of the layers with a gate,")
     return chosen, gates[chosen]

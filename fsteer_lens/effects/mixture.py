@@ -2,22 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.effects.answers import MARGIN, Effect, answer_margin, name_of, one_each
+from fsteer_lens.effects.measuring import MeasureOptions, Measuring
 from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import instance, options_of, whole
 from fsteer_lens.ground.estimates import Estimate, bootstrap
-from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.linalg import require_width
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast
-from fsteer_lens.prompts.tokens import prompt_ids, require_tokenizer
+from fsteer_lens.prompts.tokens import require_tokenizer
 from fsteer_lens.reading.reader import Reader
 from fsteer_lens.steering.steering import FineSteer
 
@@ -46,14 +45,11 @@ def expert_tokens(
         InputError: `top` out of range, or a steering instead of its experts.
         ShapeError: experts of another width than the model's.
     """
-    if not isinstance(experts, Experts):
-        fix = "Give steering.experts_at(layer)."
-        raise InputError("expert_tokens", expected="Experts", got=type(experts).__name__, fix=fix)
+    instance("expert_tokens", experts, Experts, "Experts", fix="Give steering.experts_at(layer).")
     require_width(torch.empty(model.cfg.d_model), "the model's residual stream", experts.d_model)
     tokenizer = require_tokenizer(model)
     n_tokens = min(model.cfg.d_vocab, len(tokenizer))
-    if isinstance(top, bool) or not isinstance(top, int) or not 1 <= top <= n_tokens:
-        raise InputError("top", expected=f"an int in 1..{n_tokens}", got=top)
+    top = whole("top", top, 1, n_tokens)
     parts: Any = model
     weight = next(parts.unembed.parameters())
     directions = torch.cat([experts.prototypes, torch.zeros_like(experts.prototypes[:1])]).to(weight)
@@ -125,10 +121,7 @@ def expert_knockout(
     *,
     layer: int | None = None,
     queries: Float[Tensor, "n d"] | None = None,
-    effect: Effect | None = None,
-    chat: bool = False,
-    batch_size: int = 16,
-    progress: bool = True,
+    **options: Unpack[MeasureOptions],
 ) -> Knockout:
     """Remove the experts one by one and see which label loses how much of the effect.
 
@@ -141,44 +134,36 @@ def expert_knockout(
         contrasts: prompts to be steered, held out from the fit, with labels.
         layer: whose experts, of a steering with several layers; the other layers keep theirs.
         queries: query activations of the contrasts at that layer, where they have been read already, [n d].
-        effect: a number per contrast; None takes `answer_margin`, in nats per token.
-        chat, batch_size: as in `answer_margin`.
-        progress: show a progress bar.
+        options: `effect` (None), a number per contrast; None takes `answer_margin`, in nats per token. `chat` (False)
+            and `batch_size` (16) as in `answer_margin`; `progress` (True), show a progress bar.
 
     Raises:
         InputError: no contrasts, another number of queries, fewer than two experts that are on, or an unknown layer.
     """
-    where = steering.layers[0] if layer is None else layer
-    if where not in steering.layers or (layer is None and len(steering.layers) > 1):
-        raise InputError("layer", expected=f"one of the steered layers, {list(steering.layers)}", got=layer)
+    run, where = options_of("expert_knockout", Measuring, options), steering.layer_of(layer)
     experts = steering.experts_at(where)
     on = tuple(index for index, enabled in enumerate(experts.enabled) if enabled)
     if len(on) < 2 or not len(contrasts):
         raise InputError("expert_knockout", expected="contrasts, and at least two experts that are on", got=on)
-
-    measure = effect or partial(answer_margin, chat=chat, batch_size=batch_size)
-
-    def measured(one: FineSteer) -> Tensor:
-        return one_each("effect", measure(model, one, contrasts), len(contrasts))
-
     if queries is None:
-        ids = [prompt_ids(model, contrast.prompt, chat=chat) for contrast in contrasts]
-        queries = Reader(model, where, steering.site, batch_size=batch_size).last(ids)[where]
+        ids = run.ids(model, [contrast.prompt for contrast in contrasts])
+        queries = Reader(model, where, steering.site, batch_size=run.batch_size).last(ids)[where]
     if len(queries) != len(contrasts):
         raise InputError("queries", expected=f"one for each of {len(contrasts)} contrasts", got=len(queries))
-    with progress_bar(1 + len(on), "removing experts", progress) as advance:
-        full = measured(steering)
+    with run.bar(1 + len(on), "removing experts") as advance:
+        full = run.effects(model, steering, contrasts)
         removed = torch.full((experts.n_experts, len(contrasts)), torch.nan)
         for index in on:
             advance(1)
-            removed[index] = measured(steering.with_experts(experts.without_expert(index), where))
+            without = steering.with_experts(experts.without_expert(index), where)
+            removed[index] = run.effects(model, without, contrasts)
     return Knockout(
         on,
         tuple(str(contrast.label) for contrast in contrasts),
         full,
         removed,
         experts.route(queries).T.cpu(),
-        MARGIN if effect is None else name_of(effect, "effect"),
+        run.effect_name,
     )
 
 

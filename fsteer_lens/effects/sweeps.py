@@ -1,17 +1,18 @@
 """Effect, utility and KL at every strength, or at every layer."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.effects.answers import DIVERGENCE, MARGIN, Effect, Utility, answer_margin, name_of, one_each
+from fsteer_lens.effects.answers import DIVERGENCE, Utility, name_of, one_each
+from fsteer_lens.effects.measuring import MeasureOptions, Measuring
 from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import choice, finite, normalised, options_of, seed_of
 from fsteer_lens.ground.estimates import Estimate, Sweep, bootstrap
-from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, Prompt
 from fsteer_lens.reading.activations import Activations, Shift, collect
@@ -22,6 +23,27 @@ from fsteer_lens.steering.steering import Steering
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 
 
+class SweepOptions(MeasureOptions, total=False):
+    """What `strength_sweep` and `layer_sweep` both take by name: see there."""
+
+    answers: Sequence[str | Sequence[int]] | None
+    utility: Utility | None
+    seed: int
+
+
+@dataclass(frozen=True)
+class _Sweeping(Measuring):
+    """How every steering of a sweep is measured; fields as in `strength_sweep`."""
+
+    answers: Sequence[str | Sequence[int]] | None = None
+    utility: Utility | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        normalised(self, seed=seed_of(self.seed))
+
+
 def strength_sweep(
     model: SteerableModel,
     methods: Steering | Mapping[str, Steering],
@@ -29,13 +51,7 @@ def strength_sweep(
     general: Sequence[Prompt],
     *,
     strengths: Sequence[float] = STRENGTHS,
-    answers: Sequence[str | Sequence[int]] | None = None,
-    effect: Effect | None = None,
-    utility: Utility | None = None,
-    chat: bool = False,
-    batch_size: int = 16,
-    seed: int = 0,
-    progress: bool = True,
+    **options: Unpack[SweepOptions],
 ) -> dict[str, Sweep]:
     """What every method does at every strength, each measure with its 95 % bootstrap interval.
 
@@ -45,13 +61,11 @@ def strength_sweep(
         contrasts: prompts to be steered, held out from the fit, with both answers.
         general: prompts to be left alone.
         strengths: what to try.
-        answers: an answer to each general prompt, text or ids; KL is then their mean over the answer's tokens. None
-            looks at the first token alone, so that nothing is generated.
-        effect: a number per contrast; None takes `answer_margin`, in nats per token.
-        utility: a number per general prompt; None takes −KL(steered ‖ unsteered), in nats.
-        chat, batch_size: as in `answer_margin`.
-        seed: of the bootstrap.
-        progress: show a progress bar.
+        options: `answers` (None), an answer to each general prompt, text or ids; KL is then their mean over the
+            answer's tokens; None looks at the first token alone, so that nothing is generated. `effect` (None), a
+            number per contrast; None takes `answer_margin`, in nats per token. `utility` (None), a number per general
+            prompt; None takes −KL(steered ‖ unsteered), in nats. `seed` (0) of the bootstrap. `chat` (False) and
+            `batch_size` (16) as in `answer_margin`; `progress` (True), show a progress bar.
 
     Returns:
         {method: Sweep}, with `parameter="strength"`.
@@ -60,17 +74,16 @@ def strength_sweep(
         InputError: no contrasts, general prompts, methods or strengths.
         ContextLengthError, MismatchError: as in `answer_margin`.
     """
+    run = options_of("strength_sweep", _Sweeping, options)
     named = dict(methods) if isinstance(methods, Mapping) else {type(methods).__name__: methods}
     wrong = [type(one).__name__ for one in named.values() if not isinstance(one, Steering)]
     if not named or not len(strengths) or wrong:
         raise InputError("strength_sweep", expected="at least one steering and one strength", got=wrong or "none")
     tried = {
-        name: {float(strength): one.with_strength(float(strength)) for strength in strengths}
+        name: {strength: one.with_strength(strength) for strength in (finite("strength", given) for given in strengths)}
         for name, one in named.items()
     }
-    return _sweeps(
-        "strength", model, tried, contrasts, general, answers, effect, utility, chat, batch_size, seed, progress
-    )
+    return _sweeps("strength", model, tried, contrasts, general, run)
 
 
 def layer_sweep(
@@ -82,20 +95,14 @@ def layer_sweep(
     layers: Sequence[int] | None = None,
     shift: Shift = "response_mean",
     methods: Mapping[str, Callable[[Activations], Steering]] | None = None,
-    answers: Sequence[str | Sequence[int]] | None = None,
-    effect: Effect | None = None,
-    utility: Utility | None = None,
-    chat: bool = False,
-    batch_size: int = 16,
-    seed: int = 0,
-    progress: bool = True,
+    **options: Unpack[SweepOptions],
 ) -> dict[str, Sweep]:
     """Fit every method at every layer and measure what it does; activations of all layers come from one pass.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
         train: contrasts to fit on, or what `collect` gave for them, {layer: Activations}.
-        contrasts, general, answers, effect, utility, chat, batch_size, seed, progress: as in `strength_sweep`.
+        contrasts, general, options: as in `strength_sweep`.
         layers: where to steer; None takes every layer (or those of `train`).
         shift: as in `collect`; without effect where `train` is collected already.
         methods: from the activations of one layer to a steering, by name; None is {"FineSteer": fit}.
@@ -107,25 +114,21 @@ def layer_sweep(
         InputError: no layers or methods, or a layer that `train` lacks.
         DataError, ContextLengthError: as in `collect`.
     """
+    run = options_of("layer_sweep", _Sweeping, options)
     makers = {"FineSteer": fit} if methods is None else dict(methods)
     if isinstance(train, Mapping):
-        chosen = sorted(train) if layers is None else list(layers)
-        missing = set(chosen) - set(train)
-        if missing:
-            raise InputError("layers", expected=f"layers among {sorted(train)}", got=sorted(missing))
+        known = sorted(train)
+        chosen = known if layers is None else [choice("layers", layer, known, "layers among") for layer in layers]
         collected = {layer: train[layer] for layer in chosen}
     else:
         chosen = list(range(model.cfg.n_layers)) if layers is None else list(layers)
-        options: Any = {"shift": shift, "chat": chat, "batch_size": batch_size, "progress": progress}
-        collected = collect(model, train, layer=chosen, **options) if chosen else {}
+        collected = collect(model, train, layer=chosen, shift=shift, **run.options) if chosen else {}
     if not collected or not makers:
         raise InputError("layer_sweep", expected="at least one layer and one method", got="none")
     tried = {
         name: {layer: make(activations) for layer, activations in collected.items()} for name, make in makers.items()
     }
-    return _sweeps(
-        "layer", model, tried, contrasts, general, answers, effect, utility, chat, batch_size, seed, progress
-    )
+    return _sweeps("layer", model, tried, contrasts, general, run)
 
 
 def _sweeps(
@@ -134,36 +137,28 @@ def _sweeps(
     tried: Mapping[str, Mapping[Any, Steering]],
     contrasts: Sequence[Contrast],
     general: Sequence[Prompt],
-    answers: Sequence[str | Sequence[int]] | None,
-    effect: Effect | None,
-    utility: Utility | None,
-    chat: bool,
-    batch_size: int,
-    seed: int,
-    progress: bool,
+    run: _Sweeping,
 ) -> dict[str, Sweep]:
     """Measure every steering; one unsteered pass over the general prompts serves them all."""
-    rows = answered(model, general, answers, chat=chat)
+    rows = answered(model, general, run.answers, chat=run.chat)
     steerings = [steering for by_setting in tried.values() for steering in by_setting.values()]
-    measure = effect or partial(answer_margin, chat=chat, batch_size=batch_size)
     effects, utilities = [], []
-    with progress_bar(len(steerings) + len(rows), f"sweeping {parameter}", progress) as advance:
-        found = answer_divergences(model, rows, steerings, batch_size=batch_size, advance=advance)
+    with run.bar(len(steerings) + len(rows), f"sweeping {parameter}") as advance:
+        found = answer_divergences(model, rows, steerings, batch_size=run.batch_size, advance=advance)
         divergences = [torch.stack([one.mean() for one in by_row]) for by_row in found]
         for steering, divergence in zip(steerings, divergences, strict=True):
-            effects.append(one_each("effect", measure(model, steering, contrasts), len(contrasts)))
-            kept = -divergence if utility is None else utility(model, steering, general)
+            effects.append(run.effects(model, steering, contrasts))
+            kept = -divergence if run.utility is None else run.utility(model, steering, general)
             utilities.append(one_each("utility", kept, len(general)))
             advance(1)
-    effect_name = MARGIN if effect is None else name_of(effect, "effect")
-    utility_name = DIVERGENCE if utility is None else name_of(utility, "utility")
-    measured = zip(*(_estimates(group, seed) for group in (effects, utilities, divergences)), strict=True)
+    utility_name = DIVERGENCE if run.utility is None else name_of(run.utility, "utility")
+    measured = zip(*(_estimates(group, run.seed) for group in (effects, utilities, divergences)), strict=True)
     return {
         name: Sweep(
             parameter,
             tuple(by_setting),
             *zip(*(next(measured) for _ in by_setting), strict=True),
-            effect_name=effect_name,
+            effect_name=run.effect_name,
             utility_name=utility_name,
         )
         for name, by_setting in tried.items()

@@ -21,7 +21,7 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.gate_reports import reading_layer
 from fsteer_lens.evaluation.perturbations import Format, Keeps
-from fsteer_lens.ground.checks import options_of, whole
+from fsteer_lens.ground.checks import normalised, options_of, seed_of, switch, whole
 from fsteer_lens.ground.estimates import Proportion
 from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.method.gates import OPEN, Gate, oriented
@@ -143,7 +143,14 @@ class _Options:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        whole("candidates", self.candidates, 1)
+        normalised(
+            self,
+            constrained=switch("constrained", self.constrained),
+            candidates=whole("candidates", self.candidates, 1),
+            seed=seed_of(self.seed),
+            batch_size=whole("batch_size", self.batch_size, 1),
+            progress=switch("progress", self.progress),
+        )
 
 
 def attack_gate(

@@ -13,11 +13,12 @@ from torch import Tensor
 from fsteer_lens.effects.answers import one_each
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.suites import Measure, Setting, Suite
+from fsteer_lens.ground.checks import choice, seed_of
 from fsteer_lens.ground.estimates import Estimate, bootstrap, estimate_of, resampled_means
-from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.passes import Passes
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,7 @@ class Evaluation:
         groups = self.measures[index].groups
         if group is None:
             return values
-        if group not in groups:
-            raise InputError("group", expected=f"one of {sorted(set(groups))}", got=repr(group))
+        choice("group", group, sorted(set(groups)), "one of")
         return values[torch.tensor([known == group for known in groups])]
 
     def estimate(self, method: str, measure: str, group: str | None = None) -> Estimate:
@@ -226,6 +226,7 @@ def evaluate(
         MismatchError, ShapeError: a method was fitted on another model.
         ContextLengthError: a prompt, or one with its answer, does not fit into the context.
     """
+    passes, seeds = Passes(chat, batch_size, progress), [seed_of(seed) for seed in seeds]
     if not methods or not len(seeds):
         raise InputError("evaluate", expected="at least one method and one seed", got=(len(methods), len(seeds)))
     for name, method in methods.items():
@@ -235,13 +236,13 @@ def evaluate(
     rounds = {name: seeds if _is_made(method) else seeds[:1] for name, method in methods.items()}
     values: dict[str, tuple[Tensor, ...]] = {}
     seconds: dict[str, float] = {}
-    with progress_bar(sum(map(len, rounds.values())), f"evaluating on {suite.name}", progress) as advance:
+    with passes.bar(sum(map(len, rounds.values())), f"evaluating on {suite.name}") as advance:
         for name, method in methods.items():
             start = time.perf_counter()
             found = []
             for seed in rounds[name]:
                 made: Any = method(seed) if _is_made(method) else method  # pyright: ignore[reportCallIssue, reportOptionalCall]
-                found.append(_measure(model, name, made, suite, chat, batch_size))
+                found.append(_measure(model, name, made, suite, passes))
                 advance(1)
             values[name] = tuple(torch.stack(group) for group in zip(*found, strict=True))
             seconds[name] = time.perf_counter() - start
@@ -253,13 +254,13 @@ def _is_made(method: Any) -> bool:
 
 
 def _measure(
-    model: SteerableModel, name: str, method: Any, suite: Suite, chat: bool, batch_size: int
+    model: SteerableModel, name: str, method: Any, suite: Suite, passes: Passes
 ) -> tuple[Float[Tensor, " _"], ...]:
     if not isinstance(method, HookObject | Prompting | None):
         expected = "a hook object, Prompting or None"
         raise InputError(f"what method {name!r} made", expected=expected, got=type(method).__name__)
     words = isinstance(method, Prompting)
-    setting = Setting(method.context if words else None, chat, batch_size)
+    setting = Setting(method.context if words else None, passes.chat, passes.batch_size)
     found = suite.measure(model, None if words else method, setting)
     if len(found) != len(suite.measures):
         raise InputError(f"suite {suite.name!r}", expected=f"{len(suite.measures)} measures", got=len(found))

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.perturbations import NONE, PERTURBATIONS, Format, Keeps, Perturbation
-from fsteer_lens.ground.checks import options_of
+from fsteer_lens.ground.checks import choice, finite, normalised, options_of, seed_of, switch, whole
 from fsteer_lens.ground.estimates import Proportion, auroc
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.method.gates import OPEN, Gate, oriented, require_gate
@@ -47,8 +47,7 @@ def threshold_at_rate(gate: Gate, rate: float, general: Float[Tensor, "n d"]) ->
     Raises:
         InputError: a rate outside, or too few activations for it.
     """
-    if not 0 < rate < 1:
-        raise InputError("false-alarm rate", expected="a number between 0 and 1", got=rate)
+    rate = finite("false-alarm rate", rate, above=0, below=1)
     k = math.floor(rate * (len(general) + 1) + 1e-9)
     if k < 1:
         least = math.ceil(1 / rate) - 1
@@ -144,8 +143,7 @@ class GateReport:
         Raises:
             InputError: another `by`.
         """
-        if by not in ("perturbation", "group"):
-            raise InputError("by", expected="'perturbation' or 'group'", got=repr(by))
+        choice("by", by, ("perturbation", "group"))
         rate = self.false_alarm_rate if same_rate else None
         fixed = ("group", ALL) if by == "perturbation" else ("perturbation", NONE)
         rows = [
@@ -182,6 +180,15 @@ class _Options:
     seed: int = 0
     batch_size: int = 16
     progress: bool = True
+
+    def __post_init__(self) -> None:
+        normalised(
+            self,
+            false_alarm_rate=finite("false-alarm rate", self.false_alarm_rate, above=0, below=1),
+            seed=seed_of(self.seed),
+            batch_size=whole("batch_size", self.batch_size, 1),
+            progress=switch("progress", self.progress),
+        )
 
 
 def gate_report(
@@ -240,8 +247,8 @@ def gate_report(
     said = [Perturbation(NONE).prompt(text, format=format) for text in calibration]
     wanted = [(p, kind, text) for p in perturbations for kind, groups in kinds.items() for text in groups[ALL]]
     perturbed = [p.prompt(text, format=format, seed=run.seed) for p, _, text in wanted]
-    passes: Any = {"batch_size": run.batch_size, "progress": run.progress}
-    rows = collect_queries(model, said + perturbed, layer=where, **passes).queries
+    read = collect_queries(model, said + perturbed, layer=where, batch_size=run.batch_size, progress=run.progress)
+    rows = read.queries
     cuts = {name: threshold_at_rate(gate, run.false_alarm_rate, rows[: len(said)]) for name, gate in named.items()}
     at_rate = {name: gate.at_threshold(cuts[name]) for name, gate in named.items()}
     queries = {(p.name, kind, text): h for (p, kind, text), h in zip(wanted, rows[len(said) :], strict=True)}

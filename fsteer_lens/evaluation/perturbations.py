@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fsteer_lens.effects import exact_answers
-from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import finite, whole
 from fsteer_lens.models.classes import SteerableModel
 
 Change = Callable[[str, random.Random], str]
@@ -54,8 +54,7 @@ def typos(rate: float) -> Change:
     Raises:
         InputError: a rate that is no probability.
     """
-    if not 0 <= rate <= 1:
-        raise InputError("rate of typos", expected="a number in [0, 1]", got=rate)
+    rate = finite("rate of typos", rate, 0, 1)
 
     def change(text: str, rng: random.Random) -> str:
         def mistyped(match: re.Match[str]) -> str:
@@ -82,8 +81,7 @@ def prefix(sentences: tuple[str, ...], count: int) -> Change:
     Raises:
         InputError: more than there are, or none.
     """
-    if not 0 < count <= len(sentences):
-        raise InputError("number of sentences", expected=f"1 to {len(sentences)}", got=count)
+    count = whole("number of sentences", count, 1, len(sentences))
     return lambda text, rng: " ".join([*rng.sample(sentences, count), text])
 
 

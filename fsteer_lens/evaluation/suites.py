@@ -8,7 +8,7 @@ from typing import Any, Literal
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import whole
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Prompt
@@ -84,8 +84,7 @@ def every(items: Sequence[Any], limit: int | None) -> list[Any]:
     Raises:
         InputError: a limit below 1.
     """
-    if limit is not None and limit < 1:
-        raise InputError("limit", expected="at least 1", got=limit)
-    if limit is None or len(items) <= limit:
+    limit = len(items) if limit is None else whole("limit", limit, 1)
+    if len(items) <= limit:
         return list(items)
     return [items[index * len(items) // limit] for index in range(limit)]

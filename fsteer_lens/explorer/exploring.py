@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 import torch
 
@@ -13,11 +13,12 @@ from fsteer_lens.explorer.settings import Settings, Subject
 from fsteer_lens.explorer.widget import make_widget
 from fsteer_lens.explorer.words import parts
 from fsteer_lens.explorer.worlds import Unknown, Wrap, world_of
+from fsteer_lens.ground.checks import instance, options_of, whole
 from fsteer_lens.hooks.probes import SubspaceAblation
 from fsteer_lens.method.gates import OPEN
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Prompt, check_prompt
-from fsteer_lens.prompts.passes import Passes
+from fsteer_lens.prompts.passes import Passes, PassOptions
 from fsteer_lens.run.generation import Generation, generate
 from fsteer_lens.steering.steering import FineSteer
 
@@ -122,8 +123,7 @@ class Explorer:
             asked = self._wrap(prompt) if self._wrap else prompt
         else:
             prompts = self._pictured.prompts
-            if isinstance(prompt, bool) or not isinstance(prompt, int) or not 0 <= prompt < len(prompts):
-                raise InputError("prompt", expected=f"a text, or an int in 0..{len(prompts) - 1}", got=repr(prompt))
+            prompt = whole("prompt", prompt, 0, len(prompts) - 1, why="or a text")
             asked = prompts[prompt]
         made = generate(self._model, [asked], self.state, compare=True, progress=False, **self._options)[0]
         assert made.baseline is not None
@@ -211,13 +211,11 @@ def explore(
     *,
     layer: int | None = None,
     max_new_tokens: int = 32,
-    chat: bool = False,
     limit: int | None = 250,
     title: str | None = None,
     unknown: Unknown | None = None,
     wrap: Wrap | None = None,
-    batch_size: int = 16,
-    progress: bool = True,
+    **options: Unpack[PassOptions],
 ) -> Explorer:
     """Explore a steering in Jupyter: who is steered, by which experts, and what the model then says.
 
@@ -233,27 +231,23 @@ def explore(
             ROC curve. A plain sequence is one group, without such a curve.
         layer: which layer's gate and experts; None takes the first. With `gate_layer=` that layer's gate is explored.
         max_new_tokens: of the texts.
-        chat: apply the tokenizer's chat template to string prompts.
         limit: this many prompts of each group are shown, the first ones, and the widget says so; None shows all.
         title: above the widget.
         unknown: words of a text that the model does not know, with the nearest that it knows; they are marked in the
             reader's own prompts. None: `tutor.unknown` for the tutor, else nothing is marked.
         wrap: makes model input of the reader's own prompt. None: `tutor.chat` for the tutor without `chat=True`, else
             the prompt is taken as it is.
-        batch_size: prompts per forward pass.
-        progress: show a progress bar while the prompts are read.
+        options: `chat` (False), apply the tokenizer's chat template to string prompts; `batch_size` (16), prompts per
+            forward pass; `progress` (True), show a progress bar while the prompts are read.
 
     Raises:
         InputError: no FineSteer, no model, no prompts, a layer that is not steered, or options that do not fit.
         MismatchError: the steering was fitted on another model.
     """
-    if not isinstance(steering, FineSteer):
-        fix = "Other methods have no experts to explore."
-        raise InputError("explore", expected="a FineSteer", got=type(steering).__name__, fix=fix)
-    if not isinstance(model, SteerableModel):
-        raise InputError("explore", expected="a model of TransformerLens", got=type(model).__name__)
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise InputError("max_new_tokens", expected="an int >= 1", got=repr(max_new_tokens))
+    passes = options_of("explore", Passes, options)
+    instance("explore", steering, FineSteer, "a FineSteer", fix="Other methods have no experts to explore.")
+    instance("explore", model, SteerableModel, "a model of TransformerLens")
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     for name, function in (("unknown", unknown), ("wrap", wrap)):
         if function is not None and not callable(function):
             raise InputError(name, expected="a function or None", got=repr(function))
@@ -263,13 +257,13 @@ def explore(
     world = world_of(model)
     if world is not None:
         unknown = unknown or world.unknown
-        wrap = wrap or (None if chat else world.wrap)
+        wrap = wrap or (None if passes.chat else world.wrap)
     return Explorer(
         subject,
         model,
-        read(subject, model, groups, Passes(chat, batch_size, progress)),
+        read(subject, model, groups, passes),
         max_new_tokens=max_new_tokens,
-        chat=chat,
+        chat=passes.chat,
         title=f"What does steering at layer {subject.layer} do?" if title is None else title,
         unknown=unknown,
         wrap=wrap,

@@ -11,7 +11,7 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.explorer.settings import Subject
 from fsteer_lens.figures.style import expert_colours, group_colours, plain
-from fsteer_lens.ground.checks import whole
+from fsteer_lens.ground.checks import optional, whole
 from fsteer_lens.method.gates import OPEN
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Prompt, check_prompt, prompt_text
@@ -115,7 +115,7 @@ def grouped(prompts: Any, limit: int | None) -> tuple[Group, ...]:
     Raises:
         InputError: no groups, an empty one, something that is no prompt, or no positive limit.
     """
-    limit = None if limit is None else whole("limit", limit, 1, why="or None for all")
+    limit = optional(whole, "limit", limit, 1, why="or None for all")
     named = prompts if isinstance(prompts, Mapping) else {"prompts": prompts}
     if not named:
         raise InputError("prompts", expected="at least one group", got="none")

@@ -1,11 +1,11 @@
 """What the explorer's controls are set to, and the steering that this amounts to."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import choice, finite, normalised, switch, whole
 from fsteer_lens.hooks.probes import SubspaceAblation
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.gates import Gate
@@ -59,9 +59,7 @@ class Subject:
     layer: int
 
     def __post_init__(self) -> None:
-        layers = self.steering.layers
-        if isinstance(self.layer, bool) or self.layer not in layers:
-            raise InputError("layer", expected=f"a steered layer, one of {list(layers)}", got=repr(self.layer))
+        normalised(self, layer=choice("layer", self.layer, self.steering.layers, "a steered layer, one of"))
         ranks = [leaf.rank for leaf in self.leaves]
         if ranks and not (len(set(ranks)) == 1 and ranks[0] <= self.ranks):
             raise InputError(
@@ -122,31 +120,33 @@ class Subject:
         names = set(Settings.__dataclass_fields__)
         if not isinstance(values, Mapping) or set(values) != names:
             raise InputError("settings", expected=f"a mapping of {sorted(names)}", got=repr(values)[:200])
-        self._require_gate_settings(**{name: values[name] for name in ("rank", "threshold", "gate", "mode")})
-        _require(_is_number(values["strength"]), "strength", "a finite number", values["strength"])
-        _require(isinstance(values["residual"], bool), "residual", "True or False", values["residual"])
         on, n_experts = values["experts"], self.experts.n_experts
-        switches = isinstance(on, Sequence) and all(isinstance(one, bool) for one in on)
-        fits = switches and len(on) == n_experts and any(on)
+        fits = isinstance(on, Sequence) and len(on) == n_experts and any(on)
         _require(fits, "experts", f"{n_experts} switches, at least one of them on", on)
-        return Settings(**{**values, "experts": tuple(on)})
+        return Settings(
+            **self._gate_settings(**{name: values[name] for name in ("rank", "threshold", "gate", "mode")}),
+            strength=finite("strength", values["strength"]),
+            experts=tuple(switch("experts", one) for one in on),
+            residual=switch("residual", values["residual"]),
+        )
 
-    def _require_gate_settings(self, rank: Any, threshold: Any, gate: Any, mode: Any) -> None:
-        _require(isinstance(gate, bool), "gate", "True or False", gate)
-        _require(mode in ("gate", "ablation"), "mode", "'gate' or 'ablation'", mode)
+    def _gate_settings(self, rank: Any, threshold: Any, gate: Any, mode: Any) -> dict[str, Any]:
+        """The settings of the gate, checked."""
+        gate, mode = switch("gate", gate), choice("mode", mode, ("gate", "ablation"))
+        checked = {"rank": rank, "threshold": threshold, "gate": gate, "mode": mode}
         if self.gate is None:
             fits = rank is None and threshold is None and not gate and mode == "gate"
-            got = {"rank": rank, "threshold": threshold, "gate": gate, "mode": mode}
-            _require(fits, "a steering without a gate", "rank=None, threshold=None, gate=False, mode='gate'", got)
-            return
+            _require(fits, "a steering without a gate", "rank=None, threshold=None, gate=False, mode='gate'", checked)
+            return checked
         if self.ranks:
-            _require(_is_rank(rank, self.ranks), "rank", f"an int in 1..{self.ranks}", rank)
+            checked["rank"] = whole("rank", rank, 1, self.ranks)
         else:
             fits = rank is None and mode == "gate"
             _require(fits, "a gate without ranks", "rank=None, mode='gate'", {"rank": rank, "mode": mode})
         if threshold is not None:
             _require(self.has_threshold, "threshold", "None: a composed gate has no single one", threshold)
-            _require(_is_number(threshold), "threshold", "a finite number or None", threshold)
+            checked["threshold"] = finite("threshold", threshold)
+        return checked
 
     def state(self, settings: Settings) -> FineSteer | SubspaceAblation:
         """The steering, or the ablation of the gate's subspace, that these settings amount to."""
@@ -194,11 +194,3 @@ class Subject:
 def _require(fits: bool, what: str, expected: str, got: Any) -> None:
     if not fits:
         raise InputError(what, expected=expected, got=repr(got))
-
-
-def _is_rank(rank: Any, most: int) -> bool:
-    return isinstance(rank, int) and not isinstance(rank, bool) and 1 <= rank <= most
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

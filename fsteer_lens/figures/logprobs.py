@@ -10,6 +10,7 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.likeliest import likeliest
 from fsteer_lens.figures.style import LOWERED, RAISED, label_text, one_line, plain, styled
+from fsteer_lens.ground.checks import whole
 from fsteer_lens.trace.steps import Steps
 from fsteer_lens.trace.trace import Trace
 
@@ -59,8 +60,7 @@ def logprob_change(
     """
     import plotly.graph_objects as go
 
-    if top < 1:
-        raise InputError("top", expected="at least 1", got=top)
+    top = whole("top", top, 1)
     if isinstance(tokens, Trace):
         if change is not None:
             raise InputError("change", expected="none where a trace is given", got=list(change.shape))
@@ -145,8 +145,7 @@ def _of_step(trace: Trace, row: int | None, step: int) -> list[Change]:
         raise InputError("row", expected=f"an int in 0..{trace.n_rows - 1} with step=", got=None)
     steps = _compared(trace.row(row or 0))
     n = len(steps.texts[0])
-    if not -n <= step < n:
-        raise InputError("step", expected=f"an int in 0..{n - 1}", got=step)
+    step = whole("step", step, -n, n - 1)
     tops = [
         [one for one in likeliest(steps, side, step) if math.isfinite(one.logprob)] for side in ("top", "baseline_top")
     ]

@@ -7,6 +7,7 @@ from fsteer_lens.errors import InputError
 from fsteer_lens.figures.heatmaps import heatmap
 from fsteer_lens.figures.results import require_result
 from fsteer_lens.figures.style import STEERED_COLOUR, TEXT, label_text, styled, token_ticks, wrapped
+from fsteer_lens.ground.checks import choice
 
 if TYPE_CHECKING:
     import plotly.graph_objects
@@ -50,8 +51,7 @@ def layer_position(
     import plotly.graph_objects as go
 
     require_result("path", path, Propagation, "propagation")
-    if what not in MEANINGS:
-        raise InputError("what", expected=f"one of {list(MEANINGS)}", got=repr(what))
+    what = choice("what", what, MEANINGS)
     values, tokens, steered_layers = getattr(path, what), path.tokens, path.edited_layers
     n_layers, n_tokens = values.shape
     if n_layers == 0 or n_tokens == 0:

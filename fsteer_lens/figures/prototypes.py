@@ -12,6 +12,7 @@ from fsteer_lens.errors import InputError, ShapeError
 from fsteer_lens.figures.heatmaps import heatmap
 from fsteer_lens.figures.html import MONO, MUTED, Html, block, escape, visible
 from fsteer_lens.figures.style import GRID, expert_colours, expert_names, expert_ticks, label_text, styled
+from fsteer_lens.ground.checks import whole
 from fsteer_lens.method.experts import Experts
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def expert_tokens(
         raise InputError("promoted", expected="at least one expert with a token", got=f"{len(promoted)} experts")
     called = expert_names(len(promoted), names)
     n_rows = max(len(pairs) for pairs in promoted)
-    n_rows = n_rows if limit is None else min(n_rows, limit)
+    n_rows = n_rows if limit is None else min(n_rows, whole("limit", limit, 1))
     cell = f"padding:3px 10px;border-top:1px solid {GRID};text-align:left;vertical-align:top"
     head = "".join(
         f'<th style="padding:4px 10px;text-align:left;border-bottom:3px solid {colour}">{escape(name)}</th>'

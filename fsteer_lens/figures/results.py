@@ -2,11 +2,9 @@
 
 from typing import Any
 
-from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import instance
 
 
 def require_result(name: str, given: Any, kind: type, maker: str) -> None:
     """Raise `InputError` unless the argument of that name is of the kind that `effects.{maker}` returns."""
-    if not isinstance(given, kind):
-        fix = f"Give what effects.{maker} returns."
-        raise InputError(name, expected=f"a {kind.__name__}", got=type(given).__name__, fix=fix)
+    instance(name, given, kind, f"a {kind.__name__}", fix=f"Give what effects.{maker} returns.")

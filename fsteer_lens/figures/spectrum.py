@@ -41,8 +41,7 @@ def scree(
         require_result("by_rank", by_rank, RankSweep, "rank_sweep")
         if len(by_rank.auroc) != r:
             raise InputError("by_rank", expected=f"an AUROC, one for each of {r} ranks", got=len(by_rank.auroc))
-    if rank is not None:
-        require_rank(rank, r, "the ranks that were fitted")
+    rank = None if rank is None else require_rank(rank, r, "the ranks that were fitted")
     ranks = list(range(1, r + 1))
     rows = 1 if by_rank is None else 2
     heights = [1.0] if by_rank is None else [0.6, 0.4]

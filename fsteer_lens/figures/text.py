@@ -2,9 +2,10 @@
 
 import math
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.effects.decisions import GateExplanation
@@ -12,8 +13,9 @@ from fsteer_lens.errors import InputError
 from fsteer_lens.figures.html import MUTED, Html, block, escape, legend_line
 from fsteer_lens.figures.rich import rich_view
 from fsteer_lens.figures.style import ACCENT, NEGATIVE, POSITIVE, plain
-from fsteer_lens.figures.tokens import Tokens, require_no_marks, tokens_of_text, tokens_of_trace
-from fsteer_lens.trace.trace import Marks, Trace
+from fsteer_lens.figures.tokens import Tokens, TokenView, ViewOptions
+from fsteer_lens.ground.checks import finite, options_of, switch
+from fsteer_lens.trace.trace import Trace
 
 STRONGEST_SHADE = 0.6
 
@@ -25,16 +27,9 @@ def token_scores(
     name: str | None = None,
     bounds: tuple[float, float] | None = None,
     centred: bool = False,
-    steered: Bool[Tensor, " s"] | None = None,
-    prompt_length: int | None = None,
-    first: int = 0,
-    bos: bool = False,
-    marks: Marks | None = None,
     layer: int | None = None,
     row: int = 0,
-    legend: bool = True,
-    rich: bool = False,
-    bundle: bool = True,
+    **options: Unpack[ViewOptions],
 ) -> Html:
     """Tokens of one text, shaded by a score, with their value on hover.
 
@@ -50,34 +45,28 @@ def token_scores(
         name: of the score, with its unit.
         bounds: scores with no shade and with the full shade; None takes 0 and the largest score.
         centred: scale from −max to max: red below zero, blue above.
-        steered: which tokens were steered, [s].
-        prompt_length: number of real tokens in the prompt.
-        first: index of the first real token; those before it are pads.
-        bos: whether the first real token is the beginning-of-sequence token.
-        marks: all of that at once, from `Trace.marks`, for tokens that are a row of the padded batch.
         layer: of the trace; needed where it holds several.
         row: of the trace or the marks.
-        legend: say below what shade, lines and bar mean.
-        rich: the `colored_tokens` of circuitsvis; needs scripts, so a notebook must be trusted.
-        bundle: put circuitsvis' 1.3 MB into this view; False where `circuitsvis_bundle()` is on the page already.
+        options: what each token of a text is: `steered` (None), which of them were, [s]; `prompt_length` (None), number
+            of real tokens in the prompt; `first` (0), index of the first real token, those before it being pads; `bos`
+            (False), whether that is the beginning-of-sequence token; or `marks` (None), all of this at once, from
+            `Trace.marks`, for tokens that are a row of the padded batch. How they are shown: `legend` (True), say below
+            what shade, lines and bar mean; `rich` (False), the `colored_tokens` of circuitsvis, which needs scripts, so
+            a notebook must be trusted; `bundle` (True), put circuitsvis' 1.3 MB into this view, False where
+            `circuitsvis_bundle()` is on the page already.
 
     Raises:
         InputError: no tokens, another number of scores or marks than tokens, or a trace without tokens.
     """
+    view, centred = options_of("token_scores", TokenView, options), switch("centred", centred)
     if isinstance(tokens, GateExplanation):
         if scores is None:
             scores, centred, name = tokens.carried, True, name or _carried(tokens)
         tokens = tokens.tokens
-    if isinstance(tokens, Trace):
-        shown = tokens_of_trace(tokens, layer, row)
-        require_no_marks(steered=steered, prompt_length=prompt_length, first=first, bos=bos, marks=marks)
-        if scores is None:
-            scores = _change(tokens.row(row), layer, len(shown))
-            name = name or "‖change‖ / ‖residual stream‖"
-    else:
-        shown = tokens_of_text(
-            tokens, steered=steered, prompt_length=prompt_length, first=first, bos=bos, marks=marks, row=row
-        )
+    shown = view.tokens(tokens, layer, row)
+    if isinstance(tokens, Trace) and scores is None:
+        scores = _change(tokens.row(row), layer, len(shown))
+        name = name or "‖change‖ / ‖residual stream‖"
     if scores is None:
         raise InputError("scores", expected=f"a number for each of {len(shown)} tokens", got=None)
     if len(scores) != len(shown):
@@ -85,7 +74,7 @@ def token_scores(
     name = name or "score"
     values = plain(scores, digits=6)
     low, high = _bounds(values, bounds, centred)
-    if rich:
+    if view.rich:
         below = "" if centred or low == 0 else "; the shade begins at 0"
         return rich_view(
             "ColoredTokens",
@@ -97,11 +86,11 @@ def token_scores(
             },
             note=f"{name}{below}",
             marked=shown,
-            bundle=bundle,
+            bundle=view.bundle,
         )
     told = [f"{name}: {'none' if value is None else f'{value:.4g}'}" for value in values]
     text = shown.html([_shade(value, low, high, centred) for value in values], told)
-    return Html(block([text, _legend(name, low, high, centred, shown) if legend else ""]))
+    return Html(block([text, _legend(name, low, high, centred, shown) if view.legend else ""]))
 
 
 def _change(one: Trace, layer: int | None, n_tokens: int) -> Float[Tensor, " s"]:
@@ -118,8 +107,8 @@ def _carried(told: GateExplanation) -> str:
 
 def _bounds(values: Sequence[float | None], bounds: tuple[float, float] | None, centred: bool) -> tuple[float, float]:
     if bounds is not None:
-        low, high = bounds
-        if not (math.isfinite(low) and math.isfinite(high) and low < high) or (centred and low != -high):
+        low, high = (finite("bounds", end) for end in bounds)
+        if not low < high or (centred and low != -high):
             raise InputError("bounds", expected="two finite numbers, low < high, −max and max if centred", got=bounds)
         return low, high
     known = [value for value in values if value is not None] or [0.0]

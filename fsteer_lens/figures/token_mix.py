@@ -1,17 +1,19 @@
 """Which experts act on which token."""
 
 from collections.abc import Sequence
+from typing import Unpack
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.html import Html, block, escape, legend_line
 from fsteer_lens.figures.rich import rich_view
 from fsteer_lens.figures.style import GRID, expert_colours, expert_names, plain
-from fsteer_lens.figures.tokens import require_no_marks, tokens_of_text, tokens_of_trace
-from fsteer_lens.trace.trace import Marks, Trace
+from fsteer_lens.figures.tokens import TokenView, ViewOptions
+from fsteer_lens.ground.checks import options_of
+from fsteer_lens.trace.trace import Trace
 
 STRIP = 7
 """Height of a token's strip, in pixels."""
@@ -22,16 +24,9 @@ def token_experts(
     weights: Float[Tensor, "s k"] | None = None,
     *,
     names: Sequence[str] | None = None,
-    steered: Bool[Tensor, " s"] | None = None,
-    prompt_length: int | None = None,
-    first: int = 0,
-    bos: bool = False,
-    marks: Marks | None = None,
     layer: int | None = None,
     row: int = 0,
-    legend: bool = True,
-    rich: bool = False,
-    bundle: bool = True,
+    **options: Unpack[ViewOptions],
 ) -> Html:
     """Tokens of one text, each above a strip that is divided among the experts by weight; the numbers on hover.
 
@@ -43,26 +38,19 @@ def token_experts(
         tokens: text of every token, [s], or a trace of `generate`.
         weights: of every expert at every token, [s k]; NaN, or all 0, draws no strip.
         names: of the experts.
-        steered, prompt_length, first, bos, marks: what each token is, as for `token_scores`.
         layer: of the trace; needed where it holds several.
         row: of the trace or the marks.
-        legend: say below what colours and marks mean.
-        rich: the `colored_tokens_multi` of circuitsvis, where a click chooses the expert; needs scripts, so a notebook
-            must be trusted.
-        bundle: put circuitsvis' 1.3 MB into this view; False where `circuitsvis_bundle()` is on the page already.
+        options: `steered`, `prompt_length`, `first`, `bos`, `marks`, `legend`, `rich` and `bundle` as for
+            `token_scores`; rich=True is the `colored_tokens_multi` of circuitsvis, where a click chooses the expert.
 
     Raises:
         InputError: no tokens or experts, another number of weights or marks than tokens, or a trace without either.
     """
-    if isinstance(tokens, Trace):
-        require_no_marks(steered=steered, prompt_length=prompt_length, first=first, bos=bos, marks=marks)
-        steered_layer = layer if tokens.change else None  # a probe's trace has no steered positions
-        shown = tokens_of_trace(tokens, steered_layer, row)
-        weights = _acting(tokens, layer, row, len(shown)) if weights is None else weights
-    else:
-        shown = tokens_of_text(
-            tokens, steered=steered, prompt_length=prompt_length, first=first, bos=bos, marks=marks, row=row
-        )
+    view = options_of("token_experts", TokenView, options)
+    probed = isinstance(tokens, Trace) and not tokens.change  # its trace has no steered positions
+    shown = view.tokens(tokens, None if probed else layer, row)
+    if isinstance(tokens, Trace) and weights is None:
+        weights = _acting(tokens, layer, row, len(shown))
     if weights is None:
         raise InputError("weights", expected=f"a row for each of {len(shown)} tokens", got=None)
     if len(weights) != len(shown) or weights.shape[1] == 0:
@@ -70,7 +58,7 @@ def token_experts(
         raise InputError("weights", expected=expected, got=list(weights.shape))
     called = expert_names(weights.shape[1], names)
     values = plain(weights)
-    if rich:
+    if view.rich:
         return rich_view(
             "ColoredTokensMulti",
             {
@@ -82,12 +70,12 @@ def token_experts(
             },
             note="weight α of the expert that is chosen (0 to 1); the numbers of all of them on hover",
             marked=shown,
-            bundle=bundle,
+            bundle=view.bundle,
         )
     colours = expert_colours(len(called))
     text = shown.html([_strip(row_, colours) for row_ in values], [_told(row_, called) for row_ in values])
     items = [f"<span style='color:{c}'>■</span> {escape(n)}" for c, n in zip(colours, called, strict=True)]
-    return Html(block([text, legend_line([*items, *shown.legend()]) if legend else ""]))
+    return Html(block([text, legend_line([*items, *shown.legend()]) if view.legend else ""]))
 
 
 def _acting(trace: Trace, layer: int | None, row: int, n_tokens: int) -> Float[Tensor, "s k"]:

@@ -1,8 +1,8 @@
 """The tokens of a text, and what each of them is: padding, bos, generated, steered; shared by all token views."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, fields
+from typing import Final, TypedDict
 
 from jaxtyping import Bool
 from torch import Tensor
@@ -10,6 +10,7 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.html import MONO, span, visible
 from fsteer_lens.figures.style import STEERED_COLOUR, one_line
+from fsteer_lens.ground.checks import normalised, optional, switch, whole
 from fsteer_lens.trace.trace import Marks, Trace
 
 STEERED: Final = f"border-bottom:3px solid {STEERED_COLOUR}"
@@ -18,6 +19,8 @@ BOS: Final = "box-shadow:inset 0 0 0 1px currentColor;border-radius:3px"
 PADDING: Final = "text-decoration:line-through;opacity:.45"
 BORDER: Final = "border-left:2px solid;margin:0 4px;opacity:.8"
 TEXT: Final = f"{MONO};font-size:14px;line-height:2.1;white-space:pre-wrap;overflow-wrap:anywhere"
+MARKS: Final = ("steered", "prompt_length", "first", "bos", "marks")
+"""What tells of a token what it is, in a view."""
 GLYPHS: Final = {"padding": "▫", "bos": "◆", "steered": "▴"}
 """Put before a token where a view can draw no lines: those of circuitsvis."""
 
@@ -100,46 +103,85 @@ class Tokens:
         return ";".join(filter(None, [lines, BOS if self.bos[index] else ""]))
 
 
-def tokens_of_text(
-    texts: Sequence[str],
-    *,
-    steered: Bool[Tensor, " s"] | None = None,
-    prompt_length: int | None = None,
-    first: int = 0,
-    bos: bool = False,
-    marks: Marks | None = None,
-    row: int = 0,
-) -> Tokens:
-    """Tokens whose texts are given, with their marks one by one or all from `Trace.marks`."""
-    n = len(texts)
+class ViewOptions(TypedDict, total=False):
+    """What `token_scores` and `token_experts` both take by name and hand on as `TokenView`."""
+
+    steered: Bool[Tensor, " s"] | None
+    prompt_length: int | None
+    first: int
+    bos: bool
+    marks: Marks | None
+    legend: bool
+    rich: bool
+    bundle: bool
+
+
+@dataclass(frozen=True, eq=False)
+class TokenView:
+    """What each token of a text is, and how the text is shown.
+
+    Attributes:
+        steered: which tokens were steered, [s].
+        prompt_length: number of real tokens in the prompt.
+        first: index of the first real token; those before it are pads.
+        bos: whether the first real token is the beginning-of-sequence token.
+        marks: all of that at once, from `Trace.marks`, for tokens that are a row of the padded batch.
+        legend: say below what colours and marks mean.
+        rich: as a view of circuitsvis.
+        bundle: put circuitsvis' code into this view.
+    """
+
+    steered: Bool[Tensor, " s"] | None = None
+    prompt_length: int | None = None
+    first: int = 0
+    bos: bool = False
+    marks: Marks | None = None
+    legend: bool = True
+    rich: bool = False
+    bundle: bool = True
+
+    def __post_init__(self) -> None:
+        normalised(
+            self,
+            prompt_length=optional(whole, "prompt_length", self.prompt_length, 0),
+            first=whole("first", self.first),
+            **{name: switch(name, getattr(self, name)) for name in ("bos", "legend", "rich", "bundle")},
+        )
+
+    def tokens(self, given: Sequence[str] | Trace, layer: int | None, row: int) -> Tokens:
+        """The tokens of a text, or those of a row of a trace, which has its own marks."""
+        if not isinstance(given, Trace):
+            return _tokens_of_text(given, row, self)
+        unset = {item.name: item.default for item in fields(self)}
+        told = [name for name in MARKS if getattr(self, name) is not unset[name]]
+        if told:
+            fix = "Leave them out: a trace knows what its tokens are."
+            raise InputError(f"{', '.join(told)} beside a trace", fix=fix)
+        return tokens_of_trace(given, layer, row)
+
+
+def _tokens_of_text(texts: Sequence[str], row: int, view: TokenView) -> Tokens:
+    """Tokens whose texts are given, with their marks one by one or all from `Trace.marks`, which have this row."""
+    n, marks, steered, length = len(texts), view.marks, view.steered, view.prompt_length
     if n == 0:
         raise InputError("tokens", expected="at least one", got="none")
     if marks is not None:
         if marks.steered.shape[1] != n:
             expected = f"marks of {n} positions, as many as tokens"
             raise InputError("marks", expected=expected, got=marks.steered.shape[1], fix="Give the padded row.")
-        if not 0 <= row < len(marks.steered):
-            raise InputError("row", expected=f"an int in 0..{len(marks.steered) - 1}", got=row)
+        row = whole("row", row, 0, len(marks.steered) - 1)
         padding, is_bos, generated, on = (tuple(values[row].tolist()) for values in marks)
         return Tokens(tuple(texts), padding, is_bos, generated, on)
     if steered is not None and len(steered) != n:
         raise InputError("steered", expected=f"one for each of {n} tokens", got=len(steered))
-    if not 0 <= first < n:
-        raise InputError("first", expected=f"an int in 0..{n - 1}, the first real token", got=first)
+    first = whole("first", view.first, 0, n - 1, why="the first real token")
     return Tokens(
         texts=tuple(texts),
         padding=tuple(index < first for index in range(n)),
-        bos=tuple(bos and index == first for index in range(n)),
-        generated=None if prompt_length is None else tuple(index >= first + prompt_length for index in range(n)),
+        bos=tuple(view.bos and index == first for index in range(n)),
+        generated=None if length is None else tuple(index >= first + length for index in range(n)),
         steered=None if steered is None else tuple(bool(one) for one in steered.tolist()),
     )
-
-
-def require_no_marks(**given: Any) -> None:
-    """Raise `InputError` where marks are given beside a trace, which has its own."""
-    named = [name for name, value in given.items() if isinstance(value, Tensor | Marks) or value]
-    if named:
-        raise InputError(f"{', '.join(named)} beside a trace", fix="Leave them out: a trace knows what its tokens are.")
 
 
 def tokens_of_trace(trace: Trace, layer: int | None, row: int) -> Tokens:

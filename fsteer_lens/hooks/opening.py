@@ -6,7 +6,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import choice
+from fsteer_lens.ground.checks import choice, instance, optional
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.classes import SteerableModel
@@ -40,10 +40,8 @@ def open_session(
         InputError: no hook object, or read="clean" for several points where something decides again at every step.
         MismatchError, SiteError: the hook object does not fit the model.
     """
-    if not isinstance(hook_object, HookObject):
-        raise InputError("steering", expected="a steering, probe, ablation or chain", got=type(hook_object).__name__)
-    if read is not None:
-        choice("read", read, ("clean", "live"))
+    instance("steering", hook_object, HookObject, "a steering, probe, ablation or chain")
+    optional(choice, "read", read, ("clean", "live"))
     session = hook_object.session_on(model, prompt_lengths, batch.mask)
     stepwise = [link for link in hook_object.links if link.stepwise]
     if len(hook_object.points) == 1 or read == "live" or (read is None and stepwise):

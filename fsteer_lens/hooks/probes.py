@@ -5,7 +5,7 @@ from typing import final
 
 from torch import Tensor
 
-from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import instance, normalised, optional, whole
 from fsteer_lens.hooks.objects import Link
 from fsteer_lens.hooks.positions import View
 from fsteer_lens.hooks.session import State
@@ -89,8 +89,8 @@ class SubspaceAblation(_TokenHook):
     def __post_init__(self) -> None:
         _require_parts(self, subspace=Subspace)
         if self.rank == -1:
-            object.__setattr__(self, "rank", self.subspace.rank)
-        require_rank(self.rank, self.subspace.rank, "the fitted rank")
+            normalised(self, rank=self.subspace.rank)
+        normalised(self, rank=require_rank(self.rank, self.subspace.rank, "the fitted rank"))
 
     @property
     def d_model(self) -> int:
@@ -110,8 +110,8 @@ class SubspaceAblation(_TokenHook):
 
 def _require_parts(link: _TokenHook, **parts: type) -> None:
     """Raise `InputError` unless these fields, the layer and the fingerprint are what they should be."""
-    for name, kind in {**parts, "layer": int, "fingerprint": Fingerprint | None}.items():
-        value = getattr(link, name)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            wanted = getattr(kind, "__name__", "a fingerprint or None")
-            raise InputError(f"{type(link).__name__} {name}", expected=wanted, got=type(value).__name__)
+    owner = type(link).__name__
+    normalised(link, layer=whole(f"{owner} layer", link.layer))
+    for name, kind in parts.items():
+        instance(f"{owner} {name}", getattr(link, name), kind, kind.__name__)
+    optional(instance, f"{owner} fingerprint", link.fingerprint, Fingerprint, "a fingerprint or None")

@@ -12,6 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import choice, finite, normalised, whole
 
 SCOPES = ("all", "prompt", "generated")
 
@@ -30,12 +31,9 @@ class Window:
     stop: int | None = None
 
     def __post_init__(self) -> None:
-        whole = all(
-            isinstance(at, int) and not isinstance(at, bool)
-            for at in (self.start, 0 if self.stop is None else self.stop)
-        )
-        if not whole or self.start < 0 or (self.stop is not None and self.stop < self.start):
-            raise InputError("window", expected="ints with 0 <= start <= stop", got=(self.start, self.stop))
+        start = whole("window start", self.start, 0)
+        stop = None if self.stop is None else whole("window stop", self.stop, start, why="its start, or None")
+        normalised(self, start=start, stop=stop)
 
 
 Scope = Literal["all", "prompt", "generated"] | Window
@@ -43,8 +41,8 @@ Scope = Literal["all", "prompt", "generated"] | Window
 
 def require_scope(scope: object) -> None:
     """Raise `InputError` unless this is a scope."""
-    if not isinstance(scope, Window) and scope not in SCOPES:
-        raise InputError("scope", expected=f"one of {SCOPES} or a Window", got=repr(scope))
+    if not isinstance(scope, Window):
+        choice("scope", scope, SCOPES, "a Window or one of")
 
 
 def in_scope(scope: Scope, steps: Int[Tensor, "*batch"]) -> Bool[Tensor, "*batch"]:
@@ -68,9 +66,9 @@ class Schedule:
     factors: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
-        numbers = isinstance(self.factors, tuple) and all(isinstance(factor, int | float) for factor in self.factors)
-        if not numbers or not self.factors or not all(abs(factor) < 1e300 for factor in self.factors):
-            raise InputError("schedule", expected="a tuple of at least one finite number", got=self.factors)
+        if not isinstance(self.factors, tuple) or not self.factors:
+            raise InputError("schedule", expected="a tuple of at least one finite number", got=repr(self.factors))
+        normalised(self, factors=tuple(finite("schedule", factor) for factor in self.factors))
 
     def at(self, steps: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """Factor at each step."""

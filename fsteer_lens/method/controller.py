@@ -1,6 +1,7 @@
 """The controller of the experts: the learned maps W_Q, W_K and β, and how they are trained."""
 
 import math
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from fsteer_lens.ground.checks import finite, normalised, seed_of, switch, whole
 from fsteer_lens.ground.progress import progress_bar
 
 
@@ -39,22 +41,43 @@ class Controller(NamedTuple):
         return F.linear(hidden, self.output_weight, self.output_bias)
 
 
+@dataclass(frozen=True)
+class Training:
+    """How the controller is trained; the same names, and what they mean, in `fit_experts`."""
+
+    route_loss: float
+    learning_rate: float
+    weight_decay: float
+    epochs: int
+    patience: int
+    standardize: bool
+    validation: float
+    clip: float
+    seed: int
+
+    def __post_init__(self) -> None:
+        normalised(
+            self,
+            route_loss=finite("route_loss", self.route_loss, 0),
+            learning_rate=finite("learning_rate", self.learning_rate, above=0),
+            weight_decay=finite("weight_decay", self.weight_decay, 0),
+            epochs=whole("epochs", self.epochs, 1),
+            patience=whole("patience", self.patience, 1),
+            standardize=switch("standardize", self.standardize),
+            validation=finite("validation", self.validation, 0, below=1),
+            clip=finite("clip", self.clip, above=0),
+            seed=seed_of(self.seed),
+        )
+
+
 def train_controller(
     h: Float[Tensor, "n d"],
     delta: Float[Tensor, "n d"],
     prototypes: Float[Tensor, "k d"],
     residual_basis: Float[Tensor, "d m"],
     clusters: Int[Tensor, " n"],
+    training: Training,
     *,
-    route_loss: float,
-    learning_rate: float,
-    weight_decay: float,
-    epochs: int,
-    patience: int,
-    standardize: bool,
-    n_valid: int,
-    clip: float,
-    seed: int,
     progress: bool,
 ) -> tuple[Controller, int, Int[Tensor, " n_valid"]]:
     """Train on mean ‖v(h) − δ‖² (+ `route_loss` times the cross-entropy of α against the clusters), AdamW, full batch.
@@ -63,16 +86,17 @@ def train_controller(
         h, delta: queries and shifts, [n d].
         prototypes, residual_basis: C [k d] and U [d m], frozen.
         clusters: cluster of every query, [n].
-        route_loss, learning_rate, weight_decay, epochs, patience, standardize, clip, seed, progress: of `fit_experts`.
-        n_valid: this many queries, drawn at random, are kept for early stopping.
+        training: the options; a share of the queries, drawn at random, is kept for early stopping.
+        progress: show a progress bar.
 
     Returns:
         The controller of the best epoch in the units of `h` and `delta`, that epoch, and the rows that were kept.
     """
     n, d_model = h.shape
+    n_valid = min(round(training.validation * n), n - 1)
     ones = h.new_ones(())
     centre, spread, length, size = h.new_zeros(d_model), ones, ones, ones
-    if standardize:
+    if training.standardize:
         centre = h.mean(dim=0)
         spread = (h - centre).square().mean().sqrt().clamp(min=1e-12)
         length = delta.square().sum(dim=1).mean().sqrt()
@@ -80,14 +104,15 @@ def train_controller(
     x, target, mixed, keyed = (h - centre) / spread, delta / length, prototypes / length, prototypes / size
 
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)  # torch.manual_seed would reseed the GPUs' generators as well
+        # torch.manual_seed would reseed the GPUs' generators as well
+        torch.default_generator.manual_seed(training.seed)
         sizes = [(d_model, d_model)] * 3 + [(d_model, residual_basis.shape[1])]
         layers = [torch.nn.Linear(*pair, dtype=h.dtype) for pair in sizes]
         order = torch.randperm(n)
     parameters = [p.to(h.device).detach().requires_grad_() for layer in layers for p in (layer.weight, layer.bias)]
     controller = Controller(*parameters)
     valid_rows, train_rows = order[:n_valid].to(h.device), order[n_valid:].to(h.device)
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
 
     def part(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return x[rows], target[rows], clusters[rows]
@@ -96,24 +121,24 @@ def train_controller(
         logits = controller.logits_of_many(x, keyed)
         vector = logits.softmax(dim=-1) @ mixed + controller.coefficients(x) @ residual_basis.T
         error = (vector - target).square().sum(dim=1).mean()
-        return error + route_loss * F.cross_entropy(logits, clusters) if route_loss else error
+        return error + training.route_loss * F.cross_entropy(logits, clusters) if training.route_loss else error
 
     train, watched_part = part(train_rows), part(valid_rows if n_valid else train_rows)
 
     best_loss, best_epoch, best = math.inf, 0, [p.detach().clone() for p in parameters]
-    with torch.enable_grad(), progress_bar(epochs, "training the experts", progress) as advance:
-        for epoch in range(1, epochs + 1):
+    with torch.enable_grad(), progress_bar(training.epochs, "training the experts", progress) as advance:
+        for epoch in range(1, training.epochs + 1):
             optimizer.zero_grad()
             objective = loss(*train)
             objective.backward()
-            torch.nn.utils.clip_grad_norm_(parameters, clip)
+            torch.nn.utils.clip_grad_norm_(parameters, training.clip)
             optimizer.step()
             advance(1)
             with torch.no_grad():
                 watched = float(loss(*watched_part))
             if watched < best_loss:
                 best_loss, best_epoch, best = watched, epoch, [p.detach().clone() for p in parameters]
-            elif n_valid and epoch - best_epoch >= patience:
+            elif n_valid and epoch - best_epoch >= training.patience:
                 break
     query_weight, query_bias, key_weight, key_bias, hidden_weight, hidden_bias, output_weight, output_bias = best
     folded = Controller(

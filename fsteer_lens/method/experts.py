@@ -12,7 +12,7 @@ default adds `route_loss` times the cross-entropy of α against the clusters; `p
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import instance, normalised, optional, switch, whole
 from fsteer_lens.method.controller import Controller
 from fsteer_lens.method.linalg import move, require_shapes, require_width, variant
 
@@ -98,11 +99,12 @@ class Experts:
             output_weight=(learned.output_weight, "m hidden"),
             output_bias=(learned.output_bias, "m"),
         )
-        self._require_switches(self.enabled)
-        if not isinstance(self.use_residual, bool):
-            raise InputError("experts use_residual", expected="True or False", got=repr(self.use_residual))
-        if not isinstance(self.report, FitReport | None):
-            raise InputError("experts report", expected="a FitReport or None", got=type(self.report).__name__)
+        normalised(
+            self,
+            enabled=self._switches(self.enabled),
+            use_residual=switch("experts use_residual", self.use_residual),
+        )
+        optional(instance, "experts report", self.report, FitReport, "a FitReport or None")
 
     def __repr__(self) -> str:
         off = [index for index, on in enumerate(self.enabled) if not on]
@@ -151,13 +153,13 @@ class Experts:
 
     def without_expert(self, index: int) -> "Experts":
         """The same experts with one switched off: its logit is masked and the other weights renormalised."""
-        self._check(index)
-        return self._switched(tuple(on and other != index for other, on in enumerate(self.enabled)))
+        off = self._number(index)
+        return self._switched(tuple(on and other != off for other, on in enumerate(self.enabled)))
 
     def only_expert(self, index: int) -> "Experts":
         """The same experts with one of them at weight 1."""
-        self._check(index)
-        return self._switched(tuple(other == index for other in range(self.n_experts)))
+        only = self._number(index)
+        return self._switched(tuple(other == only for other in range(self.n_experts)))
 
     def without_residual(self) -> "Experts":
         """The same experts without U β(h)."""
@@ -171,15 +173,15 @@ class Experts:
         return torch.tensor([not on for on in self.enabled], device=device)
 
     def _switched(self, enabled: tuple[bool, ...]) -> "Experts":
-        self._require_switches(enabled)
-        return variant(self, enabled=enabled)
+        return variant(self, enabled=self._switches(enabled))
 
-    def _require_switches(self, enabled: tuple[bool, ...]) -> None:
-        if len(enabled) != self.n_experts or not any(enabled) or not all(isinstance(on, bool) for on in enabled):
+    def _switches(self, enabled: Sequence[bool]) -> tuple[bool, ...]:
+        switches = tuple(switch("experts enabled", on) for on in enabled)
+        if len(switches) != self.n_experts or not any(switches):
             raise InputError(
                 "experts enabled", expected=f"{self.n_experts} switches, at least one of them on", got=enabled
             )
+        return switches
 
-    def _check(self, index: int) -> None:
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < self.n_experts:
-            raise InputError("expert", expected=f"an int in 0..{self.n_experts - 1}", got=index)
+    def _number(self, index: int) -> int:
+        return whole("expert", index, 0, self.n_experts - 1)

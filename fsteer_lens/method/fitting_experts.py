@@ -1,6 +1,6 @@
 """`fit_experts`: clusters, prototypes, a residual basis, and the training of the controller."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -9,7 +9,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.method.controller import train_controller
+from fsteer_lens.ground.checks import choice, whole
+from fsteer_lens.method.controller import Training, train_controller
 from fsteer_lens.method.experts import Experts, FitReport
 from fsteer_lens.method.linalg import principal_directions, require_matrix
 
@@ -68,8 +69,7 @@ def fit_experts(
     delta = delta.to(h)
     if h.shape != delta.shape:
         raise DataError("shifts", expected=f"the shape of the queries {list(h.shape)}", got=list(delta.shape))
-    if preset not in PRESETS:
-        raise InputError("preset", expected="'paper' or None", got=repr(preset))
+    choice("preset", preset, PRESETS)
     given = {
         "prototype_scale": prototype_scale,
         "route_loss": route_loss,
@@ -78,21 +78,16 @@ def fit_experts(
         "standardize": standardize,
     }
     options = {**PRESETS[preset], **{name: value for name, value in given.items() if value is not None}}
-    if options["prototype_scale"] not in ("unit", "shift"):
-        raise InputError("prototype_scale", expected="'unit' or 'shift'", got=repr(prototype_scale))
-    ranges = {
-        "route_loss >= 0": options["route_loss"] >= 0,
-        "epochs >= 1": options["epochs"] >= 1,
-        "patience >= 1": options["patience"] >= 1,
-        "residual_rank >= 1": residual_rank >= 1,
-        "0 <= validation < 1": 0 <= validation < 1,
-        "learning_rate > 0": learning_rate > 0,
-        "weight_decay >= 0": weight_decay >= 0,
-        "clip > 0": clip > 0,
-    }
-    broken = [name for name, holds in ranges.items() if not holds]
-    if broken:
-        raise InputError("fit_experts", expected=", ".join(broken), got="a value outside")
+    scale = choice("prototype_scale", options.pop("prototype_scale"), ("unit", "shift"))
+    residual_rank = whole("residual_rank", residual_rank, 1)
+    training = Training(
+        learning_rate=learning_rate,
+        weight_decay=weight_decay,
+        validation=validation,
+        clip=clip,
+        seed=seed,
+        **options,
+    )
     norms = delta.norm(dim=1, keepdim=True)
     if (norms == 0).any():
         raise DataError(
@@ -102,26 +97,12 @@ def fit_experts(
             fix="Drop contrasts whose two sides give the same activation.",
         )
     unit = delta / norms
-    clusters, criterion = _cluster(unit, n_experts, seed)
-    sources = unit if options["prototype_scale"] == "unit" else delta
+    clusters, criterion = _cluster(unit, n_experts, training.seed)
+    sources = unit if scale == "unit" else delta
     prototypes = torch.stack([sources[clusters == index].mean(dim=0) for index in range(int(clusters.max()) + 1)])
     _, residual_basis, _ = principal_directions(delta, min(residual_rank, h.shape[0] - 1, h.shape[1]))
     controller, best_epoch, valid_rows = train_controller(
-        h,
-        delta,
-        prototypes,
-        residual_basis,
-        clusters,
-        route_loss=options["route_loss"],
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        epochs=options["epochs"],
-        patience=options["patience"],
-        standardize=options["standardize"],
-        n_valid=min(round(validation * h.shape[0]), h.shape[0] - 1),
-        clip=clip,
-        seed=seed,
-        progress=progress,
+        h, delta, prototypes, residual_basis, clusters, training, progress=progress
     )
     experts = Experts(prototypes, residual_basis, controller, (True,) * len(prototypes))
     return replace(experts, report=_report(experts, h, delta, clusters, criterion, best_epoch, valid_rows))
@@ -135,9 +116,11 @@ def _cluster(
     from sklearn.metrics import calinski_harabasz_score
 
     n, d_model = unit.shape
-    low, high = (n_experts, n_experts) if isinstance(n_experts, int) else n_experts
-    if not 1 <= low <= high:
+    given = n_experts if isinstance(n_experts, Sequence) else (n_experts, n_experts)
+    ends = [whole("n_experts", end, 1, why="or a range (low, high)") for end in given]
+    if len(ends) != 2 or ends[0] > ends[1]:
         raise InputError("n_experts", expected="an int >= 1 or a range (low, high)", got=n_experts)
+    low, high = ends
     if low > n or (low != high and low > n - 1):
         raise DataError(
             "fewer shifts than experts need",

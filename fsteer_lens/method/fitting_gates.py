@@ -94,7 +94,7 @@ def fit_gate(
         return (_fit_linear if kind == "linear" else _fit_cosine)(rows, others, layer)
     if rank is None:
         raise InputError(f"fit_gate(kind={kind!r})", expected="rank=, of the subspace", got=None)
-    folding = _Folding(folds, groups, calibration, seed)
+    folding = _Folding(folds, groups, calibration, checks.seed_of(seed))
     subspace, ratios, distance = _cross_fitted(rows, rank, options.get("max_rank", MAX_RANK), folding)
     placed: dict[str, Any] = {"layer": layer}
     if others is not None:
@@ -127,8 +127,8 @@ def _cross_fitted(
     cuts = [] if in_sample or folding.calibration is not None else list(_folds(n, folding))
     smallest = min([n] + [len(train) for train, _ in cuts])
     limit = min(smallest - 1, d_model)
-    require_rank(rank, limit, f"min(n - 1, d) of the smallest training fold, {smallest} of {n} queries")
-    subspace = fit_subspace(rows, rank=min(limit, max(rank, max_rank)))
+    rank = require_rank(rank, limit, f"min(n - 1, d) of the smallest training fold, {smallest} of {n} queries")
+    subspace = fit_subspace(rows, rank=min(limit, max(rank, checks.whole("max_rank", max_rank, 1))))
     if folding.calibration is not None or in_sample:
         seen = rows
         if folding.calibration is not None:

@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError, ShapeError
-from fsteer_lens.ground.checks import finite
+from fsteer_lens.ground.checks import finite, instance, normalised
 from fsteer_lens.method.linalg import move, variant
 
 OPEN = 0.5
@@ -120,9 +120,7 @@ def require_gate(gate: Any, what: str, d_model: int | None = None, layer: int | 
         InputError: no gate, or one that reads at another layer.
         ShapeError: one of another width.
     """
-    if not isinstance(gate, Gate):
-        fix = "Give one of fit_gate, or a subclass of fsteer_lens.Gate."
-        raise InputError(what, expected="a gate", got=type(gate).__name__, fix=fix)
+    instance(what, gate, Gate, "a gate", fix="Give one of fit_gate, or a subclass of fsteer_lens.Gate.")
     if None not in (d_model, gate.d_model) and gate.d_model != d_model:
         fix = "Was it fitted on another model?"
         raise ShapeError(what, expected=f"width d_model={d_model}", got=gate.d_model, fix=fix)
@@ -301,7 +299,7 @@ class CutGate(_GateOfOne):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "cut", finite("threshold", self.cut))
+        normalised(self, cut=finite("threshold", self.cut))
 
     @property
     def ranks(self) -> int:

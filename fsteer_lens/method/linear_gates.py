@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.ground.checks import finite
+from fsteer_lens.ground.checks import finite, normalised, optional, switch, whole
 from fsteer_lens.method.gates import Gate, cut_at
 from fsteer_lens.method.linalg import require_shapes, require_width, variant
 
@@ -48,8 +48,12 @@ class LinearGate(_DirectionGate):
 
     def __post_init__(self) -> None:
         require_shapes("linear gate", weight=(self.weight, "d"))
-        for name in ("bias", "cut"):
-            object.__setattr__(self, name, finite(f"linear gate {name}", getattr(self, name)))
+        normalised(
+            self,
+            bias=finite("linear gate bias", self.bias),
+            cut=finite("linear gate cut", self.cut),
+            layer=optional(whole, "linear gate layer", self.layer),
+        )
 
     def __repr__(self) -> str:
         return f"LinearGate(d_model={self.d_model}, threshold={self.cut:g})"
@@ -93,7 +97,12 @@ class CosineGate(_DirectionGate):
 
     def __post_init__(self) -> None:
         require_shapes("cosine gate", condition=(self.condition, "d"))
-        object.__setattr__(self, "cut", finite("cosine gate cut", self.cut))
+        normalised(
+            self,
+            cut=finite("cosine gate cut", self.cut),
+            above=switch("cosine gate above", self.above),
+            layer=optional(whole, "cosine gate layer", self.layer),
+        )
 
     def __repr__(self) -> str:
         return f"CosineGate(d_model={self.d_model}, {'above' if self.above else 'below'} {self.cut:.3g})"

@@ -79,8 +79,8 @@ class Subspace:
 
     def at_rank(self, rank: int) -> "Subspace":
         """The same subspace cut to its first `rank` directions; shares the tensors."""
-        self._checked(rank)
-        return variant(self, basis=self.basis[:, :rank], explained=self.explained[:rank])
+        kept = self._checked(rank)
+        return variant(self, basis=self.basis[:, :kept], explained=self.explained[:kept])
 
     def project(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
         """μ + V_r V_rᵀ(h − μ): the nearest point of the affine subspace."""
@@ -91,8 +91,7 @@ class Subspace:
         return move(self, device, dtype)
 
     def _checked(self, rank: int) -> int:
-        require_rank(rank, self.rank, "the fitted rank")
-        return rank
+        return require_rank(rank, self.rank, "the fitted rank")
 
 
 def fit_subspace(queries: Float[Tensor, "n d"], *, rank: int | None = None) -> Subspace:
@@ -108,6 +107,5 @@ def fit_subspace(queries: Float[Tensor, "n d"], *, rank: int | None = None) -> S
     """
     rows = require_matrix(queries, "queries", min_rows=2)
     limit = min(rows.shape[0] - 1, rows.shape[1])
-    if rank is not None:
-        require_rank(rank, limit, f"min(n - 1, d) of {rows.shape[0]} queries of width {rows.shape[1]}")
-    return Subspace(*principal_directions(rows, limit if rank is None else rank))
+    why = f"min(n - 1, d) of {rows.shape[0]} queries of width {rows.shape[1]}"
+    return Subspace(*principal_directions(rows, limit if rank is None else require_rank(rank, limit, why)))

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import finite
+from fsteer_lens.ground.checks import choice, finite, instance, normalised, optional, whole
 from fsteer_lens.method.gates import OPEN, Gate, cut_at
 from fsteer_lens.method.linalg import require_rank, require_shapes, variant
 from fsteer_lens.method.subspace import Subspace
@@ -77,11 +77,10 @@ class SubspaceGate(Gate):
     layer: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "rank", require_rank(self.rank, self.subspace.rank, "the ranks that were fitted"))
+        rank = require_rank(self.rank, self.subspace.rank, "the ranks that were fitted")
+        normalised(self, rank=rank, layer=optional(whole, "gate's layer", self.layer))
         if self.calibrated is not None:
-            if not isinstance(self.calibrated, CalibrationRange):
-                got = type(self.calibrated).__name__
-                raise InputError("gate's calibration", expected="a CalibrationRange or None", got=got)
+            instance("gate's calibration", self.calibrated, CalibrationRange, "a CalibrationRange or None")
             require_shapes(
                 "gate's calibration",
                 basis=(self.subspace.basis, "d r"),
@@ -183,10 +182,8 @@ class QuantileGate(SubspaceGate):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_shapes("quantile gate", basis=(self.subspace.basis, "d r"), ratios=(self.ratios, "n r"))
-        if not (0 < self.epsilon <= 1 and 0 < self.gamma < 1e300):
-            raise InputError("quantile gate", expected="0 < epsilon <= 1 and gamma > 0", got=(self.epsilon, self.gamma))
-        if self.cdf not in ("linear", "step"):
-            raise InputError("cdf", expected="'linear' or 'step'", got=repr(self.cdf))
+        epsilon, gamma = finite("epsilon", self.epsilon, most=1, above=0), finite("gamma", self.gamma, above=0)
+        normalised(self, epsilon=epsilon, gamma=gamma, cdf=choice("cdf", self.cdf, ("linear", "step")))
 
     def quantile(self, ratio: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """F(s): where an energy ratio lies among those of the calibration queries, in [0, 1]."""
@@ -277,7 +274,7 @@ class ThresholdGate(SubspaceGate):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "cut", finite("threshold", self.cut))
+        normalised(self, cut=finite("threshold", self.cut))
 
     def gate_of_ratio(self, ratio: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """1 from the threshold on."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fsteer_lens.errors import InputError, MissingDependencyError
+from fsteer_lens.ground.checks import choice
 from fsteer_lens.models.classes import CLASS_NAMES, Kind, SteerableModel, available_kinds, require_decoder
 
 
@@ -28,8 +29,7 @@ def from_hf(hf_model: Any, tokenizer: Any, kind: Kind | None = None, process: bo
     """
     kinds = available_kinds()
     kind = kind or kinds[0]
-    if kind not in ("hooked", "bridge"):
-        raise InputError("kind", expected="'hooked' or 'bridge'", got=repr(kind))
+    choice("kind", kind, ("hooked", "bridge"))
     if kind not in kinds:
         raise MissingDependencyError(
             f"this TransformerLens has no model class for kind={kind!r}",

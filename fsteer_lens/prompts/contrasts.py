@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, overload
 
 from fsteer_lens.errors import DataError, InputError
+from fsteer_lens.ground.checks import choice, finite, is_whole, whole
 from fsteer_lens.ground.files import read_text, write_atomically
 
 Message = Mapping[str, str]
@@ -37,7 +38,7 @@ def check_prompt(prompt: Any) -> None:
         return
     if not isinstance(prompt, Sequence) or not prompt:
         raise InputError("prompt", expected="a string, messages or token ids", got=repr(prompt), fix=fix)
-    ids = all(isinstance(part, int) and not isinstance(part, bool) for part in prompt)
+    ids = all(map(is_whole, prompt))
     messages = all(
         isinstance(part, Mapping) and isinstance(part.get("role"), str) and isinstance(part.get("content"), str)
         for part in prompt
@@ -148,11 +149,11 @@ class ContrastSet(Sequence[Contrast]):
             InputError: shares out of range, or an unknown `by`.
             DataError: too few contrasts (or groups) to give every part one.
         """
-        if not (0 <= valid < 1 and 0 <= test < 1 and valid + test < 1):
-            raise InputError("split", expected="valid and test in [0, 1) with a sum below 1", got=(valid, test))
-        if by not in ("label", "group"):
-            raise InputError("split by", expected="'label' or 'group'", got=repr(by))
-        shuffle = random.Random(seed)
+        valid, test = (finite(f"split {name}", share, 0, below=1) for name, share in (("valid", valid), ("test", test)))
+        if not valid + test < 1:
+            raise InputError("split", expected="valid and test with a sum below 1", got=(valid, test))
+        choice("split by", by, ("label", "group"))
+        shuffle = random.Random(whole("seed", seed))
         parts: tuple[list[int], list[int], list[int]] = ([], [], [])
         buckets: dict[str | None, list[int]] = defaultdict(list)
         for index, contrast in enumerate(self):

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypedDict
 
-from fsteer_lens.ground.checks import switch, whole
+from fsteer_lens.ground.checks import normalised, switch, whole
 from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Prompt
@@ -35,9 +35,17 @@ class Passes:
     progress: bool = True
 
     def __post_init__(self) -> None:
-        switch("chat", self.chat)
-        switch("progress", self.progress)
-        object.__setattr__(self, "batch_size", whole("batch_size", self.batch_size, 1))
+        normalised(
+            self,
+            chat=switch("chat", self.chat),
+            batch_size=whole("batch_size", self.batch_size, 1),
+            progress=switch("progress", self.progress),
+        )
+
+    @property
+    def options(self) -> PassOptions:
+        """The same as keyword arguments of a function that takes all three."""
+        return {"chat": self.chat, "batch_size": self.batch_size, "progress": self.progress}
 
     def ids(self, model: SteerableModel, prompts: Sequence[Prompt]) -> list[list[int]]:
         """Token ids of prompts."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fsteer_lens.errors import InputError, MismatchError
+from fsteer_lens.ground.checks import finite, instance, normalised, whole
 from fsteer_lens.models.classes import CLASS_NAMES, SteerableModel, kind_of
 from fsteer_lens.models.points import DEFAULT_SITE, Point, spliced
 from fsteer_lens.prompts.tokens import pad
@@ -45,21 +46,17 @@ class Fingerprint:
     schema: int = SCHEMA
 
     def __post_init__(self) -> None:
-        numbers = (self.n_layers, self.d_model, self.d_vocab, self.schema)
-        texts = (self.architecture, self.site, self.tokenizer, self.model_class, self.dtype)
-        if not all(isinstance(number, int) for number in numbers) or not all(isinstance(text, str) for text in texts):
-            raise InputError("fingerprint", expected="sizes that are ints and names that are texts", got=repr(self))
+        for name in ("n_layers", "d_model", "d_vocab", "schema"):
+            normalised(self, **{name: whole(f"fingerprint {name}", getattr(self, name))})
+        for name in ("architecture", "site", "tokenizer", "model_class", "dtype"):
+            instance(f"fingerprint {name}", getattr(self, name), str, "a text")
         if self.schema > SCHEMA:
             fix = "Upgrade fsteer_lens, or fit again."
             raise InputError("fingerprint of a newer version", expected=SCHEMA, got=self.schema, fix=fix)
-        values = isinstance(self.probe, Mapping) and all(
-            isinstance(layer, int)
-            and isinstance(row, tuple)
-            and all(isinstance(x, int | float) and abs(x) < 1e300 for x in row)
-            for layer, row in self.probe.items()
-        )
-        if not values:
-            raise InputError("fingerprint probe", expected="{layer: finite numbers}", got=repr(self.probe)[:60])
+        name, told = "fingerprint probe", "{layer: tuple of finite numbers}"
+        rows = instance(name, self.probe, Mapping, told).items()
+        checked = {layer: [finite(name, x) for x in instance(name, row, tuple, told)] for layer, row in rows}
+        normalised(self, probe={whole(name, layer): tuple(row) for layer, row in checked.items()})
 
     def __hash__(self) -> int:
         return hash((self.tokenizer, self.model_class, tuple(self.probe)))

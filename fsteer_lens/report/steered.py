@@ -1,20 +1,21 @@
 """A report of what one steering did to a model: table, figures, texts, trace, settings."""
 
 import gzip
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final, Unpack
 
 import torch
 from torch import Tensor
 
 from fsteer_lens import effects, figures
 from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import instance, options_of, seed_of, switch, whole
 from fsteer_lens.ground.estimates import Proportion, bootstrap
 from fsteer_lens.method.gates import OPEN
 from fsteer_lens.method.subspace_gates import subspace_leaves
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, Prompt, prompt_text
-from fsteer_lens.prompts.tokens import prompt_ids
+from fsteer_lens.prompts.passes import Passes, PassOptions
 from fsteer_lens.reading.reader import Reader
 from fsteer_lens.report.page import Report
 from fsteer_lens.report.settings import add_settings, machine_rows, steering_rows
@@ -58,12 +59,10 @@ def steering_report(
     *,
     title: str = "What steering did",
     max_new_tokens: int = 32,
-    chat: bool = False,
-    batch_size: int = 16,
     seed: int = 0,
     examples: int = 8,
     sweep: bool = True,
-    progress: bool = True,
+    **options: Unpack[PassOptions],
 ) -> Report:
     """Generate with and without steering, measure, draw, and put it all into one page.
 
@@ -74,12 +73,11 @@ def steering_report(
         general: prompts to be left alone; without them, nothing is said about what steering costs.
         title: of the page.
         max_new_tokens: tokens per answer at most.
-        chat: send string prompts through the chat template.
-        batch_size: rows per forward pass.
         seed: of the bootstrap intervals; texts are greedy.
         examples: prompts to show side by side; all of them are in a table further down.
         sweep: measure ten strengths too, by teacher forcing; needs general prompts.
-        progress: show progress bars.
+        options: `chat` (False), send string prompts through the chat template; `batch_size` (16), rows per forward
+            pass; `progress` (True), show progress bars.
 
     Returns:
         The page; `.write(path)` writes it.
@@ -88,24 +86,23 @@ def steering_report(
         InputError: no contrasts, or a hook object that is no steering.
         ContextLengthError, MismatchError: as in `generate`.
     """
-    if not isinstance(steering, Steering):
-        fix = "Report on each link of a chain by itself."
-        raise InputError("steering", expected="a FineSteer or a baseline", got=type(steering).__name__, fix=fix)
+    passes = options_of("steering_report", Passes, options)
+    fix = "Report on each link of a chain by itself."
+    instance("steering", steering, Steering, "a FineSteer or a baseline", fix=fix)
     if not len(contrasts) or isinstance(general, str):
         got = "one text" if len(contrasts) else "no contrasts"
         raise InputError("prompts", expected="at least one contrast, and a list of general prompts", got=got)
-    if isinstance(examples, bool) or not isinstance(examples, int) or examples < 1:
-        raise InputError("examples", expected="an int >= 1", got=repr(examples))
+    max_new_tokens, examples = whole("max_new_tokens", max_new_tokens, 1), whole("examples", examples, 1)
+    seed, sweep = seed_of(seed), switch("sweep", sweep)
     prompts = [contrast.prompt for contrast in contrasts] + list(general)
     labels = [contrast.label or UNLABELLED for contrast in contrasts]
     others = GENERAL
     while others in labels:
         others += " (to be left alone)"
     groups = labels + [others] * len(general)
-    run: dict[str, Any] = {"chat": chat, "batch_size": batch_size}
-    made = generate(model, prompts, steering, max_new_tokens=max_new_tokens, compare=True, progress=progress, **run)
+    made = generate(model, prompts, steering, max_new_tokens=max_new_tokens, compare=True, **passes.options)
     report = Report(title)
-    columns, rows = _table(model, steering, contrasts, made, groups, run, seed)
+    columns, rows = _table(model, steering, contrasts, made, groups, passes, seed)
     report.add_text(_findings(made, len(contrasts))).add_table(columns, rows)
     chosen = _examples(made, groups, examples)
     report.add_figure(
@@ -114,22 +111,21 @@ def steering_report(
         ),
         CAPTIONS["compare"],
     )
-    ids = [prompt_ids(model, prompt, chat=chat) for prompt in prompts]
     most = max(range(len(contrasts)), key=lambda index: float(_kl(made[index]).sum()))
-    read = Reader(model, steering.hooked_layers, steering.site, batch_size=batch_size).last(ids)
-    for layer, queries in read.items():
+    reader = Reader(model, steering.hooked_layers, steering.site, batch_size=passes.batch_size)
+    for layer, queries in reader.last(passes.ids(model, prompts)).items():
         where = "" if len(steering.hooked_layers) == 1 else f", layer {layer}"
-        _add_gate(report, model, steering, layer, where, queries, prompts, len(contrasts), most, run)
-        _add_experts(report, model, steering, layer, where, queries, contrasts, run, progress)
-    _add_generation(report, model, steering, made, most, chat)
+        _add_gate(report, model, steering, layer, where, queries, prompts, len(contrasts), most, passes)
+        _add_experts(report, model, steering, layer, where, queries, contrasts, passes)
+    _add_generation(report, model, steering, made, most, passes)
     if sweep and len(general):
         methods: dict[str, Steering] = {"as it is": steering}
         if isinstance(steering, FineSteer) and steering.gate is not None:
             methods["without its gate"] = steering.with_gate(None)
-        found = effects.strength_sweep(model, methods, contrasts, general, seed=seed, progress=progress, **run)
+        found = effects.strength_sweep(model, methods, contrasts, general, seed=seed, **passes.options)
         report.add_heading("How much: strength").add_figure(figures.strength_sweep(found), CAPTIONS["strength"])
     _add_texts(report, made, groups)
-    settings = {"answers": f"greedy, at most {max_new_tokens} tokens", "chat template": chat, "seed": seed}
+    settings = {"answers": f"greedy, at most {max_new_tokens} tokens", "chat template": passes.chat, "seed": seed}
     add_settings(report, [*machine_rows(), *([k, str(v)] for k, v in settings.items()), *steering_rows(steering)])
     return report
 
@@ -166,11 +162,14 @@ def _table(
     contrasts: Sequence[Contrast],
     made: Generations,
     groups: Sequence[str],
-    run: Mapping[str, Any],
+    passes: Passes,
     seed: int,
 ) -> tuple[list[str], list[list[str]]]:
     """A row per group of prompts; shares with Wilson intervals, means with bootstrap intervals, 95 % each."""
-    margins = [effects.answer_margin(model, one, contrasts, **run) for one in (None, steering)]
+    margins = [
+        effects.answer_margin(model, one, contrasts, chat=passes.chat, batch_size=passes.batch_size)
+        for one in (None, steering)
+    ]
     rows = []
     for group in dict.fromkeys(groups):
         own = [index for index, name in enumerate(groups) if name == group]
@@ -218,7 +217,7 @@ def _add_gate(
     prompts: Sequence[Prompt],
     n_contrasts: int,
     example: int,
-    run: Mapping[str, Any],
+    passes: Passes,
 ) -> None:
     gate = steering.gate_at(layer)
     if gate is None:
@@ -243,7 +242,9 @@ def _add_gate(
     cut = first.subspace.at_rank(gate.ranks)
     report.add_figure(figures.scree(cut, by_rank, rank=min(first.rank, gate.ranks)), CAPTIONS["scree"])
     if single:
-        found = effects.explain_gate(model, steering, prompts[example], layer=layer, **run)
+        found = effects.explain_gate(
+            model, steering, prompts[example], layer=layer, chat=passes.chat, batch_size=passes.batch_size
+        )
         report.add_figure(figures.token_scores(found), CAPTIONS["carried"])
 
 
@@ -255,8 +256,7 @@ def _add_experts(
     where: str,
     queries: Tensor,
     contrasts: Sequence[Contrast],
-    run: Mapping[str, Any],
-    progress: bool,
+    passes: Passes,
 ) -> None:
     if not isinstance(steering, FineSteer) or layer not in steering.layers:
         return
@@ -268,21 +268,21 @@ def _add_experts(
     report.add_figure(routing, CAPTIONS["routing"])
     if sum(experts.enabled) > 1:
         own = queries[: len(contrasts)]
-        found = effects.expert_knockout(model, steering, contrasts, layer=layer, queries=own, progress=progress, **run)
+        found = effects.expert_knockout(model, steering, contrasts, layer=layer, queries=own, **passes.options)
         report.add_figure(figures.expert_knockout(found), CAPTIONS["knockout"])
     report.add_figure(figures.expert_geometry(experts), CAPTIONS["geometry"])
     report.add_figure(figures.expert_tokens(effects.expert_tokens(model, experts)), CAPTIONS["tokens"])
 
 
 def _add_generation(
-    report: Report, model: SteerableModel, steering: Steering, made: Generations, example: int, chat: bool
+    report: Report, model: SteerableModel, steering: Steering, made: Generations, example: int, passes: Passes
 ) -> None:
     """One answer from the inside, and the tokens of all of them."""
     item = made[example]
     report.add_heading("Inside generation")
     for layer in steering.layers:
         report.add_figure(figures.trace_timeline(item.trace, layer=layer), CAPTIONS["timeline"])
-    path = effects.propagation(model, steering, item.prompt, item.tokens, chat=chat)
+    path = effects.propagation(model, steering, item.prompt, item.tokens, chat=passes.chat)
     report.add_figure(figures.layer_position(path), CAPTIONS["position"])
     report.add_figure(figures.logprob_change(made.trace), CAPTIONS["logprobs"])
 

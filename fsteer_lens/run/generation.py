@@ -13,13 +13,14 @@ from typing import Any, Unpack, overload
 import torch
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.progress import progress_bar
+from fsteer_lens.ground.checks import is_whole, switch, whole
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.hooks.opening import Read, open_session
 from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Prompt
+from fsteer_lens.prompts.passes import Passes
 from fsteer_lens.prompts.tokens import (
     Batch,
     Detokenizer,
@@ -170,18 +171,18 @@ def generate(
     many: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
     if not many:
         raise InputError("prompts", expected="at least one", got="none")
-    _require_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
-    if compare and steering is None:
+    passes, max_new_tokens = Passes(chat, batch_size, progress), whole("max_new_tokens", max_new_tokens, 1)
+    if switch("compare", compare) and steering is None:
         raise InputError("compare=True without a steering has nothing to compare", fix="Give steering=.")
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
     rules = Rules(sampling, Stop(model, stop), max_new_tokens, use_past_kv_cache)
-    rows = [prompt_ids(model, prompt, chat=chat) for prompt in many]
+    rows = passes.ids(model, many)
     for number, row in enumerate(rows):
         require_fits(model, len(row) + max_new_tokens, f"prompt {number} with {max_new_tokens} new tokens")
-    size = max(1, batch_size // 2) if compare else batch_size
+    size = max(1, passes.batch_size // 2) if compare else passes.batch_size
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     results: dict[int, Generation] = {}
-    with progress_bar(len(rows), "generating", progress) as advance:
+    with passes.bar(len(rows), "generating") as advance:
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             asked, ids = [many[index] for index in chosen], [rows[index] for index in chosen]
@@ -208,7 +209,7 @@ def stream(
     Arguments and errors as in `generate`; `sampling` are do_sample, temperature, top_k, top_p and seed. The hooks are
     on the model only while it computes a token.
     """
-    _require_counts(max_new_tokens=max_new_tokens)
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     drawing = Sampling.of(sampling)
     ids = prompt_ids(model, prompt, chat=chat)
     require_fits(model, len(ids) + max_new_tokens, f"the prompt with {max_new_tokens} new tokens")
@@ -216,12 +217,6 @@ def stream(
     session = _session(model, batch, steering, read)
     steps = decode(model, batch, session, Rules(drawing, Stop(model, stop), max_new_tokens, use_past_kv_cache), [0])
     return _records(steps, require_tokenizer(model), ids, Trace() if session is None else session.trace)
-
-
-def _require_counts(**counts: int) -> None:
-    for name, count in counts.items():
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise InputError(name, expected="an int >= 1", got=repr(count))
 
 
 def _records(steps: Iterator[Step], tokenizer: Any, ids: list[int], trace: Trace) -> Iterator[tuple[str, StepRecord]]:
@@ -245,7 +240,7 @@ def _latest(trace: Trace) -> tuple[dict[int, float], dict[int, float]]:
 
 def _is_one(prompts: Any) -> bool:
     """Whether this is one prompt: a string, chat messages, or token ids."""
-    return isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | Mapping))
+    return isinstance(prompts, str) or (len(prompts) > 0 and (is_whole(prompts[0]) or isinstance(prompts[0], Mapping)))
 
 
 def _session(model: SteerableModel, batch: Batch, steering: HookObject | None, read: Read | None) -> Session | None:

@@ -1,8 +1,7 @@
 """How the next token is chosen from the logits: the most probable one, or one that is drawn."""
 
-import operator
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, TypedDict
 
@@ -11,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import finite, normalised, optional, switch, whole
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -42,16 +42,20 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        _require("do_sample", self.do_sample, lambda given: isinstance(given, bool), "True or False")
+        normalised(self, do_sample=switch("do_sample", self.do_sample))
         given = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "seed")}
         unused = [name for name, value in given.items() if value is not None]
         if not self.do_sample and unused:
             raise InputError(f"{', '.join(unused)} without effect", fix="Pass do_sample=True as well.")
-        _require("temperature", self.temperature, lambda t: t > 0, "a number > 0", fix="Or do_sample=False.")
-        _require("top_k", self.top_k, lambda k: operator.index(k) >= 1, "an int >= 1")
-        _require("top_p", self.top_p, lambda p: 0 < p <= 1, "a number in (0, 1]")
+        normalised(
+            self,
+            temperature=optional(finite, "temperature", self.temperature, above=0, fix="Or do_sample=False."),
+            top_k=optional(whole, "top_k", self.top_k, 1),
+            top_p=optional(finite, "top_p", self.top_p, most=1, above=0),
+            seed=optional(whole, "seed", self.seed),
+        )
         if self.do_sample and self.seed is None:
-            object.__setattr__(self, "seed", torch.Generator().seed())
+            normalised(self, seed=torch.Generator().seed())
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "Sampling":
@@ -85,13 +89,3 @@ class Sampling:
         cpu = probabilities.cpu()
         places = torch.cat([torch.multinomial(row, 1, generator=g) for row, g in zip(cpu, generators, strict=True)])
         return ids.gather(1, places.to(ids.device).unsqueeze(1)).squeeze(1)
-
-
-def _require(name: str, value: Any, holds: Callable[[Any], bool], expected: str, fix: str | None = None) -> None:
-    """Raise `InputError` for a value that is given and does not do."""
-    try:
-        usable = value is None or holds(value)
-    except TypeError:  # a word where a number is compared
-        usable = False
-    if not usable:
-        raise InputError(name, expected=expected, got=repr(value), fix=fix)

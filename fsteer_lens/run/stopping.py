@@ -7,6 +7,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import is_whole
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.tokens import stop_ids, token_texts
 
@@ -15,15 +16,13 @@ class Stop:
     """Which tokens, or which texts, end a row."""
 
     def __init__(self, model: SteerableModel, stop: Sequence[int | str] | None) -> None:
-        if stop is not None:
-            listed = isinstance(stop, Sequence) and not isinstance(stop, str)
-            if not listed or any(
-                isinstance(item, bool) or not isinstance(item, int | str) or item == "" for item in stop
-            ):
-                raise InputError("stop", expected="a list of token ids and non-empty texts", got=repr(stop))
-        given = stop_ids(model) if stop is None else frozenset(item for item in stop if isinstance(item, int))
-        self.ids = torch.tensor(sorted(given), dtype=torch.long, device=model.cfg.device)
-        self.texts = () if stop is None else tuple(item for item in stop if isinstance(item, str))
+        given: Sequence[int | str] = sorted(stop_ids(model)) if stop is None else stop
+        listed = isinstance(given, Sequence) and not isinstance(given, str)
+        self.texts = tuple(item for item in given if isinstance(item, str)) if listed else ()
+        ids = [int(item) for item in given if is_whole(item)] if listed else []
+        if not listed or "" in self.texts or len(ids) + len(self.texts) < len(given):
+            raise InputError("stop", expected="a list of token ids and non-empty texts", got=repr(stop))
+        self.ids = torch.tensor(sorted(ids), dtype=torch.long, device=model.cfg.device)
         self._model = model
 
     def rows(self, chosen: Int[Tensor, " b"], generated: Sequence[Sequence[int]]) -> Bool[Tensor, " b"]:

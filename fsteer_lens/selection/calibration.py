@@ -3,15 +3,16 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.progress import progress_bar
+from fsteer_lens.ground.checks import finite, options_of
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Prompt
+from fsteer_lens.prompts.passes import Passes, PassOptions
 from fsteer_lens.run.generation import generate
 from fsteer_lens.run.teacher_forcing import answer_divergences, answered
 from fsteer_lens.steering.steering import Steering
@@ -58,9 +59,7 @@ def calibrate(
     quantile: float = 0.95,
     max_strength: float = 8.0,
     max_new_tokens: int = 32,
-    chat: bool = False,
-    batch_size: int = 16,
-    progress: bool = True,
+    **options: Unpack[PassOptions],
 ) -> Calibration:
     """Find the strength at which a steering costs what a budget allows on prompts that it should leave alone.
 
@@ -78,43 +77,36 @@ def calibrate(
         quantile: which quantile of the divergences counts.
         max_strength: the largest strength to try.
         max_new_tokens: length of the reference answers that are generated.
-        chat: send string prompts through the chat template.
-        batch_size: rows per forward pass.
-        progress: show a progress bar.
+        options: `chat` (False), send string prompts through the chat template; `batch_size` (16), rows per forward
+            pass; `progress` (True), show a progress bar.
 
     Raises:
         InputError: no prompts, options out of range, or a steering that only monitors.
         ContextLengthError: a prompt with its answer does not fit into the context.
         MismatchError: the steering was fitted on another model.
     """
-    ranges = {
-        "kl > 0": kl > 0,
-        "0 < quantile <= 1": 0 < quantile <= 1,
-        "max_strength > 0": 0 < max_strength < math.inf,
-        "batch_size >= 1": batch_size >= 1,
-    }
-    broken = [name for name, holds in ranges.items() if not holds]
-    if broken:
-        raise InputError("calibrate", expected=", ".join(broken), got="a value outside")
+    passes = options_of("calibrate", Passes, options)
+    kl, quantile = finite("kl", kl, above=0), finite("quantile", quantile, most=1, above=0)
+    max_strength = finite("max_strength", max_strength, above=0)
     if not isinstance(steering, Steering) or steering.monitor:
         raise InputError("calibrate", expected="a steering that acts", got=repr(steering))
     ids: Any = answers
     if answers is None:
-        answered(model, prompts, None, chat=chat)  # raises before anything is generated
-        options = {"max_new_tokens": max_new_tokens, "chat": chat, "batch_size": batch_size, "progress": progress}
+        answered(model, prompts, None, chat=passes.chat)  # raises before anything is generated
         with unsteered(model):
-            ids = [made.tokens for made in generate(model, list(prompts), **options)]
-    rows = answered(model, prompts, ids, chat=chat)
+            made = generate(model, list(prompts), max_new_tokens=max_new_tokens, **passes.options)
+        ids = [one.tokens for one in made]
+    rows = answered(model, prompts, ids, chat=passes.chat)
 
     def costs(strengths: Sequence[float]) -> list[float]:
         variants = [steering.with_strength(strength) for strength in strengths]
-        found = answer_divergences(model, rows, variants, batch_size=batch_size, advance=advance)
+        found = answer_divergences(model, rows, variants, batch_size=passes.batch_size, advance=advance)
         tokens = torch.stack([torch.cat(parts) for parts in found])
         return tokens.nan_to_num(nan=math.inf).quantile(quantile, dim=1, interpolation="higher").tolist()
 
     within, beyond = 0.0, math.inf
     curve = {0.0: 0.0}
-    with progress_bar(ROUNDS * len(rows), "calibrating", progress) as advance:
+    with passes.bar(ROUNDS * len(rows), "calibrating") as advance:
         for _ in range(ROUNDS):
             steps = range(1, STRENGTHS_A_ROUND + 1)
             if beyond == math.inf:

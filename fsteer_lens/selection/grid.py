@@ -5,30 +5,23 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.effects.answers import (
-    DIVERGENCE,
-    MARGIN,
-    Effect,
-    answer_margin,
-    general_divergence,
-    name_of,
-    one_each,
-)
+from fsteer_lens.effects.answers import DIVERGENCE, general_divergence, name_of, one_each
+from fsteer_lens.effects.measuring import MeasureOptions, Measuring
 from fsteer_lens.errors import DataError, InputError
+from fsteer_lens.ground.checks import finite, instance, options_of, whole
 from fsteer_lens.ground.estimates import Estimate, bootstrap
 from fsteer_lens.ground.files import read_text, write_atomically
-from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.contrasts import Contrast
+from fsteer_lens.models.points import layer_of
 from fsteer_lens.reading.activations import Activations, Shift, collect, collect_queries
 from fsteer_lens.reading.fingerprints import fingerprint
 from fsteer_lens.selection.splits import SplitData
@@ -92,6 +85,38 @@ class Search:
 
 Fit = Callable[[Activations, Activations | None], Steering]
 """Makes a steering from the activations of one layer, and those of general prompts where there are some."""
+Utility = Callable[[SteerableModel, HookObject | None, Sequence[Any]], Float[Tensor, " n"]]
+"""A number for each general item under a hook object, or None for the bare model; larger is better kept."""
+
+
+class SearchOptions(MeasureOptions, total=False):
+    """What `search` takes beside the grid and its data: see there."""
+
+    utility: Utility | None
+    shift: Shift
+    resume: str | os.PathLike[str] | None
+
+
+@dataclass(frozen=True)
+class _Searching(Measuring):
+    """How the settings of a grid are measured; fields as in `search`."""
+
+    utility: Utility | None = None
+    shift: Shift = "response_mean"
+    resume: str | os.PathLike[str] | None = None
+
+    @property
+    def utility_name(self) -> str:
+        return DIVERGENCE if self.utility is None else name_of(self.utility, "utility")
+
+    def utilities(self, model: SteerableModel, steering: Steering | None, items: Sequence[Any]) -> Float[Tensor, " n"]:
+        """A number for each general item; None is −KL(steered ‖ unsteered) at the first token of its answer."""
+        if self.utility is not None:
+            return one_each("utility", self.utility(model, steering, items), len(items))
+        if steering is None:
+            return torch.zeros(len(items))
+        prompts = [_prompt(item) for item in items]
+        return -general_divergence(model, steering, prompts, chat=self.chat, batch_size=self.batch_size)
 
 
 def search(
@@ -103,13 +128,7 @@ def search(
     strengths: Sequence[float] = STRENGTHS,
     ranks: Sequence[int] | None = None,
     method: Fit | None = None,
-    effect: Effect | None = None,
-    utility: Callable[[SteerableModel, HookObject | None, Sequence[Any]], Float[Tensor, " n"]] | None = None,
-    shift: Shift = "response_mean",
-    resume: str | os.PathLike[str] | None = None,
-    chat: bool = False,
-    batch_size: int = 16,
-    progress: bool = True,
+    **options: Unpack[SearchOptions],
 ) -> Search:
     """Choose layer, rank and strength: the largest effect on valid among the settings whose utility is in budget.
 
@@ -125,14 +144,12 @@ def search(
         strengths: what to try.
         ranks: of the gate; None takes the method's own rank.
         method: what to fit; None is `fit` with its defaults.
-        effect: a number per contrast, larger is better; None takes `answer_margin`, in nats per token.
-        utility: a number per general item; None takes −KL(steered ‖ unsteered) at the first token of the answer, in
-            nats.
-        shift: as in `collect`.
-        resume: a file that every finished trial is added to at once; where it exists already, its trials are not run
-            again. It must come from the same search: same model, data, shift, and functions of the same names.
-        chat, batch_size: as in `collect`.
-        progress: show a progress bar.
+        options: `effect` (None), a number per contrast, larger is better; None takes `answer_margin`, in nats per
+            token. `utility` (None), a number per general item; None takes −KL(steered ‖ unsteered) at the first token
+            of the answer, in nats. `shift` ("response_mean") as in `collect`. `resume` (None), a file that every
+            finished trial is added to at once; where it exists already, its trials are not run again. It must come from
+            the same search: same model, data, shift, and functions of the same names. `chat` (False) and `batch_size`
+            (16) as in `collect`; `progress` (True), show a progress bar.
 
     Raises:
         InputError: an empty grid, a negative budget, data that are no splits, no setting within the budget, a method
@@ -141,19 +158,20 @@ def search(
             search.
         SiteError, ContextLengthError: as in `collect`.
     """
-    chosen_layers = [int(layer) for layer in (range(model.cfg.n_layers) if layers is None else layers)]
-    grid_ranks: list[int | None] = [None] if ranks is None else [int(rank) for rank in ranks]
-    sizes = {"layers": chosen_layers, "strengths": strengths, "ranks": grid_ranks}
-    empty = [name for name, given in sizes.items() if not len(given)]
-    if empty or not budget >= 0:
-        raise InputError("search", expected="layers, strengths, ranks, and a budget >= 0", got=empty or budget)
-    given = {"method": method, "effect": effect, "utility": utility}
+    run, budget = options_of("search", _Searching, options), finite("budget", budget, 0)
+    chosen_layers = [layer_of(model, layer) for layer in (range(model.cfg.n_layers) if layers is None else layers)]
+    grid_ranks: list[int | None] = [None] if ranks is None else [whole("rank", rank, 1) for rank in ranks]
+    grid_strengths = [finite("strength", strength) for strength in strengths]
+    sizes = {"layers": chosen_layers, "strengths": grid_strengths, "ranks": grid_ranks}
+    empty = [name for name, given in sizes.items() if not given]
+    if empty:
+        raise InputError("search", expected="layers, strengths and ranks", got=f"no {' and no '.join(empty)}")
+    given = {"method": method, "effect": run.effect, "utility": run.utility}
     nameless = [name for name, one in given.items() if one is not None and name_of(one, "") in ("", "<lambda>")]
-    if resume is not None and nameless:
+    if run.resume is not None and nameless:
         raise InputError("resume=", expected="functions with names, which the file is known by", got=nameless)
-    if not isinstance(data, SplitData):
-        expected = "Splits, or an object with train, valid, test, general_train, general_valid and general_test"
-        raise InputError("search data", expected=expected, got=type(data).__name__)
+    expected = "Splits, or an object with train, valid, test, general_train, general_valid and general_test"
+    instance("search data", data, SplitData, expected)
     missing = [name for name in ("train", "valid", "general_valid") if not len(getattr(data, name))]
     if missing:
         raise DataError("search data", expected="items to fit on and to choose on", got=f"none in {missing}")
@@ -161,20 +179,13 @@ def search(
     if tested != bool(len(data.general_test)):
         raise DataError("search data", expected="test and general_test, or neither", got="one of them")
     make = method or _fit_default
-    measures = _Measures(
-        effect or partial(answer_margin, chat=chat, batch_size=batch_size),
-        utility or partial(_kept, chat=chat, batch_size=batch_size),
-    )
-    names = (
-        MARGIN if effect is None else name_of(effect, "effect"),
-        DIVERGENCE if utility is None else name_of(utility, "utility"),
-    )
-    read: Any = {"layer": chosen_layers, "chat": chat, "batch_size": batch_size, "progress": progress}
-    journal = _Journal(resume, _identity(model, chosen_layers, data, [*names, name_of(make, ""), shift, str(chat)]))
-    trained = collect(model, data.train, shift=shift, **read)
+    names = (run.effect_name, run.utility_name)
+    known_by = [*names, name_of(make, ""), run.shift, str(run.chat)]
+    journal = _Journal(run.resume, _identity(model, chosen_layers, data, known_by))
+    trained = collect(model, data.train, layer=chosen_layers, shift=run.shift, **run.options)
     prompts = [_prompt(item) for item in data.general_train]
-    general = collect_queries(model, prompts, **read) if prompts else {}
-    floor = float(measures.utility(model, None, data.general_valid).double().mean()) - budget
+    general = collect_queries(model, prompts, layer=chosen_layers, **run.options) if prompts else {}
+    floor = float(run.utilities(model, None, data.general_valid).double().mean()) - budget
     trials: list[Trial] = []
 
     @cache
@@ -182,17 +193,14 @@ def search(
         return make(trained[layer], general.get(layer))
 
     settings = [
-        (layer, rank, float(strength)) for layer in chosen_layers for rank in grid_ranks for strength in strengths
+        (layer, rank, strength) for layer in chosen_layers for rank in grid_ranks for strength in grid_strengths
     ]
-    with progress_bar(len(settings), "searching", progress) as advance:
+    with run.bar(len(settings), "searching") as advance:
         for layer, rank, strength in settings:
             if (layer, rank, strength) not in journal.known:
                 variant = _variant(fitted(layer), rank, strength)
-                means = [
-                    float(values.double().mean())
-                    for values in measures.of(model, variant, data.valid, data.general_valid)
-                ]
-                journal.add(Trial(layer, rank, strength, *means))
+                values = run.effects(model, variant, data.valid), run.utilities(model, variant, data.general_valid)
+                journal.add(Trial(layer, rank, strength, *(float(one.double().mean()) for one in values)))
             trials.append(journal.known[layer, rank, strength])
             advance(1)
     within = [trial for trial in trials if trial.utility >= floor - ROUNDING]
@@ -208,23 +216,9 @@ def search(
     steering = _variant(fitted(best.layer), best.rank, best.strength)
     test_effect, test_utility = None, None
     if tested:
-        values = measures.of(model, steering, data.test, data.general_test)
-        test_effect, test_utility = bootstrap(values[0]), bootstrap(values[1])
+        test_effect = bootstrap(run.effects(model, steering, data.test))
+        test_utility = bootstrap(run.utilities(model, steering, data.general_test))
     return Search(steering, best, tuple(trials), floor, test_effect, test_utility, *names)
-
-
-@dataclass(frozen=True)
-class _Measures:
-    effect: Any
-    utility: Any
-
-    def of(
-        self, model: SteerableModel, steering: Steering, contrasts: Sequence[Contrast], general: Sequence[Any]
-    ) -> tuple[Tensor, Tensor]:
-        return (
-            one_each("effect", self.effect(model, steering, contrasts), len(contrasts)),
-            one_each("utility", self.utility(model, steering, general), len(general)),
-        )
 
 
 def _fit_default(activations: Activations, general: Activations | None) -> Steering:
@@ -235,20 +229,9 @@ def _prompt(item: Any) -> Any:
     return getattr(item, "prompt", item)
 
 
-def _kept(
-    model: SteerableModel, steering: HookObject | None, items: Sequence[Any], **options: Any
-) -> Float[Tensor, " n"]:
-    """−KL(steered ‖ unsteered) at the first token of the answer; 0 for the bare model."""
-    if steering is None:
-        return torch.zeros(len(items))
-    return -general_divergence(model, steering, [_prompt(item) for item in items], **options)
-
-
 def _variant(steering: Steering, rank: int | None, strength: float) -> Steering:
     if rank is not None:
-        if not isinstance(steering, FineSteer):
-            raise InputError("ranks", expected="a method that gives a FineSteer", got=type(steering).__name__)
-        steering = steering.at_rank(rank)
+        steering = instance("ranks", steering, FineSteer, "a method that gives a FineSteer").at_rank(rank)
     return steering.with_strength(strength)
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import DataError, InputError
+from fsteer_lens.ground.checks import finite
 from fsteer_lens.hooks.probes import SubspaceAblation
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.gates import Gate
@@ -242,8 +243,7 @@ def fit_null_space(
     target = _shifts(activations).double().mean(dim=0)
     h = activations.queries.double()
     others = require_matrix(general, "general", d_model=h.shape[1]).double()
-    if not 0 < kept <= 1 or not ridge > 0:
-        raise InputError("fit_null_space", expected="0 < kept <= 1 and ridge > 0", got=(kept, ridge))
+    kept, ridge = finite("kept", kept, most=1, above=0), finite("ridge", ridge, above=0)
     directions = torch.linalg.eigh(others.T @ others / len(others)).eigenvectors  # the shortest first
     basis = directions[:, : max(1, round(kept * h.shape[1]))]
     inside = h @ basis

@@ -18,6 +18,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError, NonFiniteError, ShapeError
+from fsteer_lens.ground.checks import choice, finite, instance, normalised, optional, switch, whole
 from fsteer_lens.hooks.objects import Link
 from fsteer_lens.hooks.positions import View
 from fsteer_lens.hooks.scopes import Schedule, Scope, in_scope, require_scope
@@ -92,17 +93,18 @@ class Steering(Link):
 
     def __post_init__(self) -> None:
         if self.scope is None:
-            object.__setattr__(self, "scope", SCOPE_OF_SHIFT.get(self.shift))
+            normalised(self, scope=SCOPE_OF_SHIFT.get(self.shift))
         require_scope(self.scope)
-        _require_strength(self.strength)
-        for name, kind in (("schedule", Schedule), ("fingerprint", Fingerprint), ("layer", int), ("gate_layer", int)):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
-                raise InputError(name, expected=f"{kind.__name__} or None", got=repr(value))
-        if not isinstance(self.monitor, bool):
-            raise InputError("monitor", expected="True or False", got=repr(self.monitor))
-        if self.refresh not in ("prompt", "step"):
-            raise InputError("refresh", expected="'prompt' or 'step'", got=repr(self.refresh))
+        normalised(
+            self,
+            layer=optional(whole, "layer", self.layer),
+            strength=finite("strength", self.strength),
+            refresh=choice("refresh", self.refresh, ("prompt", "step")),
+            gate_layer=optional(whole, "gate_layer", self.gate_layer),
+            monitor=switch("monitor", self.monitor),
+        )
+        optional(instance, "schedule", self.schedule, Schedule, "a Schedule or None")
+        optional(instance, "fingerprint", self.fingerprint, Fingerprint, "a Fingerprint or None")
         if self.refresh == "step" and self.scope == "prompt":
             raise InputError(
                 'refresh="step" has no effect with scope="prompt"',
@@ -266,15 +268,6 @@ class Steering(Link):
         return factor if self.schedule is None else factor * self.schedule.at(steps)
 
 
-LARGEST = 1e300
-"""Larger numbers overflow somewhere."""
-
-
-def _require_strength(strength: float) -> None:
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not abs(strength) < LARGEST:
-        raise InputError("strength", expected="a finite number", got=repr(strength))
-
-
 @final
 @dataclass(frozen=True, eq=False, repr=False)
 class FineSteer(Steering):
@@ -299,8 +292,9 @@ class FineSteer(Steering):
         if wrong or not _values(self.experts):
             raise InputError("FineSteer", expected="Experts at one layer at least", got=wrong or "none")
         for name in ("experts", "gate"):
-            if isinstance(getattr(self, name), Mapping):  # a copy: what the caller does to his changes nothing here
-                object.__setattr__(self, name, dict(getattr(self, name)))
+            held = getattr(self, name)
+            if isinstance(held, Mapping):  # a copy: what the caller does to his changes nothing here
+                normalised(self, **{name: {whole("layer", layer): one for layer, one in held.items()}})
         unused = set(self.gate) - {*self.layers, self.gate_layer} if isinstance(self.gate, Mapping) else set()
         if unused:
             raise InputError(
@@ -333,6 +327,15 @@ class FineSteer(Steering):
         """Number of experts (of the first layer where there are several)."""
         return self.experts_at(self.layers[0]).n_experts
 
+    def layer_of(self, layer: int | None = None) -> int:
+        """The steered layer that is meant: the given one, or the only one.
+
+        Raises:
+            InputError: it is not steered, or there are several to choose from.
+        """
+        only = self.layers[0] if len(self.layers) == 1 else None
+        return choice("layer", only if layer is None else layer, self.layers, "one of the steered layers,")
+
     def experts_at(self, layer: int) -> Experts:
         """The experts of one layer."""
         return self.experts[layer] if isinstance(self.experts, Mapping) else self.experts
@@ -359,11 +362,9 @@ class FineSteer(Steering):
 
     def with_experts(self, experts: Experts, layer: int | None = None) -> "FineSteer":
         """The same steering with other experts at one layer; `layer=None` is the only one."""
-        where = self.layers[0] if layer is None and len(self.layers) == 1 else layer
-        if where not in self.layers:
-            raise InputError("layer", expected=f"one of the steered layers, {list(self.layers)}", got=layer)
-        whole = self.experts
-        return replace(self, experts={**whole, where: experts} if isinstance(whole, Mapping) else experts)
+        known = self.experts
+        where = self.layer_of(layer)
+        return replace(self, experts={**known, where: experts} if isinstance(known, Mapping) else experts)
 
     def without_expert(self, index: int) -> "FineSteer":
         """The same steering with one expert switched off, at every layer."""

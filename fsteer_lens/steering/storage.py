@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fsteer_lens.errors import FileFormatError, InputError
+from fsteer_lens.ground.checks import instance
 from fsteer_lens.ground.files import write_atomically
 from fsteer_lens.hooks.chains import Chain
 from fsteer_lens.hooks.objects import HookObject, Link
@@ -90,8 +91,7 @@ def save(steering: HookObject, path: str | os.PathLike[str], model: SteerableMod
     """
     from safetensors.torch import save as to_bytes
 
-    if not isinstance(steering, HookObject):
-        raise InputError("save", expected="a steering, probe, ablation or chain", got=type(steering).__name__)
+    instance("save", steering, HookObject, "a steering, probe, ablation or chain")
     _require_known(steering)
     for link in steering.links:
         _require_known(link)

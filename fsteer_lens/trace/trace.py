@@ -16,7 +16,8 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from fsteer_lens.errors import DataError, InputError
+from fsteer_lens.errors import DataError
+from fsteer_lens.ground.checks import choice, whole
 from fsteer_lens.trace import records
 from fsteer_lens.trace.records import jsonable, tensor
 from fsteer_lens.trace.steps import Steps, stack
@@ -110,9 +111,7 @@ class Trace:
 
     def row(self, index: int) -> "Trace":
         """The trace of one row, still with a leading axis of 1 and with the pads before it cut off."""
-        if not -self.n_rows <= index < self.n_rows:
-            raise InputError("row", expected=f"an int in 0..{self.n_rows - 1}", got=index)
-        index %= self.n_rows
+        index = whole("row", index, -self.n_rows, self.n_rows - 1) % self.n_rows
         cut = slice(index, index + 1)
         start = 0 if self.first is None else int(self.first[index])
         end: int | None = None
@@ -142,8 +141,7 @@ class Trace:
         Raises:
             InputError: no such link, or no chain's trace.
         """
-        if isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < len(self.parts):
-            raise InputError("link", expected=f"one of {len(self.parts)} links of a chain", got=index)
+        index = choice("link", index, range(len(self.parts)), "one of the links of a chain,")
         shared = {name: getattr(self, name) for name in ("bos", "prompts", "steps", "unsteered")}
         return replace(self.parts[index], **shared)
 
@@ -217,10 +215,8 @@ class Trace:
         """
         known = sorted(getattr(self, name))
         chosen = known[0] if layer is None and len(known) == 1 else layer
-        if chosen is None or chosen not in known:
-            fix = "The links of a chain have traces of their own: trace.link(0)." if self.parts else None
-            raise InputError("layer", expected=f"one of the layers with {name}, {known}", got=layer, fix=fix)
-        return chosen
+        fix = "The links of a chain have traces of their own: trace.link(0)." if self.parts else None
+        return choice("layer", chosen, known, f"one of the layers with {name},", fix=fix)
 
     def to_records(self) -> list[dict[str, Any]]:
         """One JSON-ready mapping per row: prompt, per-layer decisions and per-step tokens; NaN becomes None.

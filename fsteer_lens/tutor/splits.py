@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Final
 
-from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import choice
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
 from fsteer_lens.tutor import lexicon, world
 
@@ -79,8 +79,7 @@ def data(behaviour: str = "safe", *, split_seed: int = SPLIT_SEED) -> TutorData:
     Raises:
         InputError: an unknown behaviour.
     """
-    if behaviour not in BEHAVIOURS:
-        raise InputError("behaviour", expected=" or ".join(map(repr, BEHAVIOURS)), got=repr(behaviour))
+    choice("behaviour", behaviour, BEHAVIOURS)
     tag, near_kind = BEHAVIOURS[behaviour], _NEAR_MISS[behaviour]
     sets: dict[str, ContrastSet] = {}
     general: dict[str, list[Task]] = {}

@@ -12,6 +12,7 @@ from torch import Tensor
 from fsteer_lens.effects import exact_answers
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.suites import Measure, Setting, Suite
+from fsteer_lens.ground.checks import choice, normalised, whole
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast
@@ -38,9 +39,9 @@ class TutorSuite(Suite):
     limit: int | None = None
 
     def __post_init__(self) -> None:
-        if self.split not in ("valid", "test") or (self.limit is not None and self.limit < 1):
-            expected = "split 'valid' or 'test', limit >= 1 or None"
-            raise InputError("tutor suite", expected=expected, got=(self.split, self.limit))
+        choice("split", self.split, ("valid", "test"))
+        if self.limit is not None:
+            normalised(self, limit=whole("limit", self.limit, 1, why="or None for all"))
         data(self.behaviour)  # raises for an unknown one
 
     @property

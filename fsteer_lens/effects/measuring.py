@@ -1,0 +1,43 @@
+"""How an effect is measured: the options that sweeps, knockouts and searches share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from jaxtyping import Float
+from torch import Tensor
+
+from fsteer_lens.effects.answers import MARGIN, Effect, answer_margin, name_of, one_each
+from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.contrasts import Contrast
+from fsteer_lens.prompts.passes import Passes, PassOptions
+
+
+class MeasureOptions(PassOptions, total=False):
+    """What a function takes by name and hands on as `Measuring`."""
+
+    effect: Effect | None
+
+
+@dataclass(frozen=True)
+class Measuring(Passes):
+    """How an effect is measured, and how prompts are put through the model for it.
+
+    Attributes:
+        effect: a number per contrast; None takes `answer_margin`, in nats per token.
+    """
+
+    effect: Effect | None = None
+
+    @property
+    def effect_name(self) -> str:
+        """What the effect is, with its unit where that is known."""
+        return MARGIN if self.effect is None else name_of(self.effect, "effect")
+
+    def effects(
+        self, model: SteerableModel, hook_object: HookObject | None, contrasts: Sequence[Contrast]
+    ) -> Float[Tensor, " n"]:
+        """The effect on each contrast under a hook object, or None for the bare model."""
+        measure = self.effect or partial(answer_margin, chat=self.chat, batch_size=self.batch_size)
+        return one_each("effect", measure(model, hook_object, contrasts), len(contrasts))
