@@ -18,8 +18,10 @@ from hypothesis import settings
 
 from fsteer_lens import Activations, FineSteer, collect, fit, models, tutor
 from fsteer_lens.models import SteerableModel
+from tests import checked_models  # noqa: F401
 
 torch.set_num_threads(1)
+
 
 settings.register_profile("fsteer_lens", deadline=None)  # the first example pays for torch's start
 settings.load_profile("fsteer_lens")

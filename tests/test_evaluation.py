@@ -10,7 +10,7 @@ from fsteer_lens import Evaluation, FineSteer, collect, collect_queries, evaluat
 from fsteer_lens.effects import expert_knockout, routing_report
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.estimates import Proportion, auroc
-from fsteer_lens.method.gates import SubspaceGate
+from fsteer_lens.method.subspace_gates import SubspaceGate
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.tutor import TutorSuite, measuring
 from fsteer_lens.tutor.suite import KEPT, WANTED
