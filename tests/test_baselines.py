@@ -29,7 +29,7 @@ from fsteer_lens.method.linear_gates import CosineGate
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.reading.activations import Activations
 from tests.running import LAYER, SITE, batch_of, residual
-from tests.test_baselines_fitting import D, activations, general
+from tests.test_fitting import D, activations, general
 
 FITS: dict[str, Any] = {
     "mean shift": lambda own, others: fit_mean_shift(own),
