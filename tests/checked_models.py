@@ -5,6 +5,7 @@ from typing import Any
 
 from fsteer_lens.models import SteerableModel
 
+MODELS: set[type] = set()  # classes that have been looked at
 PARTS = (*SteerableModel.__annotations__, "__call__")
 
 
@@ -16,8 +17,13 @@ class Unevaluated(type(SteerableModel)):
     """
 
     def __instancecheck__(cls, instance: Any) -> bool:
+        if type(instance) in MODELS:
+            return True
         missing = object()
-        return all(getattr_static(instance, name, missing) is not missing for name in PARTS)
+        if any(getattr_static(instance, name, missing) is missing for name in PARTS):
+            return super().__instancecheck__(instance)
+        MODELS.add(type(instance))
+        return True
 
 
 SteerableModel.__class__ = Unevaluated
