@@ -31,7 +31,7 @@ test-slow: $(DEV) ## run the other tests: slow ones, notebooks, pages in a brows
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or browser" $(ARGS)
 
 test-tl4: $(TL4)/.ready ## run the model tests with TransformerLens 4, which has TransformerBridge alone
-	$(TL4)/bin/python -m pytest -n 2 --dist loadfile -m "model and not slow" $(ARGS)
+	$(TL4)/bin/python -m pytest -n 2 --dist loadfile -m "model and not slow and not browser" $(ARGS)
 
 test-peers: $(PEERS)/.ready ## run the tests beside other toolkits: SAELens, steering-vectors, repeng, lm-eval
 	$(PEERS)/bin/python -m pytest -n 2 --dist loadfile tests/peers $(ARGS)

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 
+from fsteer_lens.tutor.exercises import Verdict
+from tests.notebook_answers import try_answers
+
 nbclient, nbformat, *_ = (
     pytest.importorskip(needed, reason="the notebooks need the extra 'notebook'")
     for needed in ("nbclient", "nbformat", "ipykernel", "anywidget", "pandas")
@@ -130,6 +133,9 @@ WRONG: dict[str, list[list[str]]] = {
 
 
 PRELUDE = """
+from jaxtyping import install_import_hook
+install_import_hook("fsteer_lens", "tests.check")
+import tests.checked_models
 from tests.notebook_answers import try_answers
 import warnings
 warnings.simplefilter("error")
@@ -148,7 +154,9 @@ def with_answers(path: Path) -> Any:
             call = cell.source.strip().splitlines()[-1]
             solution = re.search(r"```python\n(.*?)```", notebook.cells[number + 1].source, re.DOTALL)
             assert solution is not None
-            cells.append(nbformat.v4.new_code_cell(f"try_answers({call!r}, {next(wrong)!r}, {solution[1]!r})"))
+            cells.append(
+                nbformat.v4.new_code_cell(f"try_answers(globals(), {call!r}, {next(wrong)!r}, {solution[1]!r})")
+            )
     assert next(wrong, None) is None, "more wrong answers than exercises"
     notebook.cells = cells
     return notebook
@@ -164,3 +172,23 @@ def test_a_notebook_runs_and_its_exercises_tell_right_from_wrong(
     folder = {"metadata": {"path": str(tmp_path)}}
     client = nbclient.NotebookClient(with_answers(path), timeout=600, kernel_name="python3", resources=folder)
     client.execute()
+
+
+@pytest.mark.parametrize(
+    ("check", "caught"),
+    [
+        (lambda answer: Verdict(answer and answer == 2, "Not 2."), None),
+        (lambda answer: Verdict(answer == 2, "Not 2."), "without an answer"),
+        (lambda answer: Verdict(answer and True, "A number."), "answer = 3"),
+        (lambda answer: Verdict(answer and False, "No number."), "No number"),
+        (lambda answer: Verdict(answer and answer == 2, "It could not be checked."), "answer = 3"),
+    ],
+)
+def test_a_check_that_does_not_tell_answers_apart_is_caught(check: Any, caught: str | None) -> None:
+    names: dict[str, Any] = {"check": check, "answer": None}
+    if caught is None:
+        try_answers(names, "check(answer)", ["answer = 3"], "answer = 2")
+        assert names["answer"] is None, "the next cell is as it is for one who gave no answer"
+    else:
+        with pytest.raises(AssertionError, match=caught):
+            try_answers(names, "check(answer)", ["answer = 3"], "answer = 2")
