@@ -15,8 +15,8 @@ PEERS := .venv-peers
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-tl4 test-peers check format lint types imports notebooks docs notebook-outputs pictures \
-	gallery results bench lock clean
+.PHONY: help demo test test-slow test-tl4 test-peers check format lint types imports notebooks docs notebook-outputs \
+	pictures gallery results bench lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -24,16 +24,19 @@ help: ## show this list
 demo: $(RUNTIME) ## watch FineSteer steer the tutor model; writes a report that opens offline
 	$(BIN)/python -m fsteer_lens demo $(ARGS)
 
-test: $(DEV) ## run the tests; one of them: make test ARGS="-k gates"
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+test: $(DEV) ## run the quick tests, in five minutes; some of them: make test ARGS="-k gates"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not browser" $(ARGS)
+
+test-slow: $(DEV) ## run the other tests: slow ones, notebooks, pages in a browser
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow or browser" $(ARGS)
 
 test-tl4: $(TL4)/.ready ## run the model tests with TransformerLens 4, which has TransformerBridge alone
-	$(TL4)/bin/python -m pytest -n 2 --dist loadfile -m "model and not slow" $(ARGS)
+	$(TL4)/bin/python -m pytest -n 2 --dist loadfile -m "model and not slow and not browser" $(ARGS)
 
 test-peers: $(PEERS)/.ready ## run the tests beside other toolkits: SAELens, steering-vectors, repeng, lm-eval
 	$(PEERS)/bin/python -m pytest -n 2 --dist loadfile tests/peers $(ARGS)
 
-check: lint types imports test test-tl4 test-peers notebooks ## everything that CI runs
+check: lint types imports test test-slow test-tl4 test-peers ## everything that CI runs
 
 lint: $(DEV)
 	$(BIN)/ruff format --check
@@ -45,9 +48,8 @@ types: $(DEV)
 imports: $(DEV)
 	$(BIN)/lint-imports
 
-# Every notebook from its first cell to its last, as a reader would; that its outputs are stored is tests/test_notebooks.py.
-notebooks: $(DEV)
-	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 FSTEER_LENS_MODEL=none $(BIN)/python -m pytest --nbmake -n 2 -W default notebooks
+notebooks: $(DEV) ## run every notebook from its first cell to its last, exercises with right and wrong answers
+	$(BIN)/python -m pytest -n 2 tests/test_notebooks_run.py $(ARGS)
 
 docs: $(DEV) ## build the docs site: build/site/index.html
 	$(BIN)/sphinx-build -q -W --keep-going -E -b html docs build/site

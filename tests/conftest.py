@@ -18,8 +18,10 @@ from hypothesis import settings
 
 from fsteer_lens import Activations, FineSteer, collect, fit, models, tutor
 from fsteer_lens.models import SteerableModel
+from tests import checked_models  # noqa: F401
 
 torch.set_num_threads(1)
+
 
 settings.register_profile("fsteer_lens", deadline=None)  # the first example pays for torch's start
 settings.load_profile("fsteer_lens")
@@ -33,10 +35,14 @@ def _seeded() -> None:
 
 MODEL_FIXTURES = {"hooked", "bridge", "model", "tutor_model", "stories", "family", "trained", "steering"}
 
+BROWSER = Path(__file__).parent / "browser"
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs a model as `model`, and skip what is marked `gpu` where there is none."""
+    """Mark what runs a model as `model` and what stands in browser/ so, and skip what is marked `gpu` without one."""
     for item in items:
+        if BROWSER in item.path.parents:
+            item.add_marker(pytest.mark.browser)
         if MODEL_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.model)
         if "gpu" in item.keywords and not torch.cuda.is_available():

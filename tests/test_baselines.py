@@ -21,7 +21,7 @@ from fsteer_lens.steering import (
     fit_pca_direction,
 )
 from tests.running import LAYER, SITE, batch_of, residual
-from tests.test_baselines_fitting import D, activations, general
+from tests.test_fitting import D, activations, general
 
 FITS: dict[str, Any] = {
     "mean shift": lambda own, others: fit_mean_shift(own),

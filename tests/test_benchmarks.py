@@ -14,7 +14,10 @@ KINDS = models.available_kinds()
 MIB = 2**20
 
 
-@pytest.mark.parametrize("benchmark", [decode, collecting, fitting, energies, vocabulary], ids=lambda one: one.__name__)
+STARTS_PROCESSES = [pytest.param(one, marks=pytest.mark.slow) for one in (decode, collecting, vocabulary)]
+
+
+@pytest.mark.parametrize("benchmark", [*STARTS_PROCESSES, fitting, energies], ids=lambda one: one.__name__)
 def test_every_benchmark_fills_its_section(benchmark: object) -> None:
     section = benchmark.run(Settings(quick=True, rounds=2))  # type: ignore[attr-defined]
     assert section.rows and section.title and section.text
@@ -81,6 +84,7 @@ def allocating(count: int):  # type: ignore[no-untyped-def]
     return lambda: torch.ones(count * MIB // 4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not measuring.Path("/proc/self/status").is_file(), reason="elsewhere the whole process counts")
 def test_peak_memory_is_of_the_call_alone() -> None:
     kept = torch.ones(100 * MIB // 4)  # what this process holds must not be counted

@@ -24,13 +24,18 @@ README = ROOT / "README.md"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # gallery.md is run by tests/browser/test_gallery_page.py, with_saelens.md by tests/peers/test_saelens.py.
 RUN_ELSEWHERE = {"gallery.md", "with_saelens.md"}
+SLOW = {"hooks.md", "limits.md", "big_models.md", "choose_a_layer.md", "gates.md", "two_behaviours.md"}
 PAGES = sorted([README, ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")])
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize(
     "page",
-    [page for page in PAGES if blocks(page, "python") and page.name not in RUN_ELSEWHERE],
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else [])
+        for page in PAGES
+        if blocks(page, "python") and page.name not in RUN_ELSEWHERE
+    ],
     ids=lambda page: page.stem,
 )
 def test_code_of_a_page_runs_and_prints_what_it_shows(
@@ -146,6 +151,7 @@ def test_readme_names_targets_of_the_makefile() -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make {target}"
 
 
+@pytest.mark.slow
 def test_readme_commands_run(tmp_path: Path) -> None:
     """Those that install are not run: they would change the environment that the tests run in."""
     data = tutor.data("safe")

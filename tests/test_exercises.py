@@ -1,4 +1,4 @@
-"""Exercises tell right from wrong; that the notebooks' own are solved rightly and wrongly is test_solutions.py."""
+"""Exercises tell right from wrong; that the notebooks' own are solved rightly and wrongly is test_notebooks_run.py."""
 
 import json
 import re

@@ -18,6 +18,7 @@ from tests.families import tokenizer
 from tests.running import logits_of, three_ways
 
 EXAMPLES = 20
+OF_A_CLASS = EXAMPLES // len(models.available_kinds())  # that the classes are one is a property too, tried in full
 NEW = 5
 BOS = 1
 
@@ -94,21 +95,21 @@ def forced(model: SteerableModel, rows: list[list[int]], side: str = "left") -> 
     return logits_of(model, batch), batch.mask
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=OF_A_CLASS)
 @given(rows=prompts, recipe=any_layers)
 def test_cache_on_is_cache_off(model: SteerableModel, rows: list[list[int]], recipe: Recipe) -> None:
     steering = recipe.make()
     assert_same(*(made(model, rows, steering, use_past_kv_cache=cache) for cache in (True, False)))
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=OF_A_CLASS)
 @given(rows=prompts, recipe=any_layers)
 def test_batch_is_single(model: SteerableModel, rows: list[list[int]], recipe: Recipe) -> None:
     steering = recipe.make()
     assert_same(*(made(model, rows, steering, batch_size=size) for size in (8, 1)))
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=OF_A_CLASS)
 @given(rows=prompts, recipe=one_layer)
 def test_left_padding_is_none(model: SteerableModel, rows: list[list[int]], recipe: Recipe) -> None:
     steering = recipe.make()
@@ -126,7 +127,7 @@ def test_left_padding_is_none(model: SteerableModel, rows: list[list[int]], reci
         torch.testing.assert_close(change, alone.change[steering.layers[0]], atol=1e-4, rtol=1e-3)
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=OF_A_CLASS)
 @given(rows=prompts, recipe=one_layer)
 def test_on_attach_and_fwd_hooks_are_one(model: SteerableModel, rows: list[list[int]], recipe: Recipe) -> None:
     steering = recipe.make()
@@ -143,7 +144,7 @@ def test_hooked_transformer_is_bridge(
     assert_same(*(made(model, rows, steering) for model in (hooked, bridge)))
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=OF_A_CLASS)
 @given(
     rows=prompts,
     recipe=one_layer,
@@ -168,7 +169,7 @@ def test_what_adds_nothing_leaves_no_trace_in_the_logits(
     assert_same(made(model, rows, idle), made(model, rows, None))
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=OF_A_CLASS)
 @given(first=prompt, second=prompt, recipe=one_layer, cache=st.booleans())
 def test_a_second_generation_under_one_context_starts_fresh(
     model: SteerableModel, first: list[int], second: list[int], recipe: Recipe, cache: bool
@@ -207,7 +208,7 @@ def pad_is_bos(request: pytest.FixtureRequest) -> SteerableModel:
     return models.from_hf(AutoModelForCausalLM.from_pretrained(tutor.loading.FOLDER), tokens, kind=request.param)
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=OF_A_CLASS)
 @given(rows=prompts, recipe=one_layer)
 def test_a_pad_that_is_the_first_token_changes_nothing(
     pad_is_bos: SteerableModel, tutor_model: SteerableModel, rows: list[list[int]], recipe: Recipe
@@ -217,7 +218,7 @@ def test_a_pad_that_is_the_first_token_changes_nothing(
     assert_same(made(pad_is_bos, rows, steering), made(tutor_model, rows, steering, batch_size=1))
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=OF_A_CLASS)
 @given(rows=prompts, recipe=one_layer, place=st.integers(0, 3))
 def test_rows_that_finish_early_do_not_disturb_the_others(
     model: SteerableModel, rows: list[list[int]], recipe: Recipe, place: int
@@ -232,7 +233,7 @@ def test_rows_that_finish_early_do_not_disturb_the_others(
         torch.testing.assert_close(logprobs, others[:n], atol=1e-4, rtol=0)
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=OF_A_CLASS)
 @given(row=prompt, recipe=any_layers, cache=st.booleans())
 def test_streaming_is_not_streaming(model: SteerableModel, row: list[int], recipe: Recipe, cache: bool) -> None:
     steering = recipe.make()
@@ -243,7 +244,7 @@ def test_streaming_is_not_streaming(model: SteerableModel, row: list[int], recip
     torch.testing.assert_close(torch.tensor([record.logprob for record in records]), logprobs, atol=1e-4, rtol=0)
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=OF_A_CLASS)
 @given(first=prompt, words=st.lists(st.integers(20, 250), min_size=4, max_size=4, unique=True), recipe=one_layer)
 def test_successive_uncached_prompts_of_growing_length(
     model: SteerableModel, first: list[int], words: list[int], recipe: Recipe
@@ -261,7 +262,7 @@ def test_successive_uncached_prompts_of_growing_length(
             assert torch.equal(trace.ser[layer], ser) and trace.change[layer].shape == (1, len(row))
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=OF_A_CLASS)
 @given(words=st.lists(st.integers(20, 250), min_size=1, max_size=4), recipe=one_layer)
 def test_one_token_prompts(model: SteerableModel, words: list[int], recipe: Recipe) -> None:
     steering = recipe.make()
@@ -286,7 +287,7 @@ def test_one_token_prompts(model: SteerableModel, words: list[int], recipe: Reci
         handle.detach()
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=OF_A_CLASS)
 @given(rows=prompts, recipe=one_layer, side=st.sampled_from(["left", "right"]))
 def test_a_prompt_with_its_answer_scored_is_the_prompt_alone(
     model: SteerableModel, rows: list[list[int]], recipe: Recipe, side: str
@@ -303,7 +304,7 @@ def test_a_prompt_with_its_answer_scored_is_the_prompt_alone(
         torch.testing.assert_close(found, logprobs, atol=1e-4, rtol=0)
 
 
-@settings(max_examples=EXAMPLES)
+@settings(max_examples=OF_A_CLASS)
 @given(rows=prompts, pair=st.tuples(any_layers, any_layers), turn=st.integers(0, 3))
 def test_the_order_of_rows_and_of_links_does_not_matter(
     model: SteerableModel, rows: list[list[int]], pair: tuple[Recipe, Recipe], turn: int

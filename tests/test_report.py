@@ -100,6 +100,7 @@ def quiet(heard):
     return heard.errors == [] and all(url.startswith(("file:", "data:")) for url in heard.requests)
 
 
+@pytest.mark.browser
 def test_the_page_renders_quietly_and_text_stays_text(opened):
     page, scheme, heard = opened
     assert quiet(heard)
@@ -115,6 +116,7 @@ def test_the_page_renders_quietly_and_text_stays_text(opened):
     assert "onerror" in names
 
 
+@pytest.mark.browser
 def test_the_slider_moves_prompts_marks_threshold_and_counts(opened, gate_and_queries):
     page, _, heard = opened
     gate, queries = gate_and_queries
@@ -138,6 +140,7 @@ def test_the_slider_moves_prompts_marks_threshold_and_counts(opened, gate_and_qu
     assert quiet(heard)
 
 
+@pytest.mark.browser
 def test_a_single_figure_opens_by_itself(chromium, tmp_path):
     figures.save(figures.expert_routing(torch.rand(6, 3)), tmp_path / "a.html")
     page = chromium.new_page()

@@ -69,12 +69,12 @@ def smaller() -> Experts:
 
 @pytest.fixture(scope="module")
 def contrasts() -> list[Contrast]:
-    return list(tutor.data("safe").test[::3][:100])
+    return list(tutor.data("safe").test[::12][:25])
 
 
 @pytest.fixture(scope="module")
 def general() -> list[str]:
-    return [task.prompt for task in tutor.data("safe").general_test][:100]
+    return [task.prompt for task in tutor.data("safe").general_test][:100:4]
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,14 @@ def report(tutor_model: SteerableModel, steering: FineSteer, contrasts: list[Con
     return steering_report(tutor_model, steering, contrasts, general, batch_size=64, progress=False)
 
 
-def test_two_hundred_prompts_stay_below_eight_megabytes(report: Report, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_two_hundred_prompts_stay_below_eight_megabytes(
+    tutor_model: SteerableModel, steering: FineSteer, tmp_path: Path
+) -> None:
+    told = tutor.data("safe")
+    contrasts, general = list(told.test[::3][:100]), [task.prompt for task in told.general_test[:100]]
+    report = steering_report(tutor_model, steering, contrasts, general, batch_size=64, progress=False)
+    assert len(contrasts) + len(general) == 200
     assert report.write(tmp_path / "report.html").stat().st_size < 8e6
 
 
@@ -149,11 +156,12 @@ def test_general_prompts_are_among_the_examples_and_a_label_may_have_their_name(
             steering_report(tutor_model, steering, **{"contrasts": named, "general": [], **wrong})  # type: ignore[arg-type]
 
 
+@pytest.mark.browser
 def test_a_hostile_report_stays_text_on_screen_and_on_paper(
     tutor_model: SteerableModel, steering: FineSteer, contrasts: list[Contrast], tmp_path: Path
 ) -> None:
     attack = "</script><img src=x onerror=alert(1)>%{x}<b>"
-    few = [replace(one, prompt=f"{one.prompt}{attack}", label=f"{one.label}{attack}") for one in contrasts[:40:5]]
+    few = [replace(one, prompt=f"{one.prompt}{attack}", label=f"{one.label}{attack}") for one in contrasts[:24:3]]
     options = {"max_new_tokens": 4, "progress": False, "title": attack}
     path = steering_report(tutor_model, steering, few, [f"<user>{attack}<tutor>"], **options).write(tmp_path / "a.html")
     with launched() as browser:

@@ -1,20 +1,26 @@
-"""Every exercise of the notebooks: its solution passes its check, wrong answers do not, and none leaves it open.
+"""Every notebook runs from its first cell to its last in a kernel of its own, as for a reader who answers nothing.
 
-A notebook is run once, cell by cell, and the answers are tried where they are asked for.
+Where an exercise is checked, a cell is added that tries answers: none leaves it open, wrong ones do not pass, the
+solution does. What answers defined is gone before the next cell. Types are checked, and warnings are errors.
 """
 
-import ast
-import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-for needed in ("anywidget", "pandas"):
-    pytest.importorskip(needed, reason="the notebooks need the extra 'notebook'")
+from fsteer_lens.tutor.exercises import Verdict
+from tests.notebook_answers import try_answers
 
-NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
+nbclient, nbformat, *_ = (
+    pytest.importorskip(needed, reason="the notebooks need the extra 'notebook'")
+    for needed in ("nbclient", "nbformat", "ipykernel", "anywidget", "pandas")
+)
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = ROOT / "notebooks"
 
 # Answers that a reader might give, exercise by exercise. Each stands in for one misunderstanding.
 WRONG: dict[str, list[list[str]]] = {
@@ -126,36 +132,63 @@ WRONG: dict[str, list[list[str]]] = {
 }
 
 
-def run(source: str, names: dict[str, Any]) -> Any:
-    """Run a cell; the value of its last line, if that is an expression."""
-    tree = ast.parse(re.sub(r"(?m)^(\s*)%.*", r"\1pass", source))  # %pip is no Python
-    last = tree.body.pop() if tree.body and isinstance(tree.body[-1], ast.Expr) else None
-    exec(compile(tree, "cell", "exec"), names)
-    return None if last is None else eval(ast.unparse(last), names)
+PRELUDE = """
+from jaxtyping import install_import_hook
+install_import_hook("fsteer_lens", "tests.check")
+import tests.checked_models
+from tests.notebook_answers import try_answers
+import warnings
+warnings.simplefilter("error")
+warnings.filterwarnings("ignore", "HookedTransformer is deprecated", DeprecationWarning)
+"""
 
 
-@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("0*.ipynb")), ids=lambda path: path.stem)
-def test_solutions_pass_and_wrong_answers_do_not(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("FSTEER_LENS_MODEL", str(tmp_path / "no model"))  # else whatever this machine has of the hub
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    wrong = iter(WRONG[path.stem])
-    names: dict[str, Any] = {"__name__": "notebook", "display": lambda *shown: None}
-    for number, cell in enumerate(cells):
-        source = "".join(cell["source"])
-        if cell["cell_type"] != "code":
-            continue
-        found = run(source, names)
-        if "check" not in cell["metadata"].get("tags", []):
-            continue
-        assert found.right is None, "without an answer a check must say so"
-        call = source.strip().splitlines()[-1]
-        for answer in next(wrong):
-            run(answer, names)
-            verdict = eval(call, names)
-            assert verdict.right is False and "could not be checked" not in verdict.words, f"{answer}\n{verdict}"
-        solution = re.search(r"```python\n(.*?)```", "".join(cells[number + 1]["source"]), re.DOTALL)
-        assert solution is not None
-        run(solution[1], names)
-        assert eval(call, names).right, eval(call, names)
+def with_answers(path: Path) -> Any:
+    """A notebook with the cells that try answers."""
+    notebook = nbformat.read(path, as_version=4)
+    wrong = iter(WRONG.get(path.stem, []))
+    cells = [nbformat.v4.new_code_cell(PRELUDE)]
+    for number, cell in enumerate(notebook.cells):
+        cells.append(cell)
+        if "check" in cell.metadata.get("tags", []):
+            call = cell.source.strip().splitlines()[-1]
+            solution = re.search(r"```python\n(.*?)```", notebook.cells[number + 1].source, re.DOTALL)
+            assert solution is not None
+            cells.append(
+                nbformat.v4.new_code_cell(f"try_answers(globals(), {call!r}, {next(wrong)!r}, {solution[1]!r})")
+            )
     assert next(wrong, None) is None, "more wrong answers than exercises"
+    notebook.cells = cells
+    return notebook
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+def test_a_notebook_runs_and_its_exercises_tell_right_from_wrong(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
+    monkeypatch.setenv("FSTEER_LENS_MODEL", "none")  # else whatever this machine has of the hub
+    folder = {"metadata": {"path": str(tmp_path)}}
+    client = nbclient.NotebookClient(with_answers(path), timeout=600, kernel_name="python3", resources=folder)
+    client.execute()
+
+
+@pytest.mark.parametrize(
+    ("check", "caught"),
+    [
+        (lambda answer: Verdict(answer and answer == 2, "Not 2."), None),
+        (lambda answer: Verdict(answer == 2, "Not 2."), "without an answer"),
+        (lambda answer: Verdict(answer and True, "A number."), "answer = 3"),
+        (lambda answer: Verdict(answer and False, "No number."), "No number"),
+        (lambda answer: Verdict(answer and answer == 2, "It could not be checked."), "answer = 3"),
+    ],
+)
+def test_a_check_that_does_not_tell_answers_apart_is_caught(check: Any, caught: str | None) -> None:
+    names: dict[str, Any] = {"check": check, "answer": None}
+    if caught is None:
+        try_answers(names, "check(answer)", ["answer = 3"], "answer = 2")
+        assert names["answer"] is None, "the next cell is as it is for one who gave no answer"
+    else:
+        with pytest.raises(AssertionError, match=caught):
+            try_answers(names, "check(answer)", ["answer = 3"], "answer = 2")
