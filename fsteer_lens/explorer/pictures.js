@@ -65,7 +65,9 @@ function histogramPicture(data) {
     picture.below.textContent =
       settings.mode === "ablation"
         ? `share of the activation that is taken out, rank ${settings.rank}`
-        : `${data.score}${data.ranks ? ` at rank ${settings.rank}` : ""}${data.composed && data.ranks ? ", first subspace" : ""}`;
+        : data.ranks
+          ? `${data.score} s at rank ${settings.rank}${data.composed ? ", first subspace" : ""}`
+          : data.score;
     const shares = histogramOf(data, view.scores, BINS);
     const most = Math.max(...shares.map((one) => Math.max(...one)));
     const scale = [0.1, 0.2, 0.4, 0.6, 0.8].find((limit) => most <= limit) ?? 1;

@@ -25,7 +25,7 @@ def gate_separation(
     *,
     rank: int | None = None,
     names: tuple[str, str] = ("harmful", "general"),
-    title: str = "Does the gate tell the two kinds of prompt apart?",
+    title: str | None = None,
 ) -> "plotly.graph_objects.Figure":
     """Histograms of a gate's score over two groups with its threshold, beside the ROC curve.
 
@@ -37,7 +37,7 @@ def gate_separation(
         general_queries: activations of prompts to be left alone, [m d].
         rank: of the subspace of a gate that has one; None takes the gate's own.
         names: of the two groups.
-        title: above the figure.
+        title: above the figure; None asks the question that it answers.
 
     Raises:
         InputError: a composed gate, a rank that was not fitted, or a group without a finite score.
@@ -79,7 +79,8 @@ def gate_separation(
         showarrow=False,
     )
     _add_roc(figure, false_alarms, hits, area, [float((gate(h) >= OPEN).float().mean()) for h in rows])
-    styled(figure, title, height=380)
+    looked_at = "energy ratio" if gate.ranks else "gate's score"
+    styled(figure, title or f"Does the {looked_at} tell the two kinds of prompt apart?", height=380)
     figure.update_layout(barmode="overlay")
     figure.update_xaxes(title=label_text(gate.score_name), range=[low, high], row=1, col=1)
     figure.update_yaxes(title="share of the group's prompts (%)", rangemode="tozero", row=1, col=1)
