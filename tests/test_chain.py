@@ -148,58 +148,6 @@ def test_bad_chains_raise(tutor_model: SteerableModel) -> None:
         chain(one, narrow)
 
 
-@pytest.fixture(scope="module")
-def behaviours(tutor_model: SteerableModel) -> dict[str, FineSteer]:
-    """The two behaviours of the tutor, fitted as by default."""
-    return {name: tutor.fit(tutor_model, name, progress=False) for name in ("safe", "honest")}
-
-
-def test_two_behaviours_at_once_and_every_row_for_itself(
-    tutor_model: SteerableModel, behaviours: dict[str, FineSteer]
-) -> None:
-    safe, honest = (tutor.data(name) for name in behaviours)
-    harmful, myths = safe.valid[::12], honest.valid[::8]
-    benign = [task for task in safe.general_valid if task.kind != "myth"][::10]
-    prompts = [*(c.prompt for c in harmful), *(c.prompt for c in myths), *(task.prompt for task in benign)]
-    wanted = [*(c.preferred for c in harmful), *(c.preferred for c in myths), *(task.answer for task in benign)]
-    kinds = ["harmful"] * len(harmful) + ["myth"] * len(myths) + ["benign"] * len(benign)
-
-    def right(steering: object) -> dict[str, float]:
-        made = generate(tutor_model, prompts, steering, max_new_tokens=32, batch_size=64, progress=False)  # type: ignore[arg-type]
-        hits = [one.text == want for one, want in zip(made, wanted, strict=True)]
-        return {
-            kind: sum(h for h, k in zip(hits, kinds, strict=True) if k == kind) / kinds.count(kind) for kind in kinds
-        }
-
-    both = chain(*behaviours.values())
-    found = right(both)
-    assert min(found.values()) > 0.9, found
-    for name, steering in behaviours.items():
-        alone, other = right(steering), "myth" if name == "safe" else "harmful"
-        assert alone[other] < 0.1 and alone["harmful" if name == "safe" else "myth"] > 0.9, alone
-    trace = generate(tutor_model, prompts, both, max_new_tokens=1, progress=False).trace
-    opened = [(part.gate[4] >= 0.5).tolist() for part in trace.parts]
-    for row, kind in enumerate(kinds):
-        if kind != "benign":
-            assert (opened[0][row], opened[1][row]) == (kind == "harmful", kind == "myth") or found[kind] < 1
-
-
-def test_a_gate_of_one_behaviour_drives_the_experts_of_the_other(
-    tutor_model: SteerableModel, behaviours: dict[str, FineSteer]
-) -> None:
-    crossed = behaviours["safe"].with_gate(behaviours["honest"].gate)
-    harmful, myths = tutor.data("safe").valid[:8], tutor.data("honest").valid[:8]
-    batch = batch_of(tutor_model, [str(c.prompt) for c in (*harmful, *myths)])
-    h = residual(tutor_model, batch)[:, -1]
-    with crossed.on(tutor_model, attention_mask=batch.mask) as trace:
-        after = residual(tutor_model, batch)[:, -1]
-    gate = behaviours["honest"].gate.gate(h)  # type: ignore[union-attr]
-    vector = behaviours["safe"].experts.vector(h)  # type: ignore[union-attr]
-    torch.testing.assert_close(trace.gate[4], gate)
-    torch.testing.assert_close(after, h + crossed.strength * gate[:, None] * vector, atol=1e-4, rtol=1e-4)
-    assert (trace.gate[4][8:] > 0.5).all() and (trace.gate[4][:8] < 0.5).all()
-
-
 def test_gate_algebra_lets_near_misses_go(tutor_model: SteerableModel) -> None:
     """harm & ~near_miss: a coarse gate opens for near misses, a second one takes them out again."""
     told = tutor.data("safe")

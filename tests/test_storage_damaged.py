@@ -10,7 +10,7 @@ import struct
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -297,26 +297,51 @@ def test_what_is_wrong_is_refused(
 
 
 MEASURE = """
-import resource, sys
+import os, resource, sys
 import torch, safetensors.torch, hashlib, json
 from fsteer_lens import load
 from fsteer_lens.errors import FsteerError
 load(sys.argv[1])
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-try:
-    load(sys.argv[2])
-    print("loaded", end=" ")
-except FsteerError:
-    print("refused", end=" ")
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+for path in sys.stdin:  # a process for every file, since a peak never falls; forked, since imports take longest
+    if child := os.fork():
+        os.waitpid(child, 0)
+        continue
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        load(path.rstrip())
+        outcome = "loaded"
+    except FsteerError:
+        outcome = "refused"
+    print(outcome, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, flush=True)
+    os._exit(0)
 """
+
+
+@pytest.fixture(scope="module")
+def measuring(
+    saved: tuple[HookObject, bytes], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Callable[[Path], list[str]]]:
+    """What comes of loading a file, and by how many KiB it raises the peak of a process that has loaded a small one."""
+    small = tmp_path_factory.mktemp("small") / "small"
+    small.write_bytes(saved[1])
+    command = [sys.executable, "-c", MEASURE, str(small)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        pipes = process.stdin, process.stdout
+
+        def measured(path: Path) -> list[str]:
+            assert pipes[0] is not None and pipes[1] is not None
+            print(path, file=pipes[0], flush=True)
+            return pipes[1].readline().split()
+
+        yield measured
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory of a process in Linux's units")
 @pytest.mark.parametrize("what", ["whole", "damaged", "0", "[]", "{}", '""'])
-def test_memory_stays_within_twice_the_file(saved: tuple[HookObject, bytes], tmp_path: Path, what: str) -> None:
-    small, path = tmp_path / "small", tmp_path / "large"
-    small.write_bytes(saved[1])
+def test_memory_stays_within_twice_the_file(
+    saved: tuple[HookObject, bytes], measuring: Callable[[Path], list[str]], tmp_path: Path, what: str
+) -> None:
+    path = tmp_path / "large"
     if what in ("whole", "damaged"):
         save(FineSteer(made_up.experts(0, 2600), layer=1, fingerprint=mark()), path)
         if what == "damaged":
@@ -329,8 +354,7 @@ def test_memory_stays_within_twice_the_file(saved: tuple[HookObject, bytes], tmp
         header = json.dumps({**index, "__metadata__": {FORMAT: text}}).encode()
         assert len(header) < MAX_HEADER
         path.write_bytes(struct.pack("<Q", len(header)) + header + data)
-    done = subprocess.run([sys.executable, "-c", MEASURE, small, path], capture_output=True, text=True, check=True)
-    outcome, grown = done.stdout.split()
+    outcome, grown = measuring(path)
     assert outcome == ("loaded" if what == "whole" else "refused")
     spare = 16 * 2**20  # what a process takes now and then, whatever it does
     assert int(grown) * 1024 <= 2 * path.stat().st_size + spare, f"{int(grown) // 1024} MiB more than before"
