@@ -1,16 +1,18 @@
 """What steering does to given answers, by teacher forcing: nothing is generated."""
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError, TokenizerError
-from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.ground.checks import options_of
+from fsteer_lens.hooks.objects import HookObject, remembered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet, Prompt
+from fsteer_lens.prompts.passes import BatchOptions, Passes
 from fsteer_lens.prompts.tokens import stop_ids
 from fsteer_lens.run.decoding import Step
 from fsteer_lens.run.recorder import Recorder
@@ -35,13 +37,24 @@ MARGIN = "margin of preferred over undesired (nats per token)"
 DIVERGENCE = "−KL(steered ‖ unsteered) (nats)"
 
 
+def passes_of(
+    owner: str,
+    options: Mapping[str, Any],
+    model: SteerableModel,
+    steering: HookObject | None,
+    prompts: Sequence[Prompt],
+    takes: Iterable[str] = BatchOptions.__annotations__,
+) -> Passes:
+    """How a function that was given these options puts prompts through a model, as the steering remembers it."""
+    passes = options_of(owner, Passes, options, takes)
+    return passes.following(remembered(steering), model, prompts)
+
+
 def answer_margin(
     model: SteerableModel,
     steering: HookObject | None,
     contrasts: Sequence[Contrast],
-    *,
-    chat: bool = False,
-    batch_size: int = 16,
+    **options: Unpack[BatchOptions],
 ) -> Float[Tensor, " n"]:
     """Mean log-probability per token of the preferred answer minus that of the undesired one, [n], in nats per token.
 
@@ -49,20 +62,21 @@ def answer_margin(
         model: a HookedTransformer or TransformerBridge.
         steering: what to put on the model; None measures the bare model.
         contrasts: prompts with both answers; their contexts are not used.
-        chat: send string prompts through the chat template.
-        batch_size: rows per forward pass; a contrast is two rows.
+        options: `chat`, `chat_template_kwargs` and `prepend_bos` (as the steering was fitted), how prompts become
+            tokens, see `tokens.prompt_ids`; `batch_size` (16), rows per forward pass.
 
     Raises:
         DataError: something else than contrasts.
         InputError: no contrasts, or an answer without a token.
         ContextLengthError: a prompt with an answer does not fit into the context.
-        MismatchError: the steering was fitted on another model.
+        MismatchError: the steering was fitted on another model, or on prompts that became tokens in another way.
     """
     known = ContrastSet(contrasts)
     prompts = known.prompts
     sides = [contrast.preferred for contrast in known] + [contrast.undesired for contrast in known]
-    rows = answered(model, prompts + prompts, sides, chat=chat)
-    means = torch.stack([one.mean() for one in answer_logprobs(model, rows, steering, batch_size=batch_size)])
+    passes = passes_of("answer_margin", options, model, steering, prompts)
+    rows = answered(model, prompts + prompts, sides, passes)
+    means = torch.stack([one.mean() for one in answer_logprobs(model, rows, steering, batch_size=passes.batch_size)])
     return means[: len(prompts)] - means[len(prompts) :]
 
 
@@ -71,9 +85,7 @@ def exact_answers(
     steering: HookObject | None,
     prompts: Sequence[Prompt],
     answers: Sequence[str],
-    *,
-    chat: bool = False,
-    batch_size: int = 16,
+    **options: Unpack[BatchOptions],
 ) -> Float[Tensor, " n"]:
     """1 where greedy decoding gives exactly the tokens of this answer and then ends, else 0, [n].
 
@@ -86,7 +98,7 @@ def exact_answers(
         steering: what to put on the model; None measures the bare model.
         prompts: prompts.
         answers: the text that should follow each, tokenised by itself.
-        chat, batch_size: as in `answer_margin`.
+        options: as in `answer_margin`.
 
     Raises:
         InputError: no prompts, another number of answers, or an answer without a token.
@@ -97,10 +109,11 @@ def exact_answers(
     endings = torch.tensor(sorted(stop_ids(model)))
     if not len(endings):
         raise TokenizerError("no token ends an answer of this model", fix="Set tokenizer.eos_token.")
-    rows = answered(model, prompts, answers, chat=chat)
+    passes = passes_of("exact_answers", options, model, steering, prompts)
+    rows = answered(model, prompts, answers, passes)
     ended = [Answered(row.prompt, (*row.answer, int(endings[0]))) for row in rows]
     found = torch.zeros(len(rows))
-    for index, logits in each_answer(model, ended, steering, batch_size=batch_size):
+    for index, logits in each_answer(model, ended, steering, batch_size=passes.batch_size):
         *said, last = logits.argmax(dim=-1).tolist()
         found[index] = said == list(rows[index].answer) and last in endings
     return found
@@ -111,9 +124,7 @@ def general_divergence(
     steering: HookObject,
     prompts: Sequence[Prompt],
     answers: Sequence[str | Sequence[int]] | None = None,
-    *,
-    chat: bool = False,
-    batch_size: int = 16,
+    **options: Unpack[BatchOptions],
 ) -> Float[Tensor, " n"]:
     """KL(steered ‖ unsteered) of the next-token distributions, its mean over each answer's tokens, [n], in nats.
 
@@ -122,13 +133,14 @@ def general_divergence(
         steering: what to put on the model.
         prompts: prompts, as a rule those to be left alone.
         answers: text or ids of an answer to each; None looks at the first token of any answer alone.
-        chat, batch_size: as in `answer_margin`.
+        options: as in `answer_margin`.
 
     Raises:
         As `answer_margin`.
     """
-    rows = answered(model, prompts, answers, chat=chat)
-    (found,) = answer_divergences(model, rows, [steering], batch_size=batch_size)
+    passes = passes_of("general_divergence", options, model, steering, prompts)
+    rows = answered(model, prompts, answers, passes)
+    (found,) = answer_divergences(model, rows, [steering], batch_size=passes.batch_size)
     return torch.stack([one.mean() for one in found])
 
 
@@ -137,9 +149,7 @@ def counterfactual(
     steering: HookObject,
     prompts: Sequence[Prompt],
     answers: Sequence[str | Sequence[int]],
-    *,
-    chat: bool = False,
-    batch_size: int = 16,
+    **options: Unpack[BatchOptions],
 ) -> Trace:
     """Ask the unsteered model about steered text: per-token KL and log-probability change, as a trace.
 
@@ -152,7 +162,7 @@ def counterfactual(
         steering: what was on the model, or would be.
         prompts: prompts.
         answers: text or ids of the answer to each.
-        chat, batch_size: as in `answer_margin`.
+        options: as in `answer_margin`.
 
     Returns:
         A trace of one row per prompt, with decisions, `change`, and `steps` that hold `logprobs`,
@@ -161,9 +171,10 @@ def counterfactual(
     Raises:
         As `answer_margin`.
     """
-    rows = answered(model, prompts, answers, chat=chat)
+    passes = passes_of("counterfactual", options, model, steering, prompts)
+    rows = answered(model, prompts, answers, passes)
     traces: dict[int, Trace] = {}
-    for chosen, batch in batches(model, rows, batch_size):
+    for chosen, batch in batches(model, rows, passes.batch_size):
         group = [rows[index] for index in chosen]
         session = session_for(model, batch, group, steering)
         steered, base = answer_logits(model, batch, group, session), answer_logits(model, batch, group, None)

@@ -12,6 +12,7 @@ from fsteer_lens.effects.measuring import MeasureOptions, Measuring
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import instance, options_of, whole
 from fsteer_lens.ground.estimates import Estimate, bootstrap
+from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.linalg import require_width
 from fsteer_lens.models.classes import SteerableModel
@@ -134,8 +135,9 @@ def expert_knockout(
         contrasts: prompts to be steered, held out from the fit, with labels.
         layer: whose experts, of a steering with several layers; the other layers keep theirs.
         queries: query activations of the contrasts at that layer, where they have been read already, [n d].
-        options: `effect` (None), a number per contrast; None takes `answer_margin`, in nats per token. `chat` (False)
-            and `batch_size` (16) as in `answer_margin`; `progress` (True), show a progress bar.
+        options: `effect` (None), a number per contrast; None takes `answer_margin`, in nats per token. `chat`,
+            `chat_template_kwargs`, `prepend_bos` and `batch_size` (16) as in `answer_margin`; `progress` (True), show a
+            progress bar.
 
     Raises:
         InputError: no contrasts, another number of queries, fewer than two experts that are on, or an unknown layer.
@@ -145,6 +147,7 @@ def expert_knockout(
     on = tuple(index for index, enabled in enumerate(experts.enabled) if enabled)
     if len(on) < 2 or not len(contrasts):
         raise InputError("expert_knockout", expected="contrasts, and at least two experts that are on", got=on)
+    run = run.following(remembered(steering), model, [contrast.prompt for contrast in contrasts])
     if queries is None:
         ids = run.ids(model, [contrast.prompt for contrast in contrasts])
         queries = Reader(model, where, steering.site, batch_size=run.batch_size).last(ids)[where]

@@ -75,7 +75,9 @@ class TruthfulQA(Suite):
                 (number, text) for number, choice in enumerate(self.choices) for text, _ in (*choice.mc1, *choice.mc2)
             )
         )
-        rows = answered(model, [prompts[number] for number, _ in pairs], [space + text for _, text in pairs])
+        rows = answered(
+            model, [prompts[number] for number, _ in pairs], [space + text for _, text in pairs], setting.passes
+        )
         scores = answer_logprobs(model, rows, steering, batch_size=setting.batch_size)
         score = {pair: float(logprobs.double().sum()) for pair, logprobs in zip(pairs, scores, strict=True)}
         if not all(map(math.isfinite, score.values())):

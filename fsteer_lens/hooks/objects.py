@@ -27,6 +27,7 @@ from fsteer_lens.hooks.session import Acted, Point, PointHook, Session, State
 from fsteer_lens.method.linalg import move
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import DEFAULT_SITE, site_name
+from fsteer_lens.prompts.formats import PromptFormat, merge_formats
 from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint
 from fsteer_lens.trace.trace import Trace
 
@@ -204,6 +205,16 @@ class HookObject(ABC):
         return Session(self, prompt_lengths, attention_mask)
 
 
+def remembered(*fitted: Any) -> PromptFormat:
+    """How the prompts became tokens that hook objects were fitted on; what is none of them remembers nothing.
+
+    Raises:
+        MismatchError: they contradict each other.
+    """
+    links = (link for one in fitted if isinstance(one, HookObject) for link in one.links)
+    return merge_formats(getattr(link, "prompt_format", None) for link in links)
+
+
 class Link(HookObject):
     """A hook object that acts by itself: it reads the stream at layers of one site, and edits it at some of them.
 
@@ -230,10 +241,12 @@ class Link(HookObject):
     Attributes:
         site: hook point within a layer, "hook_resid_pre" or "hook_resid_post".
         fingerprint: of the model that it was fitted on, checked when it is put on one; None fits any.
+        prompt_format: how the prompts became tokens that it was fitted on; what runs prompts follows it.
     """
 
     site: str = DEFAULT_SITE
     fingerprint: Fingerprint | None = None
+    prompt_format: PromptFormat | None = None
 
     @property
     def links(self) -> "tuple[Link, ...]":

@@ -44,6 +44,17 @@ def kind_of(model: SteerableModel) -> Kind:
     return "bridge" if hasattr(model, "original_model") else "hooked"
 
 
+def attention_window(model: SteerableModel) -> int:
+    """How many tokens the narrowest layer of a model sees; the whole context where none has a window."""
+    original = getattr(model, "original_model", None)
+    if original is None:
+        window = model.cfg.window_size if getattr(model.cfg, "use_local_attn", False) else None
+    else:
+        names = ("sliding_window", "window_size")  # the latter is GPT-Neo's
+        window = next((size for name in names if (size := getattr(original.config, name, None))), None)
+    return min(window or model.cfg.n_ctx, model.cfg.n_ctx)
+
+
 def require_decoder(model: SteerableModel) -> None:
     """Raise `InputError` unless the model is a decoder that reads left to right by attention alone.
 

@@ -14,8 +14,9 @@ from fsteer_lens.method.linalg import move
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import DEFAULT_SITE
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet, Prompt, prompt_text
+from fsteer_lens.prompts.formats import PromptFormat, format_of
 from fsteer_lens.prompts.passes import Passes
-from fsteer_lens.prompts.tokens import answer_ids, prompt_ids, require_fits
+from fsteer_lens.prompts.tokens import answer_ids, require_fits
 from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint
 from fsteer_lens.reading.reader import Reader
 
@@ -36,6 +37,7 @@ class Activations:
         site: the hook point within the layer.
         shift: how the shifts were taken.
         fingerprint: of the model.
+        prompt_format: how the prompts became tokens; None is unknown.
     """
 
     queries: Float[Tensor, "n d"]
@@ -46,6 +48,7 @@ class Activations:
     site: str
     shift: Shift | None
     fingerprint: Fingerprint
+    prompt_format: PromptFormat | None = None
 
     def __repr__(self) -> str:
         n, d_model = self.queries.shape
@@ -63,7 +66,9 @@ def collect(
     *,
     layer: int,
     shift: Shift = ...,
-    chat: bool = ...,
+    chat: bool | None = ...,
+    chat_template_kwargs: Mapping[str, Any] | None = ...,
+    prepend_bos: bool | None = ...,
     batch_size: int = ...,
     progress: bool = ...,
 ) -> Activations: ...
@@ -74,7 +79,9 @@ def collect(
     *,
     layer: Sequence[int],
     shift: Shift = ...,
-    chat: bool = ...,
+    chat: bool | None = ...,
+    chat_template_kwargs: Mapping[str, Any] | None = ...,
+    prepend_bos: bool | None = ...,
     batch_size: int = ...,
     progress: bool = ...,
 ) -> dict[int, Activations]: ...
@@ -84,7 +91,9 @@ def collect(
     *,
     layer: int | Sequence[int],
     shift: Shift = "response_mean",
-    chat: bool = False,
+    chat: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    prepend_bos: bool | None = None,
     batch_size: int = 16,
     progress: bool = True,
 ) -> Activations | dict[int, Activations]:
@@ -100,9 +109,14 @@ def collect(
             set-up for truthfulness). "last_prompt": the prompt with and without its context, both at the last prompt
             token; every contrast needs a context.
         chat: apply the chat template to string prompts; see `tokens.prompt_ids`.
+        chat_template_kwargs: further arguments of the chat template, such as `{"enable_thinking": False}`.
+        prepend_bos: put a beginning-of-sequence token in front of plain strings; None does as the tokenizer does.
         batch_size: rows per forward pass, at most: on a CPU rows of about one length only share it. Of shift
             "response_mean" it counts prompts; their answers follow, twice as many.
         progress: show a progress bar.
+
+    Returns:
+        Activations, which remember how the prompts became tokens: a steering that is fitted to them is run that way.
 
     Raises:
         DataError: no contrasts, a missing context, or two sides that are the same.
@@ -112,12 +126,13 @@ def collect(
     """
     contrasts = ContrastSet(contrasts)
     choice("shift", shift, ("response_mean", "last_prompt"))
-    passes = Passes(chat, batch_size, progress)
+    passes = Passes(chat, batch_size, progress, chat_template_kwargs, prepend_bos)
+    tokenisation = passes.tokenisation(model)
     _require_some(contrasts, "contrast set")
     prompts: list[list[int]] = []
     sides: list[list[list[int]]] = []
     for number, contrast in enumerate(contrasts):
-        prompt = prompt_ids(model, contrast.prompt, chat=chat)
+        prompt = tokenisation.ids(contrast.prompt)
         where = f"contrast {number}, prompt {prompt_text(contrast.prompt)[:40]!r}"
         if shift == "last_prompt":
             if contrast.context is None:
@@ -126,7 +141,7 @@ def collect(
                     expected="context= text that switches the preferred behaviour on",
                     fix="Give every contrast a context, or use shift='response_mean'.",
                 )
-            pair = [prompt_ids(model, contrast.prompt, chat=chat, context=contrast.context), prompt]
+            pair = [tokenisation.ids(contrast.prompt, contrast.context), prompt]
         else:
             pair = [answer_ids(model, text) for text in (contrast.preferred, contrast.undesired)]
             if pair[0] == pair[1]:
@@ -137,9 +152,9 @@ def collect(
     with passes.bar(len(contrasts) * (1 + (shift == "last_prompt")), READING) as advance:
         reader = Reader(model, layer, batch_size=passes.batch_size, advance=advance)
         if shift == "last_prompt":
-            last = reader.last([ids for pair in sides for ids in pair])
-            queries = {key: value[1::2].contiguous() for key, value in last.items()}
-            shifts = {key: value[0::2] - value[1::2] for key, value in last.items()}
+            preferred = reader.last([with_context for with_context, _ in sides])
+            queries = reader.last(prompts)
+            shifts = {layer: preferred[layer] - queries[layer] for layer in queries}
         else:
             queries, means = reader.answers(prompts, sides)
             shifts = {key: value[:, 0] - value[:, 1] for key, value in means.items()}
@@ -151,6 +166,7 @@ def collect(
         [contrast.group for contrast in contrasts],
         contrasts.prompts,
         shift,
+        format_of(tokenisation, contrasts.prompts),
     )
     return result if isinstance(layer, Sequence) else result[reader.layers[0]]
 
@@ -162,7 +178,9 @@ def collect_queries(
     *,
     layer: int,
     labels: Sequence[str | None] | None = ...,
-    chat: bool = ...,
+    chat: bool | None = ...,
+    chat_template_kwargs: Mapping[str, Any] | None = ...,
+    prepend_bos: bool | None = ...,
     batch_size: int = ...,
     progress: bool = ...,
 ) -> Activations: ...
@@ -173,7 +191,9 @@ def collect_queries(
     *,
     layer: Sequence[int],
     labels: Sequence[str | None] | None = ...,
-    chat: bool = ...,
+    chat: bool | None = ...,
+    chat_template_kwargs: Mapping[str, Any] | None = ...,
+    prepend_bos: bool | None = ...,
     batch_size: int = ...,
     progress: bool = ...,
 ) -> dict[int, Activations]: ...
@@ -183,21 +203,24 @@ def collect_queries(
     *,
     layer: int | Sequence[int],
     labels: Sequence[str | None] | None = None,
-    chat: bool = False,
+    chat: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    prepend_bos: bool | None = None,
     batch_size: int = 16,
     progress: bool = True,
 ) -> Activations | dict[int, Activations]:
     """Read the activation at the last token of every prompt; arguments and errors as in `collect`."""
     prompts = list(prompts)
     _require_some(prompts, "prompts")
-    passes = Passes(chat, batch_size, progress)
+    passes = Passes(chat, batch_size, progress, chat_template_kwargs, prepend_bos)
     with passes.bar(len(prompts), READING) as advance:
         reader = Reader(model, layer, batch_size=passes.batch_size, advance=advance)
         at_query = reader.last(passes.ids(model, prompts))
     names = list(labels) if labels is not None else [None] * len(prompts)
     if len(names) != len(prompts):
         raise DataError("labels", expected=f"one for each of {len(prompts)} prompts", got=len(names))
-    result = _package(model, at_query, None, names, [None] * len(prompts), prompts, None)
+    known = format_of(passes.tokenisation(model), prompts)
+    result = _package(model, at_query, None, names, [None] * len(prompts), prompts, None, known)
     return result if isinstance(layer, Sequence) else result[reader.layers[0]]
 
 
@@ -214,6 +237,7 @@ def _package(
     groups: Sequence[str | None],
     prompts: Sequence[Prompt],
     shift: Shift | None,
+    prompt_format: PromptFormat,
 ) -> dict[int, Activations]:
     taken = fingerprint(model, sorted(queries))
     result = {}
@@ -237,5 +261,6 @@ def _package(
             site=DEFAULT_SITE,
             shift=shift,
             fingerprint=taken.at_layer(layer),
+            prompt_format=prompt_format,
         )
     return result

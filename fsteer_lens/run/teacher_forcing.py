@@ -17,7 +17,8 @@ from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Prompt
-from fsteer_lens.prompts.tokens import Batch, answer_ids, pad, prompt_ids, require_fits
+from fsteer_lens.prompts.passes import Passes
+from fsteer_lens.prompts.tokens import Batch, answer_ids, pad, require_fits
 from fsteer_lens.run.unsteered import CHUNK_NUMBERS, divergence
 
 Advance = Callable[[int], None]
@@ -40,8 +41,7 @@ def answered(
     model: SteerableModel,
     prompts: Sequence[Prompt],
     answers: Sequence[str | Sequence[int]] | None,
-    *,
-    chat: bool = False,
+    passes: Passes,
 ) -> list[Answered]:
     """Prompts with their answers as ids; an answer is text or ids, and None for all of them asks for no answer.
 
@@ -54,11 +54,11 @@ def answered(
     if answers is not None and (isinstance(answers, str) or len(answers) != len(prompts)):
         got = "a text" if isinstance(answers, str) else len(answers)
         raise InputError("answers", expected=f"one for each of {len(prompts)} prompts", got=got)
-    rows = []
+    rows, tokenisation = [], passes.tokenisation(model)
     for number, prompt in enumerate(prompts):
         given: Any = () if answers is None else answers[number]
         row = Answered(
-            tuple(prompt_ids(model, prompt, chat=chat)),
+            tuple(tokenisation.ids(prompt)),
             tuple(answer_ids(model, given) if isinstance(given, str) else given),
         )
         if answers is not None and not row.answer:

@@ -9,6 +9,7 @@ import torch
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import finite, options_of
+from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Prompt
@@ -77,8 +78,9 @@ def calibrate(
         quantile: which quantile of the divergences counts.
         max_strength: the largest strength to try.
         max_new_tokens: length of the reference answers that are generated.
-        options: `chat` (False), send string prompts through the chat template; `batch_size` (16), rows per forward
-            pass; `progress` (True), show a progress bar.
+        options: `chat`, `chat_template_kwargs` and `prepend_bos` (as the steering was fitted), how prompts become
+            tokens, see `tokens.prompt_ids`; `batch_size` (16), rows per forward pass; `progress` (True), show a
+            progress bar.
 
     Raises:
         InputError: no prompts, options out of range, or a steering that only monitors.
@@ -90,13 +92,14 @@ def calibrate(
     max_strength = finite("max_strength", max_strength, above=0)
     if not isinstance(steering, Steering) or steering.monitor:
         raise InputError("calibrate", expected="a steering that acts", got=repr(steering))
+    passes = passes.following(remembered(steering), model, prompts)
     ids: Any = answers
     if answers is None:
-        answered(model, prompts, None, chat=passes.chat)  # raises before anything is generated
+        answered(model, prompts, None, passes)  # raises before anything is generated
         with unsteered(model):
             made = generate(model, list(prompts), max_new_tokens=max_new_tokens, **passes.options)
         ids = [one.tokens for one in made]
-    rows = answered(model, prompts, ids, chat=passes.chat)
+    rows = answered(model, prompts, ids, passes)
 
     def costs(strengths: Sequence[float]) -> list[float]:
         variants = [steering.with_strength(strength) for strength in strengths]

@@ -11,6 +11,7 @@ from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.fitting_experts import fit_experts
 from fsteer_lens.method.fitting_gates import SUBSPACE_KINDS, GateOptions, Kind, fit_gate
 from fsteer_lens.method.gates import Gate
+from fsteer_lens.prompts.formats import merge_formats
 from fsteer_lens.reading.activations import Activations
 from fsteer_lens.reading.fingerprints import merge_fingerprints
 from fsteer_lens.steering.steering import FineSteer
@@ -116,6 +117,7 @@ def fit(
         shift=first.shift,
         site=first.site,
         fingerprint=merge_fingerprints([own.fingerprint for own in layers.values()]),
+        prompt_format=merge_formats(own.prompt_format for own in layers.values()),
     )
 
 
@@ -134,3 +136,4 @@ def _require_same(own: Activations, others: Activations) -> None:
             fix="Collect both at the same layer.",
         )
     own.fingerprint.require_match(others.fingerprint)
+    merge_formats([own.prompt_format, others.prompt_format])

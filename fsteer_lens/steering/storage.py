@@ -32,9 +32,10 @@ from fsteer_lens.method.linear_gates import CosineGate, LinearGate
 from fsteer_lens.method.subspace import Subspace
 from fsteer_lens.method.subspace_gates import CalibrationRange, EnergyGate, LogisticGate, QuantileGate, ThresholdGate
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.formats import PromptFormat
 from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint
 from fsteer_lens.steering.baselines import MeanShift, NearestCentroid, NullSpaceSteering, PcaDirection
-from fsteer_lens.steering.steering import FineSteer
+from fsteer_lens.steering.steering import FineSteer, Steering
 
 FORMAT = "fsteer_lens"
 VERSION = 1
@@ -65,6 +66,7 @@ CLASSES: Mapping[str, Any] = {
         NotGate,
         NullSpaceSteering,
         PcaDirection,
+        PromptFormat,
         QuantileGate,
         Schedule,
         Subspace,
@@ -74,6 +76,10 @@ CLASSES: Mapping[str, Any] = {
         Window,
     )
 }
+
+
+BEFORE_FORMATS = PromptFormat(prepend_bos=True)
+"""What fits the files of 0.1, which do not tell: every plain text got a token in front where there was one."""
 
 
 def save(steering: HookObject, path: str | os.PathLike[str], model: SteerableModel | None = None) -> None:
@@ -268,4 +274,7 @@ def _decode(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
         return tuple(_decode(item, tensors) for item in tree["tuple"])
     if set(tree) == {"map"}:
         return {key: _decode(item, tensors) for key, item in tree["map"]}
-    return CLASSES[tree["class"]](**{name: _decode(item, tensors) for name, item in tree["fields"].items()})
+    kind, values = CLASSES[tree["class"]], {name: _decode(item, tensors) for name, item in tree["fields"].items()}
+    if issubclass(kind, Steering):
+        values = {"prompt_format": BEFORE_FORMATS, **values}
+    return kind(**values)

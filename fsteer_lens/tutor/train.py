@@ -117,7 +117,9 @@ def collate(
 
     Rows are filled up with eos of weight 0: with pad, transformers would ask for a mask that a causal model needs not.
     """
-    prompts, answers, begun = (tokens(list(column))["input_ids"] for column in zip(*rows, strict=True))
+    prompts, answers, begun = (
+        tokens(list(column), add_special_tokens=False)["input_ids"] for column in zip(*rows, strict=True)
+    )
     length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)) + 2
     ids = torch.full((len(rows), length), tokenizer.EOS_ID)
     weights = torch.zeros(len(rows), length)
