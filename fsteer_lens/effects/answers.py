@@ -1,6 +1,6 @@
 """What steering does to given answers, by teacher forcing: nothing is generated."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch import Tensor
 from fsteer_lens.errors import InputError, TokenizerError
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.contrasts import Contrast, ContrastSet, Prompt
+from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
+from fsteer_lens.prompts.forms import Prompt
 from fsteer_lens.prompts.tokens import stop_ids
 from fsteer_lens.run.decoding import Step
 from fsteer_lens.run.recorder import Recorder
@@ -38,7 +39,7 @@ DIVERGENCE = "−KL(steered ‖ unsteered) (nats)"
 def answer_margin(
     model: SteerableModel,
     steering: HookObject | None,
-    contrasts: Sequence[Contrast],
+    contrasts: Iterable[Contrast],
     *,
     chat: bool = False,
     batch_size: int = 16,
@@ -69,8 +70,8 @@ def answer_margin(
 def exact_answers(
     model: SteerableModel,
     steering: HookObject | None,
-    prompts: Sequence[Prompt],
-    answers: Sequence[str],
+    prompts: Iterable[Prompt],
+    answers: Iterable[str],
     *,
     chat: bool = False,
     batch_size: int = 16,
@@ -109,8 +110,8 @@ def exact_answers(
 def general_divergence(
     model: SteerableModel,
     steering: HookObject,
-    prompts: Sequence[Prompt],
-    answers: Sequence[str | Sequence[int]] | None = None,
+    prompts: Iterable[Prompt],
+    answers: Iterable[str | Sequence[int]] | None = None,
     *,
     chat: bool = False,
     batch_size: int = 16,
@@ -135,8 +136,8 @@ def general_divergence(
 def counterfactual(
     model: SteerableModel,
     steering: HookObject,
-    prompts: Sequence[Prompt],
-    answers: Sequence[str | Sequence[int]],
+    prompts: Iterable[Prompt],
+    answers: Iterable[str | Sequence[int]],
     *,
     chat: bool = False,
     batch_size: int = 16,

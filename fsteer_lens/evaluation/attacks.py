@@ -11,14 +11,13 @@ measured, or the attack proves nothing: a text about something else should not o
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.gate_reports import reading_layer
 from fsteer_lens.evaluation.perturbations import Format, Keeps
 from fsteer_lens.ground.checks import normalised, options_of, seed_of, switch, whole
@@ -26,6 +25,7 @@ from fsteer_lens.ground.estimates import Proportion
 from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.method.gates import OPEN, Gate, oriented
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.forms import texts_of
 from fsteer_lens.prompts.tokens import prompt_ids
 from fsteer_lens.reading.reader import Reader
 
@@ -156,9 +156,9 @@ class _Options:
 def attack_gate(
     model: SteerableModel,
     gate: Gate,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     *,
-    words: Sequence[str],
+    words: Iterable[str],
     format: Format,
     layer: int | None = None,
     keeps: Keeps | None = None,
@@ -191,8 +191,7 @@ def attack_gate(
     """
     run = options_of("attack_gate", _Options, options)
     budget, where = whole("budget", budget, 1), reading_layer({"attacked": gate}, layer)
-    if isinstance(prompts, str) or not prompts or not words:
-        raise InputError("attack_gate", expected="prompts and words", got=(len(prompts), len(words)))
+    prompts, words = texts_of(prompts, "prompt"), texts_of(words, "word")
 
     def read(texts: Sequence[str]) -> Float[Tensor, "n d"]:
         rows = [prompt_ids(model, format(text)) for text in texts]

@@ -14,8 +14,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fsteer_lens.errors import ContextLengthError, InputError, TokenizerError
+from fsteer_lens.ground.checks import clean_text, optional
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.contrasts import Prompt, check_prompt, prompt_text
+from fsteer_lens.prompts.forms import Prompt, as_prompt, prompt_text
 
 
 def require_tokenizer(model: SteerableModel) -> Any:
@@ -36,7 +37,7 @@ def prompt_ids(model: SteerableModel, prompt: Prompt, *, chat: bool = False, con
 
     Args:
         model: whose tokenizer and context length count.
-        prompt: string, messages or ids.
+        prompt: string, messages or ids, also as an array.
         chat: send a string as the user's turn through the chat template.
         context: text put before a string verbatim; in a chat, the system message, or the opening of the user turn
             where the template refuses a system message.
@@ -44,9 +45,9 @@ def prompt_ids(model: SteerableModel, prompt: Prompt, *, chat: bool = False, con
     Raises:
         TokenizerError: no tokenizer, or no chat template where one is needed.
         ContextLengthError: longer than the model's context.
-        InputError: no prompt, or a context with token ids.
+        InputError: no prompt, a text with NUL or half a character (a lone surrogate), or a context with token ids.
     """
-    check_prompt(prompt)
+    prompt, context = as_prompt(prompt), optional(clean_text, "context", context)
     if isinstance(prompt, str) and not chat:
         ids = text_ids(require_tokenizer(model), (context or "") + prompt)
     elif isinstance(prompt, str) or isinstance(prompt[0], Mapping):
@@ -64,7 +65,7 @@ def prompt_ids(model: SteerableModel, prompt: Prompt, *, chat: bool = False, con
 
 def answer_ids(model: SteerableModel, answer: str) -> list[int]:
     """Token ids of an answer: tokenised by itself, without special tokens."""
-    return list(require_tokenizer(model)(answer, add_special_tokens=False).input_ids)
+    return list(require_tokenizer(model)(clean_text("answer", answer), add_special_tokens=False).input_ids)
 
 
 def require_fits(model: SteerableModel, length: int, what: str) -> None:
