@@ -5,7 +5,6 @@ Every subcommand imports what it needs when it is run, so that `--help` answers 
 
 import argparse
 import importlib.metadata
-import json
 import platform
 import shutil
 import sys
@@ -13,12 +12,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fsteer_lens.errors import DataError, FsteerError, InputError
+from fsteer_lens.errors import FsteerError, InputError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from fsteer_lens import ContrastSet
     from fsteer_lens.trace.trace import Trace
 
 REQUIRED = (
@@ -33,6 +31,9 @@ REQUIRED = (
 )
 REQUIRED += ("scikit-learn", "plotly", "circuitsvis", "rich")
 OPTIONAL = ("pandas", "ipykernel", "jupyterlab", "anywidget")
+PARTS = ("prompt", "preferred", "undesired", "label", "context", "group")
+"""What a row of data holds, each in a column of that name unless another is named."""
+DTYPES = ("float32", "bfloat16", "float16")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 
 
@@ -75,19 +76,28 @@ def _parser() -> argparse.ArgumentParser:
     option("--model", required=True, help="a Hugging Face name, a folder, or 'tutor'")
     option("--kind", choices=["hooked", "bridge"], help="class of the model (default: hooked where it is)")
     option("--device", default="cpu")
+    option("--dtype", choices=list(DTYPES), help="of the weights (default: float32)")
     option("--chat", action="store_true", help="put prompts through the tokenizer's chat template")
     option("--batch-size", type=int, default=8)
 
-    fit = commands.add_parser("fit", parents=[model], help="fit a steering to contrasts and save it")
+    columns = argparse.ArgumentParser(add_help=False)
+    option = columns.add_argument
+    for part in PARTS:
+        more = "; of --general too" if part == "prompt" else ""
+        option(
+            f"--{part}-column", metavar="NAME", help=f"column of --data that holds the {part}{more} (default: {part})"
+        )
+
+    fit = commands.add_parser("fit", parents=[model, columns], help="fit a steering to contrasts and save it")
     fit.set_defaults(run=_fit)
     option = fit.add_argument
-    option("--data", type=Path, required=True, help=".jsonl or .csv: prompt, preferred, undesired, label")
+    option("--data", type=Path, required=True, help=f".jsonl or .csv: {', '.join(PARTS)}; or TruthfulQA.csv")
     option("--layer", type=int, required=True)
     option("--out", type=Path, required=True, help="the steering, a .safetensors file")
     option("--shift", choices=["response_mean", "last_prompt"], default="response_mean")
     option("--rank", type=int, help="rank of the gate's subspace")
     option("--gate", choices=["quantile", "logistic", "energy", "none"], help="none: always")
-    option("--general", type=Path, help="prompts to leave alone, for the logistic gate: .txt or .jsonl")
+    option("--general", type=Path, help="prompts to leave alone, for the logistic gate: .txt, .jsonl or .csv")
     option("--strength", type=float, default=1.0)
     option("--scope", choices=["all", "prompt", "generated"], help="positions (default: by --shift)")
     option("--preset", choices=["paper"], help="the method to the letter of the paper")
@@ -104,12 +114,12 @@ def _parser() -> argparse.ArgumentParser:
     option("--temperature", type=float, help="with --sample (default: 1)")
     option("--seed", type=int, help="with --sample (default: 0)")
 
-    report = commands.add_parser("report", parents=[model], help="write a page on what a saved steering does")
+    report = commands.add_parser("report", parents=[model, columns], help="write a page on what a saved steering does")
     report.set_defaults(run=_report)
     option = report.add_argument
     option("--steering", type=Path, required=True, help="a file that 'fit' wrote")
     option("--data", type=Path, required=True, help=".jsonl or .csv as for 'fit', best of prompts that it did not see")
-    option("--general", type=Path, help="prompts to leave alone: .txt or .jsonl")
+    option("--general", type=Path, help="prompts to leave alone: .txt, .jsonl or .csv")
     option("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
     option("--max-new-tokens", type=int, default=32)
     option("--seed", type=int, default=0, help="of the bootstrap intervals")
@@ -135,21 +145,28 @@ def _load_model(args: argparse.Namespace) -> Any:
     if args.model == "tutor":
         from fsteer_lens import tutor
 
+        if args.dtype not in (None, "float32"):
+            fix = "Leave --dtype out: its exact answers were measured in float32."
+            raise InputError("--dtype of the tutor", expected="float32", got=args.dtype, fix=fix)
         return tutor.load(args.kind, device=args.device)
+    import torch
+
     from fsteer_lens import models
 
-    return models.load(args.model, kind=args.kind, device=args.device)
+    return models.load(args.model, kind=args.kind, device=args.device, dtype=getattr(torch, args.dtype or "float32"))
 
 
 def _fit(args: argparse.Namespace) -> int:
     from fsteer_lens import collect, collect_queries, fit, save
+    from fsteer_lens.prompts.files import read_contrasts, read_prompts
 
     always = args.gate == "none"
     if always and (args.rank or args.general):
         raise InputError("--rank and --general have no effect with --gate none", fix="Leave them out.")
     _require_folder(args.out)
-    contrasts = _read_contrasts(args.data)
-    general_prompts = None if args.general is None else _read_prompts(args.general)
+    columns = _columns(args)
+    contrasts = read_contrasts(args.data, columns)
+    general_prompts = None if args.general is None else read_prompts(args.general, columns.get("prompt"))
     model = _load_model(args)
     run = {"layer": args.layer, "chat": args.chat, "batch_size": args.batch_size}
     activations = collect(model, contrasts, shift=args.shift, **run)
@@ -168,11 +185,13 @@ def _fit(args: argparse.Namespace) -> int:
 def _report(args: argparse.Namespace) -> int:
     from fsteer_lens import load
     from fsteer_lens.evaluation import every
+    from fsteer_lens.prompts.files import read_contrasts, read_prompts
     from fsteer_lens.report import steering_report
 
     _require_folder(args.out)
-    contrasts = every(_read_contrasts(args.data), args.limit)
-    general = [] if args.general is None else every(_read_prompts(args.general), args.limit)
+    columns = _columns(args)
+    contrasts = every(read_contrasts(args.data, columns), args.limit)
+    general = [] if args.general is None else every(read_prompts(args.general, columns.get("prompt")), args.limit)
     model = _load_model(args)
     report = steering_report(
         model,
@@ -197,33 +216,15 @@ def _require_folder(path: Path) -> None:
         raise InputError(f"cannot write {path}", expected="an existing folder", got=path.parent)
 
 
-def _read_contrasts(path: Path) -> "ContrastSet":
-    from fsteer_lens import ContrastSet
-
-    return ContrastSet.from_csv(path) if path.suffix.lower() == ".csv" else ContrastSet.from_jsonl(path)
+def _columns(args: argparse.Namespace) -> dict[str, str]:
+    """The columns that were named on the command line, by what they hold."""
+    named = {part: getattr(args, f"{part}_column") for part in PARTS}
+    return {part: name for part, name in named.items() if name is not None}
 
 
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Options that were given on the command line: the others keep the library's defaults."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-
-
-def _read_prompts(path: Path) -> list[Any]:
-    """Read one prompt a line: text, or with .jsonl a JSON value or an object that holds it under "prompt"."""
-    from fsteer_lens.ground.files import read_text
-
-    lines = [line.strip() for line in read_text(path).splitlines() if line.strip()]
-    if path.suffix.lower() != ".jsonl":
-        return lines
-    prompts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            value = json.loads(line)
-            prompts.append(value["prompt"] if isinstance(value, dict) else value)
-        except (json.JSONDecodeError, KeyError) as error:
-            expected = 'a JSON string, or an object with "prompt"'
-            raise DataError(f"{path}, prompt {number}", expected=expected, got=line[:60]) from error
-    return prompts
 
 
 def _generate(args: argparse.Namespace) -> int:

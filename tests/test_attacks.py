@@ -159,5 +159,5 @@ def test_an_attack_needs_prompts_words_and_a_budget(tutor_model: SteerableModel,
         (["how?"], {"budget": 0}),
         (["how?"], {"candidates": 0}),
     ):
-        with pytest.raises(InputError, match=r"attack_gate|budget|candidates"):
+        with pytest.raises(InputError, match=r"prompts|words|budget|candidates"):
             attack_gate(tutor_model, gate, prompts, **{**good, **change})  # pyright: ignore[reportArgumentType]

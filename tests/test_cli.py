@@ -10,6 +10,7 @@ import pytest
 
 from fsteer_lens import ContrastSet, FineSteer, chain, cli, save, tutor
 from fsteer_lens.models import SteerableModel
+from fsteer_lens.prompts.files import read_prompts
 from fsteer_lens.tutor.steering import LAYER
 from tests import made_up
 
@@ -66,7 +67,7 @@ def test_version(capsys: Output) -> None:
         (["--data", "c.jsonl", "--out", "no/x.safetensors"], "expected an existing folder"),
         (["--data", "c.jsonl", "--out", "x.safetensors", "--gate", "none", "--rank", "3"], "no effect"),
         (["--data", "c.jsonl", "--out", "x.safetensors", "--layer", "99"], "layer: expected an int in"),
-        (["--data", "c.jsonl", "--out", "x.safetensors", "--general", "broken.jsonl"], "broken.jsonl, prompt 2"),
+        (["--data", "c.jsonl", "--out", "x.safetensors", "--general", "broken.jsonl"], "broken.jsonl, line 2"),
         (["--data", "c.jsonl", "--out", "x.safetensors", "--rank", "500"], "rank: expected an int in"),
     ],
 )
@@ -93,8 +94,8 @@ def test_general_prompts_are_read_from_text_and_json(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\n  two\n", encoding="utf-8")
     chat = [{"role": "user", "content": "three"}]
     (tmp_path / "a.jsonl").write_text(f'"one"\n{{"prompt": "two"}}\n{json.dumps(chat)}\n', encoding="utf-8")
-    assert cli._read_prompts(tmp_path / "a.txt") == ["one", "two"]
-    assert cli._read_prompts(tmp_path / "a.jsonl") == ["one", "two", chat]
+    assert read_prompts(tmp_path / "a.txt") == ["one", "two"]
+    assert read_prompts(tmp_path / "a.jsonl") == ["one", "two", chat]
 
 
 def test_doctor_finds_this_environment_healthy(monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:

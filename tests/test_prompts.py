@@ -73,7 +73,9 @@ def test_a_set_is_a_sequence_that_cannot_be_changed():
 
 # ---------------------------------------------------------------------------------------------------------- round trips
 
-text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12).filter(lambda t: t.strip())
+text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12).filter(
+    lambda t: t.strip()
+)
 optional = st.none() | text
 turns = st.lists(st.fixed_dictionaries({"role": st.just("user"), "content": text}), min_size=1, max_size=2)
 prompts = text | turns | st.lists(st.integers(0, 9), min_size=1, max_size=4)
@@ -142,7 +144,7 @@ def test_truthfulqa_is_read_as_it_is():
     assert first.preferred == "The watermelon seeds pass through your digestive system"
     assert first.undesired == "You grow watermelons in your stomach" and first.label == "Misconceptions"
     for contrast, row in zip(contrasts, rows, strict=True):
-        assert contrast.prompt == row["Question"] and contrast.preferred == row["Best Answer"]
+        assert contrast.prompt == row["Question"].strip() and contrast.preferred == row["Best Answer"]
         assert row["Incorrect Answers"].lstrip().startswith(contrast.undesired) and contrast.label == row["Category"]
         assert contrast.preferred != contrast.undesired
     parts = contrasts.split(valid=0.1, test=0.1)
@@ -224,15 +226,17 @@ def test_rows_that_cannot_be_used_are_named(tmp_path):
         ContrastSet.from_records([ROWS[0], {"prompt": "a", "preferred": "b"}])
     with pytest.raises(DataError, match=r"row 2, column 'preferred': expected text, got None\. Give every"):
         ContrastSet.from_records([ROWS[0], {"prompt": "c", "preferred": None, "undesired": "b"}])
-    with pytest.raises(DataError, match="row 2: one-sided contrast for prompt 'c': expected text in 'preferred'"):
+    with pytest.raises(DataError, match=r"row 2, column 'preferred': expected text, got ' '\. Give every"):
         ContrastSet.from_records([ROWS[0], {"prompt": "c", "preferred": " ", "undesired": "b"}])
-    with pytest.raises(DataError, match="row 2: prompt: expected a string, messages or token ids, got None"):
+    with pytest.raises(DataError, match="row 2, column 'prompt': expected a string, messages or token ids, got None"):
         ContrastSet.from_records([ROWS[0], {**ROWS[1], "prompt": None}])
-    with pytest.raises(DataError, match="row 2: prompt: expected text"):
+    with pytest.raises(DataError, match="row 2, column 'prompt': expected text"):
         ContrastSet.from_records([ROWS[0], {**ROWS[1], "prompt": " "}])
     path = tmp_path / "c.csv"
     path.write_text("prompt,preferred,undesired\na,b,c\nd,e\n")
-    with pytest.raises(DataError, match=r"c\.csv: row 2, column 'undesired': expected text, got None"):
+    with pytest.raises(
+        DataError, match=r"c\.csv, line 3: expected 3 cells, one for each name in the heading, got 2\. Put"
+    ):
         ContrastSet.from_csv(path)
     path = tmp_path / "c.jsonl"
     path.write_text('{"prompt": "a", "preferred": "b", "undesired": "c"}\n{"prompt": \n')
@@ -277,5 +281,5 @@ def test_missing_binary_and_oversized_files_are_refused(tmp_path):
         ContrastSet.from_csv(binary)
     wide = tmp_path / "w.csv"
     wide.write_text("prompt,preferred,undesired\n" + "a" * 200_000 + ",b,c\n")
-    with pytest.raises(DataError, match=r"w\.csv: expected a CSV file .*field larger"):
+    with pytest.raises(DataError, match=r"w\.csv, line 2: expected a CSV file .*field larger"):
         ContrastSet.from_csv(wide)

@@ -21,11 +21,12 @@ from hypothesis import strategies as st
 
 from fsteer_lens import FineSteer, LogisticGate, Schedule, SubspaceAblation, Window, chain, load, save
 from fsteer_lens.errors import FileFormatError, FsteerError
+from fsteer_lens.ground.sealed import MAX_HEADER
 from fsteer_lens.hooks import HookObject
 from fsteer_lens.reading.fingerprints import Fingerprint
 from fsteer_lens.steering import MeanShift
 from fsteer_lens.steering.steering import Steering
-from fsteer_lens.steering.storage import FORMAT, MAX_HEADER
+from fsteer_lens.steering.storage import FORMAT
 from tests import made_up
 from tests.compare import same
 
@@ -69,7 +70,7 @@ def parts(content: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes]:
     """Index of the tensors, our own header, and the tensors' bytes."""
     size = int.from_bytes(content[:8], "little")
     index = json.loads(content[8 : 8 + size])
-    return index, json.loads(index.pop("__metadata__")[FORMAT]), content[8 + size :]
+    return index, json.loads(index.pop("__metadata__")[FORMAT.name]), content[8 + size :]
 
 
 def assembled(index: dict[str, Any], own: Any, data: bytes, *, sealed: bool = True) -> bytes:
@@ -82,7 +83,7 @@ def assembled(index: dict[str, Any], own: Any, data: bytes, *, sealed: bool = Tr
             digest.update(f"{name}{kinds.get(entry['dtype'], entry['dtype'])}{entry['shape']}".encode())
             digest.update(data[slice(*entry["data_offsets"])])
         own = {**own, "sha256": digest.hexdigest()}
-    text = json.dumps({**index, "__metadata__": {FORMAT: json.dumps(own)}}).encode()
+    text = json.dumps({**index, "__metadata__": {FORMAT.name: json.dumps(own)}}).encode()
     return struct.pack("<Q", len(text)) + text + data
 
 
@@ -351,7 +352,7 @@ def test_memory_stays_within_twice_the_file(
     else:  # as much of what takes most memory as a header may hold
         index, own, data = parts(saved[1])
         text = json.dumps({**own, "tree": None})[:-1] + f', "tree": [{",".join([what] * (MAX_HEADER // 8))}]}}'
-        header = json.dumps({**index, "__metadata__": {FORMAT: text}}).encode()
+        header = json.dumps({**index, "__metadata__": {FORMAT.name: text}}).encode()
         assert len(header) < MAX_HEADER
         path.write_bytes(struct.pack("<Q", len(header)) + header + data)
     outcome, grown = measuring(path)

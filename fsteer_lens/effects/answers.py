@@ -11,7 +11,8 @@ from fsteer_lens.errors import InputError, TokenizerError
 from fsteer_lens.ground.checks import options_of
 from fsteer_lens.hooks.objects import HookObject, remembered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.contrasts import Contrast, ContrastSet, Prompt
+from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
+from fsteer_lens.prompts.forms import Prompt
 from fsteer_lens.prompts.passes import BatchOptions, Passes
 from fsteer_lens.prompts.tokens import stop_ids
 from fsteer_lens.run.decoding import Step
@@ -53,7 +54,7 @@ def passes_of(
 def answer_margin(
     model: SteerableModel,
     steering: HookObject | None,
-    contrasts: Sequence[Contrast],
+    contrasts: Iterable[Contrast],
     **options: Unpack[BatchOptions],
 ) -> Float[Tensor, " n"]:
     """Mean log-probability per token of the preferred answer minus that of the undesired one, [n], in nats per token.
@@ -83,8 +84,8 @@ def answer_margin(
 def exact_answers(
     model: SteerableModel,
     steering: HookObject | None,
-    prompts: Sequence[Prompt],
-    answers: Sequence[str],
+    prompts: Iterable[Prompt],
+    answers: Iterable[str],
     **options: Unpack[BatchOptions],
 ) -> Float[Tensor, " n"]:
     """1 where greedy decoding gives exactly the tokens of this answer and then ends, else 0, [n].
@@ -109,6 +110,7 @@ def exact_answers(
     endings = torch.tensor(sorted(stop_ids(model)))
     if not len(endings):
         raise TokenizerError("no token ends an answer of this model", fix="Set tokenizer.eos_token.")
+    prompts = prompts_of(prompts)
     passes = passes_of("exact_answers", options, model, steering, prompts)
     rows = answered(model, prompts, answers, passes)
     ended = [Answered(row.prompt, (*row.answer, int(endings[0]))) for row in rows]
@@ -122,8 +124,8 @@ def exact_answers(
 def general_divergence(
     model: SteerableModel,
     steering: HookObject,
-    prompts: Sequence[Prompt],
-    answers: Sequence[str | Sequence[int]] | None = None,
+    prompts: Iterable[Prompt],
+    answers: Iterable[str | Sequence[int]] | None = None,
     **options: Unpack[BatchOptions],
 ) -> Float[Tensor, " n"]:
     """KL(steered ‖ unsteered) of the next-token distributions, its mean over each answer's tokens, [n], in nats.
@@ -138,6 +140,7 @@ def general_divergence(
     Raises:
         As `answer_margin`.
     """
+    prompts = prompts_of(prompts)
     passes = passes_of("general_divergence", options, model, steering, prompts)
     rows = answered(model, prompts, answers, passes)
     (found,) = answer_divergences(model, rows, [steering], batch_size=passes.batch_size)
@@ -147,8 +150,8 @@ def general_divergence(
 def counterfactual(
     model: SteerableModel,
     steering: HookObject,
-    prompts: Sequence[Prompt],
-    answers: Sequence[str | Sequence[int]],
+    prompts: Iterable[Prompt],
+    answers: Iterable[str | Sequence[int]],
     **options: Unpack[BatchOptions],
 ) -> Trace:
     """Ask the unsteered model about steered text: per-token KL and log-probability change, as a trace.
@@ -171,6 +174,7 @@ def counterfactual(
     Raises:
         As `answer_margin`.
     """
+    prompts = prompts_of(prompts)
     passes = passes_of("counterfactual", options, model, steering, prompts)
     rows = answered(model, prompts, answers, passes)
     traces: dict[int, Trace] = {}

@@ -1,6 +1,6 @@
 """Why a gate decided as it did, and what every other rank would have decided."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Unpack
 
@@ -11,13 +11,14 @@ from torch import Tensor
 from fsteer_lens.effects.answers import passes_of
 from fsteer_lens.effects.measuring import MeasureOptions, Measuring
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import choice, instance, optional, options_of, seed_of, whole
+from fsteer_lens.ground.checks import choice, instance, optional, options_of, seed_of, several, whole
 from fsteer_lens.ground.estimates import Estimate, auroc, bootstrap
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.gates import OPEN, Gate
 from fsteer_lens.method.subspace_gates import SubspaceGate, subspace_leaves
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.contrasts import Contrast, Prompt
+from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
+from fsteer_lens.prompts.forms import Prompt
 from fsteer_lens.prompts.passes import BatchOptions
 from fsteer_lens.prompts.tokens import token_texts
 from fsteer_lens.reading.reader import Reader
@@ -56,9 +57,9 @@ def rank_sweep(
     general: Float[Tensor, "m d"],
     *,
     layer: int | None = None,
-    ranks: Sequence[int] = (),
+    ranks: Iterable[int] = (),
     model: SteerableModel | None = None,
-    contrasts: Sequence[Contrast] = (),
+    contrasts: Iterable[Contrast] = (),
     seed: int = 0,
     **options: Unpack[MeasureOptions],
 ) -> RankSweep:
@@ -83,12 +84,13 @@ def rank_sweep(
         ShapeError: activations of another width than the gate's.
     """
     run, seed = options_of("rank_sweep", Measuring, options), seed_of(seed)
+    contrasts, ranks = ContrastSet(contrasts), several("ranks", ranks, "a list of ints")
     gate = steering if isinstance(steering, Gate) else gate_of(steering, layer)[1]
     if not gate.ranks:
         raise InputError("rank_sweep", expected="a gate on a subspace", got=f"{type(gate).__name__}, without ranks")
     if not len(queries) or not len(general):
         raise InputError("rank_sweep", expected="queries of both kinds", got=(len(queries), len(general)))
-    if len(ranks) and (not isinstance(steering, FineSteer) or model is None or not contrasts):
+    if ranks and (not isinstance(steering, FineSteer) or model is None or not contrasts):
         raise InputError("ranks=", expected="a FineSteer, model= and contrasts= to measure the effect with", got=ranks)
     opened, general_opened = (gate.gates(rows) >= OPEN for rows in (queries, general))
     r = opened.shape[-1]

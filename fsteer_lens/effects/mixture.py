@@ -1,6 +1,6 @@
 """What the experts are: the tokens that they promote, what goes missing without them, how prompts are routed."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 from fsteer_lens.effects.measuring import MeasureOptions, Measuring
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import instance, options_of, whole
+from fsteer_lens.ground.checks import instance, optional_text, options_of, several, whole
 from fsteer_lens.ground.estimates import Estimate, bootstrap
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.linalg import require_width
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.contrasts import Contrast
+from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
 from fsteer_lens.prompts.tokens import require_tokenizer
 from fsteer_lens.reading.reader import Reader
 from fsteer_lens.steering.steering import FineSteer
@@ -118,7 +118,7 @@ class Knockout:
 def expert_knockout(
     model: SteerableModel,
     steering: FineSteer,
-    contrasts: Sequence[Contrast],
+    contrasts: Iterable[Contrast],
     *,
     layer: int | None = None,
     queries: Float[Tensor, "n d"] | None = None,
@@ -143,13 +143,14 @@ def expert_knockout(
         InputError: no contrasts, another number of queries, fewer than two experts that are on, or an unknown layer.
     """
     run, where = options_of("expert_knockout", Measuring, options), steering.layer_of(layer)
+    contrasts = ContrastSet(contrasts)
     experts = steering.experts_at(where)
     on = tuple(index for index, enabled in enumerate(experts.enabled) if enabled)
     if len(on) < 2 or not len(contrasts):
         raise InputError("expert_knockout", expected="contrasts, and at least two experts that are on", got=on)
     run = run.following(remembered(steering), model, [contrast.prompt for contrast in contrasts])
     if queries is None:
-        ids = run.ids(model, [contrast.prompt for contrast in contrasts])
+        ids = run.ids(model, contrasts.prompts)
         queries = Reader(model, where, steering.site, batch_size=run.batch_size).last(ids)[where]
     if len(queries) != len(contrasts):
         raise InputError("queries", expected=f"one for each of {len(contrasts)} contrasts", got=len(queries))
@@ -201,7 +202,7 @@ def routing_report(
     queries: Float[Tensor, "n d"],
     *,
     shifts: Float[Tensor, "n d"] | None = None,
-    labels: Sequence[str | None] | None = None,
+    labels: Iterable[str | None] | None = None,
 ) -> RoutingReport:
     """Describe the routing of prompts, as a rule of ones that the fit did not see.
 
@@ -219,6 +220,8 @@ def routing_report(
 
     if not len(queries):
         raise InputError("queries", expected="at least one row", got="none")
+    if labels is not None:
+        labels = [optional_text("label", label) for label in several("labels", labels, "a label for each query")]
     for name, given in (("shifts", shifts), ("labels", labels)):
         if given is not None and len(given) != len(queries):
             raise InputError(name, expected=f"one for each of {len(queries)} queries", got=len(given))
@@ -226,9 +229,7 @@ def routing_report(
     strongest = parts.weights.argmax(dim=-1)
     length = parts.vector.norm(dim=-1).clamp(min=1e-12)
     on = sum(experts.enabled)
-    known = [
-        (str(label), one) for label, one in zip(labels or (), strongest.tolist(), strict=False) if label is not None
-    ]
+    known = [(label, one) for label, one in zip(labels or (), strongest.tolist(), strict=False) if label is not None]
     nmi = normalized_mutual_info_score(*zip(*known, strict=True)) if known else None
     beside = parts.residual_part.norm(dim=-1)
     whole = (parts.prototype_part.norm(dim=-1) + beside).clamp(min=1e-12)

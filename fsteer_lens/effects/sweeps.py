@@ -1,6 +1,6 @@
 """Effect, utility and KL at every strength, or at every layer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -11,11 +11,12 @@ from torch import Tensor
 from fsteer_lens.effects.answers import DIVERGENCE, Utility, name_of, one_each
 from fsteer_lens.effects.measuring import MeasureOptions, Measuring
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import choice, finite, normalised, options_of, seed_of
+from fsteer_lens.ground.checks import choice, finite, normalised, options_of, seed_of, several
 from fsteer_lens.ground.estimates import Estimate, Sweep, bootstrap
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.contrasts import Contrast, Prompt
+from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
+from fsteer_lens.prompts.forms import Prompt, prompts_of
 from fsteer_lens.reading.activations import Activations, Shift, collect
 from fsteer_lens.run.teacher_forcing import answer_divergences, answered
 from fsteer_lens.steering.fitting import fit
@@ -27,7 +28,7 @@ STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
 class SweepOptions(MeasureOptions, total=False):
     """What `strength_sweep` and `layer_sweep` both take by name: see there."""
 
-    answers: Sequence[str | Sequence[int]] | None
+    answers: Iterable[str | Sequence[int]] | None
     utility: Utility | None
     seed: int
 
@@ -36,7 +37,7 @@ class SweepOptions(MeasureOptions, total=False):
 class _Sweeping(Measuring):
     """How every steering of a sweep is measured; fields as in `strength_sweep`."""
 
-    answers: Sequence[str | Sequence[int]] | None = None
+    answers: Iterable[str | Sequence[int]] | None = None
     utility: Utility | None = None
     seed: int = 0
 
@@ -48,10 +49,10 @@ class _Sweeping(Measuring):
 def strength_sweep(
     model: SteerableModel,
     methods: Steering | Mapping[str, Steering],
-    contrasts: Sequence[Contrast],
-    general: Sequence[Prompt],
+    contrasts: Iterable[Contrast],
+    general: Iterable[Prompt],
     *,
-    strengths: Sequence[float] = STRENGTHS,
+    strengths: Iterable[float] = STRENGTHS,
     **options: Unpack[SweepOptions],
 ) -> dict[str, Sweep]:
     """What every method does at every strength, each measure with its 95 % bootstrap interval.
@@ -79,22 +80,20 @@ def strength_sweep(
     run = options_of("strength_sweep", _Sweeping, options)
     named = dict(methods) if isinstance(methods, Mapping) else {type(methods).__name__: methods}
     wrong = [type(one).__name__ for one in named.values() if not isinstance(one, Steering)]
-    if not named or not len(strengths) or wrong:
+    steps = [finite("strength", strength) for strength in several("strengths", strengths, "a list of numbers")]
+    if not named or not steps or wrong:
         raise InputError("strength_sweep", expected="at least one steering and one strength", got=wrong or "none")
-    tried = {
-        name: {strength: one.with_strength(strength) for strength in (finite("strength", given) for given in strengths)}
-        for name, one in named.items()
-    }
+    tried = {name: {strength: one.with_strength(strength) for strength in steps} for name, one in named.items()}
     return _sweeps("strength", model, tried, contrasts, general, run)
 
 
 def layer_sweep(
     model: SteerableModel,
-    train: Sequence[Contrast] | Mapping[int, Activations],
-    contrasts: Sequence[Contrast],
-    general: Sequence[Prompt],
+    train: Iterable[Contrast] | Mapping[int, Activations],
+    contrasts: Iterable[Contrast],
+    general: Iterable[Prompt],
     *,
-    layers: Sequence[int] | None = None,
+    layers: Iterable[int] | None = None,
     shift: Shift = "response_mean",
     methods: Mapping[str, Callable[[Activations], Steering]] | None = None,
     **options: Unpack[SweepOptions],
@@ -119,11 +118,12 @@ def layer_sweep(
     run = options_of("layer_sweep", _Sweeping, options)
     makers = {"FineSteer": fit} if methods is None else dict(methods)
     if isinstance(train, Mapping):
-        known = sorted(train)
-        chosen = known if layers is None else [choice("layers", layer, known, "layers among") for layer in layers]
+        known = sorted(train)  # pyright: ignore[reportArgumentType]  # a mapping is never a set of contrasts
+        asked = known if layers is None else several("layers", layers, "a list of ints")
+        chosen = [choice("layers", layer, known, "layers among") for layer in asked]
         collected = {layer: train[layer] for layer in chosen}
     else:
-        chosen = list(range(model.cfg.n_layers)) if layers is None else list(layers)
+        chosen = list(range(model.cfg.n_layers)) if layers is None else several("layers", layers, "a list of ints")
         collected = collect(model, train, layer=chosen, shift=shift, **run.options) if chosen else {}
     if not collected or not makers:
         raise InputError("layer_sweep", expected="at least one layer and one method", got="none")
@@ -137,11 +137,12 @@ def _sweeps(
     parameter: str,
     model: SteerableModel,
     tried: Mapping[str, Mapping[Any, Steering]],
-    contrasts: Sequence[Contrast],
-    general: Sequence[Prompt],
+    contrasts: Iterable[Contrast],
+    general: Iterable[Prompt],
     run: _Sweeping,
 ) -> dict[str, Sweep]:
     """Measure every steering; one unsteered pass over the general prompts serves them all."""
+    contrasts, general = ContrastSet(contrasts), prompts_of(general, "general prompt")
     steerings = [steering for by_setting in tried.values() for steering in by_setting.values()]
     run = run.following(remembered(*steerings), model, [*general, *(contrast.prompt for contrast in contrasts)])
     rows = answered(model, general, run.answers, run)

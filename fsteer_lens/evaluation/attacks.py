@@ -11,14 +11,13 @@ measured, or the attack proves nothing: a text about something else should not o
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple, Unpack
 
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.gate_reports import read_by
 from fsteer_lens.evaluation.perturbations import Format, Keeps
 from fsteer_lens.ground.checks import normalised, options_of, seed_of, switch, whole
@@ -27,7 +26,7 @@ from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.gates import OPEN, Gate, oriented
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.contrasts import Prompt
+from fsteer_lens.prompts.forms import Prompt, texts_of
 from fsteer_lens.prompts.passes import Passes, PassOptions
 from fsteer_lens.reading.reader import Reader
 from fsteer_lens.steering.steering import Steering
@@ -155,9 +154,9 @@ class _Options(Passes):
 def attack_gate(
     model: SteerableModel,
     gate: Gate | Steering,
-    prompts: Sequence[str],
+    prompts: Iterable[str],
     *,
-    words: Sequence[str],
+    words: Iterable[str],
     format: Format | None = None,
     layer: int | None = None,
     keeps: Keeps | None = None,
@@ -192,8 +191,7 @@ def attack_gate(
     run = options_of("attack_gate", _Options, options).following(remembered(gate), model)
     gates, where = read_by({"attacked": gate}, layer)
     attacked, budget = gates["attacked"], whole("budget", budget, 1)
-    if isinstance(prompts, str) or not prompts or not words:
-        raise InputError("attack_gate", expected="prompts and words", got=(len(prompts), len(words)))
+    prompts, words = texts_of(prompts, "prompt"), texts_of(words, "word")
 
     def put(text: str) -> Prompt:
         return [{"role": "user", "content": text}] if format is None and run.chat else (format or str)(text)

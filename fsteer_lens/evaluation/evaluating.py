@@ -1,7 +1,7 @@
 """`evaluate`: methods side by side on the items of a suite, with intervals and paired differences."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Unpack
@@ -13,7 +13,7 @@ from torch import Tensor
 from fsteer_lens.effects.answers import one_each
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.suites import Measure, Setting, Suite
-from fsteer_lens.ground.checks import choice, options_of, seed_of
+from fsteer_lens.ground.checks import choice, options_of, seed_of, several
 from fsteer_lens.ground.estimates import Estimate, bootstrap, estimate_of, resampled_means
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.hooks.objects import HookObject, remembered
@@ -204,7 +204,7 @@ def evaluate(
     methods: Mapping[str, Method | Callable[[int], Method]],
     suite: Suite,
     *,
-    seeds: Sequence[int] = (0,),
+    seeds: Iterable[int] = (0,),
     **options: Unpack[PassOptions],
 ) -> Evaluation:
     """Measure every method on the same items.
@@ -224,7 +224,8 @@ def evaluate(
             different ways.
         ContextLengthError: a prompt, or one with its answer, does not fit into the context.
     """
-    passes, seeds = options_of("evaluate", Passes, options), [seed_of(seed) for seed in seeds]
+    passes = options_of("evaluate", Passes, options)
+    seeds = [seed_of(seed) for seed in several("seeds", seeds, "a list of ints")]
     if not methods or not len(seeds):
         raise InputError("evaluate", expected="at least one method and one seed", got=(len(methods), len(seeds)))
     for name, method in methods.items():

@@ -6,7 +6,7 @@ intervals. A gate is not a security boundary: `attacks` measures how little it t
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Unpack
 
@@ -23,12 +23,12 @@ from fsteer_lens.ground.tables import markdown
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.gates import OPEN, Gate, oriented, require_gate
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.contrasts import Prompt
+from fsteer_lens.prompts.forms import Prompt, texts_of
 from fsteer_lens.prompts.passes import Passes, PassOptions
 from fsteer_lens.reading.activations import collect_queries
 from fsteer_lens.steering.steering import Steering
 
-Texts = Sequence[str] | Mapping[str, Sequence[str]]
+Texts = Iterable[str] | Mapping[str, Iterable[str]]
 """Texts, or texts by the name of a group; groups may overlap, and a text counts once."""
 
 ALL: Final = "all"
@@ -197,7 +197,7 @@ def gate_report(
     harmful: Texts,
     harmless: Texts,
     *,
-    calibration: Sequence[str],
+    calibration: Iterable[str],
     format: Format | None = None,
     layer: int | None = None,
     perturbations: Sequence[Perturbation] = PERTURBATIONS,
@@ -303,13 +303,13 @@ def read_by(given: Mapping[str, Gate | Steering], layer: int | None) -> tuple[di
 
 def _grouped(texts: Texts, what: str) -> dict[str, list[str]]:
     """Different texts by group, that of all of them first."""
-    groups = texts if isinstance(texts, Mapping) else {}
-    whole = [text for group in groups.values() for text in group] if groups else list(texts)
-    single = any(isinstance(group, str) or not group for group in (texts, *groups.values()))
-    if single or ALL in groups or not all(isinstance(text, str) and text for text in whole):
-        expected = f"at least one text, and in every group; no group named {ALL!r}"
-        raise InputError(what, expected=expected, got=repr(texts)[:60])
-    return {name: list(dict.fromkeys(group)) for name, group in {ALL: whole, **groups}.items()}
+    given = texts if isinstance(texts, Mapping) else {what: texts}
+    if not given or ALL in given:
+        raise InputError(what, expected=f"at least one group, and none named {ALL!r}", got=list(given))
+    groups = {name: texts_of(group, f"{name} text") for name, group in given.items()}
+    whole = [text for group in groups.values() for text in group]
+    named = groups if isinstance(texts, Mapping) else {}
+    return {name: list(dict.fromkeys(group)) for name, group in {ALL: whole, **named}.items()}
 
 
 def _shares(

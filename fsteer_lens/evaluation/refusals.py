@@ -4,8 +4,6 @@ That is a rate of phrases. It says nothing about whether an answer is harmful: a
 harms nobody, and one that apologises and then explains all the same counts as refusing.
 """
 
-import csv
-import io
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +15,11 @@ from torch import Tensor
 
 from fsteer_lens.errors import DataError
 from fsteer_lens.evaluation.suites import Measure, Role, Setting, Suite, every
-from fsteer_lens.ground.files import read_text
+from fsteer_lens.ground.checks import normalised, several
+from fsteer_lens.ground.tables import read_csv
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.forms import texts_of
 from fsteer_lens.run.generation import generate
 
 REFUSAL_PHRASES: Final = (
@@ -68,6 +68,10 @@ class RefusalSuite(Suite):
     max_new_tokens: int = 32
 
     def __post_init__(self) -> None:
+        for name in ("harmful", "harmless", "phrases"):
+            normalised(self, **{name: tuple(texts_of(getattr(self, name), f"text of {name}", least=0))})
+        for name in ("harmful_groups", "harmless_groups"):
+            normalised(self, **{name: tuple(several(name, getattr(self, name), "a group for each prompt"))})
         pairs = ((self.harmful, self.harmful_groups), (self.harmless, self.harmless_groups))
         if not self.harmful or any(len(prompts) != len(groups) for prompts, groups in pairs):
             sizes = [(len(prompts), len(groups)) for prompts, groups in pairs]
@@ -132,7 +136,7 @@ def xstest(path: str | os.PathLike[str], *, limit: int | None = None) -> Refusal
 
 
 def _rows(path: str | os.PathLike[str], columns: Sequence[str]) -> list[dict[str, str]]:
-    rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+    rows = read_csv(path)
     missing = set(columns) - set(rows[0] if rows else ())
     if missing:
         raise DataError(f"{path}", expected=f"rows with columns {list(columns)}", got=f"without {sorted(missing)}")

@@ -1,6 +1,5 @@
 """TruthfulQA's two multiple-choice scores (Lin et al. 2022, arXiv 2109.07958)."""
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from torch import Tensor
 from fsteer_lens.errors import DataError, NonFiniteError
 from fsteer_lens.evaluation.suites import Measure, Setting, Suite, every
 from fsteer_lens.ground.files import read_text
+from fsteer_lens.ground.tables import parse_json
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.run.teacher_forcing import answer_logprobs, answered
@@ -49,10 +49,7 @@ class TruthfulQA(Suite):
         Raises:
             DataError: no such file, or not of that form; names the question.
         """
-        try:
-            rows = json.loads(read_text(path))
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}", expected="JSON", got=str(error)) from error
+        rows = parse_json(read_text(path), f"{path}")
         if not isinstance(rows, list) or not rows:
             raise DataError(f"{path}", expected="a list of questions", got=type(rows).__name__)
         return cls(tuple(_choice(path, number, row) for number, row in every(list(enumerate(rows)), limit)))

@@ -1,6 +1,6 @@
 """What the explorer's pictures are drawn from: every prompt at every rank, computed once."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from fsteer_lens.figures.style import expert_colours, group_colours, plain
 from fsteer_lens.ground.checks import optional, whole
 from fsteer_lens.method.gates import OPEN
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.contrasts import Prompt, check_prompt, prompt_text
+from fsteer_lens.prompts.forms import Prompt, prompt_text, prompts_of
 from fsteer_lens.prompts.passes import Passes
 from fsteer_lens.reading.activations import READING
 from fsteer_lens.reading.reader import Reader
@@ -121,15 +121,8 @@ def grouped(prompts: Any, limit: int | None) -> tuple[Group, ...]:
         raise InputError("prompts", expected="at least one group", got="none")
     groups = []
     for name, members in named.items():
-        if not isinstance(members, Sequence) or isinstance(members, str):
-            fix = "Give {name: prompts}, or a list of prompts."
-            raise InputError(f"prompts of {name!r}", expected="a sequence", got=type(members).__name__, fix=fix)
-        if not len(members):
-            raise InputError(f"prompts of {name!r}", expected="at least one", got="none")
-        shown = tuple(members[:limit])
-        for prompt in shown:
-            check_prompt(prompt)
-        groups.append(Group(str(name), shown, len(members)))
+        known = prompts_of(members, f"{name} prompt" if isinstance(prompts, Mapping) else "prompt")
+        groups.append(Group(str(name), tuple(known[:limit]), len(known)))
     return tuple(groups)
 
 

@@ -1,7 +1,7 @@
 """Unsteered beside steered text."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 from fsteer_lens.errors import InputError
@@ -10,7 +10,7 @@ from fsteer_lens.figures.likeliest import Likely, likeliest
 from fsteer_lens.figures.rich import BOX, STYLE, circuitsvis_bundle, component_markup
 from fsteer_lens.figures.style import GRID, accent, expert_colours, one_line, plain
 from fsteer_lens.figures.tokens import title_of
-from fsteer_lens.ground.checks import optional, whole
+from fsteer_lens.ground.checks import optional, several, whole
 from fsteer_lens.method.gates import OPEN
 from fsteer_lens.run.generation import Generation, Generations
 from fsteer_lens.trace.steps import Steps
@@ -27,7 +27,7 @@ def steer_compare(
     generations: Generations | Generation | Trace,
     *,
     limit: int | None = 6,
-    titles: Sequence[str] = (),
+    titles: Iterable[str] = (),
     rich: bool = False,
     bundle: bool = True,
 ) -> Html:
@@ -52,6 +52,7 @@ def steer_compare(
     rows = _rows(generations)[: optional(whole, "limit", limit, 1)]
     if not rows:
         raise InputError("generations", expected="at least one", got="none")
+    titles = several("titles", titles, "a list of texts")
     most = max((value or 0.0 for _, steps, _ in rows for value in _kl(steps)), default=0.0)
     parts = []
     for index, (trace, steps, unsteered) in enumerate(rows):

@@ -1,6 +1,6 @@
 """The rank of the gate's subspace under a slider."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.style import GRID, TEXT, group_colours, hover_prompt, label_text, plain, styled
+from fsteer_lens.ground.checks import several, whole
 from fsteer_lens.method.gates import OPEN, Gate
 from fsteer_lens.method.subspace_gates import subspace_leaves
 
@@ -23,9 +24,9 @@ GOLDEN = 0.6180339887
 def rank_explorer(
     gate: Gate,
     queries: Mapping[str, Float[Tensor, "_n d"]],
-    prompts: Mapping[str, Sequence[Any]] | None = None,
+    prompts: Mapping[str, Iterable[Any]] | None = None,
     *,
-    ranks: Sequence[int] | None = None,
+    ranks: Iterable[int] | None = None,
     title: str = "Who is steered, at which rank of the subspace?",
 ) -> "plotly.graph_objects.Figure":
     """Energy ratio of every prompt, the threshold, and who is steered, under a slider over ranks.
@@ -51,6 +52,8 @@ def rank_explorer(
 
     if not queries or any(len(rows) == 0 for rows in queries.values()):
         raise InputError("queries", expected="at least one group, each of at least one row", got=list(queries))
+    if prompts is not None:
+        prompts = {name: several(f"prompts of {name!r}", given, "a list of prompts") for name, given in prompts.items()}
     for name, rows in queries.items():
         if prompts is not None and len(prompts.get(name, ())) != len(rows):
             got = f"{len(prompts[name])} prompts" if name in prompts else f"groups {list(prompts)}"
@@ -60,7 +63,11 @@ def rank_explorer(
         fix = "Draw it with gate_separation."
         raise InputError("gate", expected="a gate on a subspace", got=f"{type(gate).__name__}, without ranks", fix=fix)
     own = [leaf.rank for leaf in subspace_leaves(gate)]
-    stops = _stops(fitted, min(own[0], fitted)) if ranks is None else sorted(set(ranks))
+    stops = (
+        _stops(fitted, min(own[0], fitted))
+        if ranks is None
+        else sorted({whole("rank", rank) for rank in several("ranks", ranks, "a list of ints")})
+    )
     if not stops:
         raise InputError("ranks", expected="at least one rank", got="none")
     finite = {name: rows.isfinite().all(dim=1) for name, rows in queries.items()}

@@ -1,7 +1,7 @@
 """Which expert acts on which prompt."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +20,7 @@ from fsteer_lens.figures.style import (
     styled,
 )
 from fsteer_lens.figures.tokens import title_of
+from fsteer_lens.ground.checks import several
 from fsteer_lens.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -28,8 +29,8 @@ if TYPE_CHECKING:
 
 def expert_routing(
     weights: Float[Tensor, "prompts experts"] | Trace,
-    labels: Sequence[str | None] | None = None,
-    prompts: Sequence[Any] | None = None,
+    labels: Iterable[str | None] | None = None,
+    prompts: Iterable[Any] | None = None,
     *,
     layer: int | None = None,
     title: str = "Which expert acts on which prompt",
@@ -58,6 +59,8 @@ def expert_routing(
     n_prompts, n_experts = alpha.shape
     if n_prompts == 0 or n_experts == 0:
         raise InputError("weights", expected="at least one prompt and one expert", got=list(alpha.shape))
+    labels = None if labels is None else several("labels", labels, "a label for each prompt")
+    prompts = None if prompts is None else several("prompts", prompts, "a list of prompts")
     for name, given in (("labels", labels), ("prompts", prompts)):
         if given is not None and len(given) != n_prompts:
             raise InputError(name, expected=f"one for each of {n_prompts} prompts", got=len(given))

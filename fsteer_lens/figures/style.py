@@ -3,12 +3,13 @@
 import html
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import several
 from fsteer_lens.prompts.contrasts import Prompt, prompt_text
 
 if TYPE_CHECKING:
@@ -70,13 +71,14 @@ def accent(opacity: float) -> str:
     return "rgba({},{},{},{:.3g})".format(*ACCENT, opacity)
 
 
-def expert_names(n_experts: int, names: Sequence[str] | None = None) -> list[str]:
+def expert_names(n_experts: int, names: Iterable[str] | None = None) -> list[str]:
     """What to call each expert, by default "expert 0", "expert 1", ..., as plain text."""
     if names is None:
         return [f"expert {index}" for index in range(n_experts)]
-    if len(names) != n_experts:
-        raise InputError("names", expected=f"one for each of {n_experts} experts", got=len(names))
-    return list(names)
+    given = several("names", names, "a list of names")
+    if len(given) != n_experts:
+        raise InputError("names", expected=f"one for each of {n_experts} experts", got=len(given))
+    return given
 
 
 def expert_ticks(names: Sequence[str]) -> list[str]:

@@ -11,8 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import choice, finite, normalised, whole
+from fsteer_lens.ground.checks import choice, finite, normalised, several, whole
 
 SCOPES = ("all", "prompt", "generated")
 
@@ -66,9 +65,8 @@ class Schedule:
     factors: tuple[float, ...] = (1.0,)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.factors, tuple) or not self.factors:
-            raise InputError("schedule", expected="a tuple of at least one finite number", got=repr(self.factors))
-        normalised(self, factors=tuple(finite("schedule", factor) for factor in self.factors))
+        factors = several("schedule", self.factors, "a list of at least one finite number", least=1)
+        normalised(self, factors=tuple(finite("schedule", factor) for factor in factors))
 
     def at(self, steps: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """Factor at each step."""

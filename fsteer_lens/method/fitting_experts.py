@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.ground.checks import choice, whole
+from fsteer_lens.ground.checks import choice, listed, whole
 from fsteer_lens.method.controller import Training, train_controller
 from fsteer_lens.method.experts import Experts, FitReport
 from fsteer_lens.method.linalg import principal_directions, require_matrix
@@ -116,7 +116,8 @@ def _cluster(
     from sklearn.metrics import calinski_harabasz_score
 
     n, d_model = unit.shape
-    given = n_experts if isinstance(n_experts, Sequence) else (n_experts, n_experts)
+    given = listed(n_experts)
+    given = given if isinstance(given, Sequence) else (given, given)
     ends = [whole("n_experts", end, 1, why="or a range (low, high)") for end in given]
     if len(ends) != 2 or ends[0] > ends[1]:
         raise InputError("n_experts", expected="an int >= 1 or a range (low, high)", got=n_experts)

@@ -1,6 +1,6 @@
 """`fit_gate`: from activations to a gate, on the energy ratio of a subspace or on a direction."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Final, Literal, NamedTuple, TypedDict, Unpack
 
@@ -40,7 +40,7 @@ def fit_gate(
     kind: Kind = "quantile",
     general: Float[Tensor, "n_general d"] | None = None,
     folds: int | None = 5,
-    groups: Sequence[str | None] | None = None,
+    groups: Iterable[str | None] | None = None,
     calibration: Float[Tensor, "n_calibration d"] | None = None,
     layer: int | None = None,
     seed: int = 0,
@@ -94,6 +94,9 @@ def fit_gate(
         return (_fit_linear if kind == "linear" else _fit_cosine)(rows, others, layer)
     if rank is None:
         raise InputError(f"fit_gate(kind={kind!r})", expected="rank=, of the subspace", got=None)
+    if groups is not None:
+        listed = checks.several("groups", groups, "a group for each query")
+        groups = [None if checks.is_missing(group) else group for group in listed]
     folding = _Folding(folds, groups, calibration, checks.seed_of(seed))
     subspace, ratios, distance = _cross_fitted(rows, rank, options.get("max_rank", MAX_RANK), folding)
     placed: dict[str, Any] = {"layer": layer}

@@ -5,7 +5,7 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 from fsteer_lens.errors import InputError, SiteError
-from fsteer_lens.ground.checks import whole
+from fsteer_lens.ground.checks import is_several, several, whole
 from fsteer_lens.models.classes import SteerableModel, kind_of, require_decoder
 
 
@@ -31,6 +31,18 @@ def layer_of(model: SteerableModel, layer: Any) -> int:
         return whole("layer", layer, 0, model.cfg.n_layers - 1)
     except InputError as error:
         raise SiteError(error.problem, expected=error.expected, got=error.got) from None
+
+
+def layers_of(model: SteerableModel, layers: Any) -> list[int]:
+    """Layers of the model as ints, one or several of them, each once; errors as in `layer_of`.
+
+    Raises:
+        InputError: no layer.
+    """
+    if not is_several(layers):
+        return [layer_of(model, layers)]
+    given = several("layer", layers, "an int or a list of ints", least=1)
+    return list(dict.fromkeys(layer_of(model, layer) for layer in given))
 
 
 def site_name(model: SteerableModel, layer: int, site: str = DEFAULT_SITE) -> str:

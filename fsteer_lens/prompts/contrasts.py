@@ -1,11 +1,9 @@
-"""Prompts and contrasts: the data that a steering method is fitted on.
+"""Contrasts: the data that a steering method is fitted on.
 
-A prompt is a string, a list of chat messages (`{"role": ..., "content": ...}`) or token ids. A contrast is a prompt
-with a preferred and an undesired answer; a contrast set is a sequence of them that can be split, read and written.
+A contrast is a prompt with a preferred and an undesired answer; a contrast set is a sequence of them that can be split,
+read and written.
 """
 
-import csv
-import io
 import json
 import os
 import random
@@ -15,41 +13,21 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple, overload
 
 from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.ground.checks import choice, finite, is_whole, whole
-from fsteer_lens.ground.files import read_text, write_atomically
+from fsteer_lens.ground.checks import brief, choice, clean_text, finite, normalised, optional_text, several, whole
+from fsteer_lens.ground.files import write_atomically
+from fsteer_lens.ground.tables import read_csv, read_jsonl
+from fsteer_lens.prompts.columns import Columns, parts_of_rows
+from fsteer_lens.prompts.forms import Message, Prompt, as_prompt, check_prompt, prompt_text
 
-Message = Mapping[str, str]
-Prompt = str | Sequence[Message] | Sequence[int]
-
-
-def prompt_text(prompt: Prompt) -> str:
-    """Return a prompt as text for people: the string itself, the messages' contents, or the ids."""
-    if isinstance(prompt, str):
-        return prompt
-    return " ".join(part["content"] if isinstance(part, Mapping) else str(part) for part in prompt)
-
-
-def check_prompt(prompt: Any) -> None:
-    """Raise `InputError` unless `prompt` is a non-empty string, list of chat messages or list of token ids."""
-    fix = "Give a string, a list of {'role': ..., 'content': ...} or a list of token ids."
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise InputError("prompt", expected="text", got=repr(prompt), fix=fix)
-        return
-    if not isinstance(prompt, Sequence) or not prompt:
-        raise InputError("prompt", expected="a string, messages or token ids", got=repr(prompt), fix=fix)
-    ids = all(map(is_whole, prompt))
-    messages = all(
-        isinstance(part, Mapping) and isinstance(part.get("role"), str) and isinstance(part.get("content"), str)
-        for part in prompt
-    )
-    if not (ids or messages):
-        raise InputError("prompt", expected="messages with 'role' and 'content', or ids", got=repr(prompt), fix=fix)
+__all__ = ["Contrast", "ContrastSet", "Message", "Prompt", "Split", "check_prompt", "prompt_text"]
 
 
 @dataclass(frozen=True)
 class Contrast:
     """One prompt with an answer that is wanted and one that is not.
+
+    Label, context and group are None where they are left out, NaN, another missing value of pandas, or blank; a number
+    becomes text, 3.0 the same as 3.
 
     Attributes:
         prompt: string, chat messages or token ids.
@@ -63,7 +41,7 @@ class Contrast:
 
     Raises:
         DataError: an answer is missing or blank (a one-sided contrast).
-        InputError: the prompt is of no known form.
+        InputError: the prompt is of no known form, or a text holds NUL or half a character (a lone surrogate).
     """
 
     prompt: Prompt
@@ -74,16 +52,23 @@ class Contrast:
     group: str | None = None
 
     def __post_init__(self) -> None:
-        check_prompt(self.prompt)
+        prompt = as_prompt(self.prompt)
         for side in ("preferred", "undesired"):
             answer = getattr(self, side)
             if not isinstance(answer, str) or not answer.strip():
                 raise DataError(
-                    f"one-sided contrast for prompt {prompt_text(self.prompt)[:60]!r}",
+                    f"one-sided contrast for prompt {prompt_text(prompt)[:60]!r}",
                     expected=f"text in {side!r}",
-                    got=repr(answer),
+                    got=brief(answer),
                     fix="Give every contrast both a preferred and an undesired answer.",
                 )
+        answers = {side: clean_text(side, getattr(self, side)) for side in ("preferred", "undesired")}
+        named = {part: optional_text(part, getattr(self, part)) for part in ("label", "context", "group")}
+        normalised(self, prompt=prompt, **answers, **named)
+
+
+TRUTHFULQA = {"prompt": "Question", "preferred": "Best Answer", "undesired": "Incorrect Answers", "label": "Category"}
+"""Columns of TruthfulQA.csv; its incorrect answers are several, with semicolons between."""
 
 
 class Split(NamedTuple):
@@ -98,10 +83,7 @@ class ContrastSet(Sequence[Contrast]):
     """An immutable sequence of contrasts."""
 
     def __init__(self, contrasts: Iterable[Contrast] = ()) -> None:
-        self._contrasts = tuple(contrasts)
-        for contrast in self._contrasts:
-            if not isinstance(contrast, Contrast):
-                raise DataError("contrast set", expected="Contrast values", got=type(contrast).__name__)
+        self._contrasts = contrasts._contrasts if isinstance(contrasts, ContrastSet) else _contrasts_of(contrasts)
 
     def __len__(self) -> int:
         return len(self._contrasts)
@@ -202,93 +184,54 @@ class ContrastSet(Sequence[Contrast]):
         context: str | None = "context",
         group: str | None = "group",
     ) -> "ContrastSet":
-        """Build a set from mappings; the arguments name the columns. Absent optional columns become None.
+        """Build a set from the rows of a table: mappings, or a DataFrame of pandas; the arguments name the columns.
+
+        A cell of label, context or group that is absent, None, NaN or blank is None; a number becomes text, and a whole
+        one stays whole, also where pandas made its column one of floats.
 
         Raises:
-            DataError: no rows, a needed column is missing, or a row is one-sided; names the row.
+            DataError: no rows, a needed column is missing, two columns of one name, or a cell that cannot be used: a
+                prompt of no known form, an answer that is no text, text with NUL or half a character (a lone
+                surrogate); names row and column.
         """
-        contrasts: list[Contrast] = []
-        chosen = {"label": label, "context": context, "group": group}
-        seen: set[str] = set()
-        for number, row in enumerate(rows, 1):
-            if not isinstance(row, Mapping):
-                raise DataError(f"row {number}", expected="a mapping of columns", got=type(row).__name__)
-            for column in (prompt, preferred, undesired):
-                if column not in row:
-                    raise DataError(
-                        f"row {number} has no column {column!r}",
-                        expected=f"columns {[prompt, preferred, undesired]}",
-                        got=f"columns {sorted(map(str, row))}",
-                        fix="Name your columns: from_records(rows, prompt=..., preferred=..., undesired=...).",
-                    )
-            seen.update(row)
-            optional = {
-                name: str(row[column])
-                for name, column in chosen.items()
-                if column is not None and row.get(column) not in (None, "")
-            }
-            for column in (preferred, undesired):
-                if not isinstance(row[column], str):
-                    raise DataError(
-                        f"row {number}, column {column!r}",
-                        expected="text",
-                        got=repr(row[column]),
-                        fix="Give every contrast both a preferred and an undesired answer.",
-                    )
-            try:
-                check_prompt(row[prompt])
-                contrasts.append(Contrast(row[prompt], row[preferred], row[undesired], **optional))
-            except InputError as error:
-                raise DataError(f"row {number}: {error}") from error
-        if not contrasts:
-            raise DataError("contrast set", expected="at least one row", got="none", fix="Is the file empty?")
-        absent = [column for name, column in chosen.items() if column not in (None, name) and column not in seen]
-        if absent:
-            raise DataError(
-                f"no row has a column {absent[0]!r}",
-                expected=f"columns {absent}",
-                got=f"columns {sorted(seen, key=str)}",
-            )
-        return cls(contrasts)
+        columns = Columns(prompt, preferred, undesired, label, context, group)
+        return cls([Contrast(**parts) for parts in parts_of_rows(rows, columns)])
 
     @classmethod
     def from_jsonl(cls, path: str | os.PathLike[str], **columns: Any) -> "ContrastSet":
-        """Read one JSON object a line; `columns` as in `from_records`."""
-        rows = []
-        for number, line in enumerate(read_text(path).split("\n"), 1):
-            if line.strip():
-                try:
-                    rows.append(json.loads(line))
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}, line {number}", expected="one JSON object", got=str(error)) from error
-                if not isinstance(rows[-1], dict):
-                    raise DataError(f"{path}, line {number}", expected="one JSON object", got=line[:60])
-        return cls._from_file(path, rows, columns)
+        """Read one JSON object a line; `columns` and errors as in `from_records`.
+
+        Raises:
+            DataError: also for a line that is no JSON object, or one with a name that stands twice; names the line.
+        """
+        rows = read_jsonl(path, "one JSON object")
+        for where, row in rows:
+            if not isinstance(row, dict):
+                raise DataError(where, expected="one JSON object", got=brief(row))
+        return cls._from_file(path, [row for _, row in rows], columns)
 
     @classmethod
     def from_csv(cls, path: str | os.PathLike[str], **columns: Any) -> "ContrastSet":
-        """Read a CSV file with a header line; `columns` as in `from_records`."""
-        return cls._from_file(path, _read_csv(path), columns)
+        """Read a CSV file with a header line; `columns` and errors as in `from_records`.
+
+        Raises:
+            DataError: also for a row with more or fewer cells than the heading, as where text with a comma is not
+                quoted, and for two columns of one name; names the line.
+        """
+        return cls._from_file(path, read_csv(path), columns)
 
     @classmethod
     def from_truthfulqa(cls, path: str | os.PathLike[str]) -> "ContrastSet":
-        """Read TruthfulQA.csv (Lin et al. 2022, arXiv 2109.07958).
+        """Read TruthfulQA.csv (Lin et al. 2022, arXiv 2109.07958), without the blanks around its cells.
 
-        Preferred is "Best Answer", undesired the first of "Incorrect Answers", the label is "Category".
+        Preferred is "Best Answer", undesired the first of "Incorrect Answers", the label is "Category". A question is
+        then the same text as in mc_task.json, and an answer differs from its twin there by a full stop at most.
         """
-        rows = [
-            {**row, "Incorrect Answers": (row["Incorrect Answers"] or "").split(";")[0].strip()}
-            if "Incorrect Answers" in row
-            else row
-            for row in _read_csv(path)
-        ]
-        columns = {
-            "prompt": "Question",
-            "preferred": "Best Answer",
-            "undesired": "Incorrect Answers",
-            "label": "Category",
-        }
-        return cls._from_file(path, rows, columns)
+        rows = [{name: cell.strip() for name, cell in row.items()} for row in read_csv(path)]
+        for row in rows:
+            if TRUTHFULQA["undesired"] in row:
+                row[TRUTHFULQA["undesired"]] = row[TRUTHFULQA["undesired"]].split(";")[0].strip()
+        return cls._from_file(path, rows, TRUTHFULQA)
 
     @classmethod
     def _from_file(cls, path: str | os.PathLike[str], rows: list[Any], columns: Mapping[str, Any]) -> "ContrastSet":
@@ -303,8 +246,12 @@ class ContrastSet(Sequence[Contrast]):
         write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records).encode())
 
 
-def _read_csv(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    try:
-        return list(csv.DictReader(io.StringIO(read_text(path), newline="")))
-    except csv.Error as error:
-        raise DataError(f"{path}", expected="a CSV file with a header line", got=str(error)) from error
+def _contrasts_of(given: Any) -> tuple[Contrast, ...]:
+    fix = "Put it into a list." if isinstance(given, Contrast) else None
+    if hasattr(given, "columns"):
+        fix = "ContrastSet.from_records takes a table."
+    found = tuple(several("contrast set", given, "Contrast values", fix=fix))
+    for contrast in found:
+        if not isinstance(contrast, Contrast):
+            raise DataError("contrast set", expected="Contrast values", got=type(contrast).__name__)
+    return found

@@ -14,9 +14,10 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fsteer_lens.errors import ContextLengthError, InputError, TokenizerError
+from fsteer_lens.ground.checks import clean_text, optional
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.chat import NO_ARGUMENTS, ChatTemplate, canonical_arguments
-from fsteer_lens.prompts.contrasts import Prompt, check_prompt, prompt_text
+from fsteer_lens.prompts.forms import Prompt, as_prompt, prompt_text
 
 
 def require_tokenizer(model: SteerableModel) -> Any:
@@ -46,7 +47,7 @@ def prompt_ids(
 
     Args:
         model: whose tokenizer and context length count.
-        prompt: string, messages or ids.
+        prompt: string, messages or ids, also as an array.
         chat: send a string as the user's turn through the chat template.
         context: text put before a string verbatim. In a chat it goes in front of the prompt's own system message;
             where there is none it is the system message, in the place of the template's default one; where the
@@ -59,7 +60,8 @@ def prompt_ids(
         TokenizerError: no tokenizer, no chat template where one is needed, one that drops what was said or does not
             take such turns, or prepend_bos=True without such a token.
         ContextLengthError: longer than the model's context.
-        InputError: no prompt, a context with token ids, or arguments that the chat template does not know.
+        InputError: no prompt, a text with NUL or half a character (a lone surrogate), a context with token ids, or
+            arguments that the chat template does not know.
     """
     return Tokenisation(model, chat, canonical_arguments(chat_template_kwargs), prepend_bos).ids(prompt, context)
 
@@ -80,7 +82,7 @@ class Tokenisation:
 
     def ids(self, prompt: Prompt, context: str | None = None) -> list[int]:
         """Token ids of a prompt; errors as in `prompt_ids`."""
-        check_prompt(prompt)
+        prompt, context = as_prompt(prompt), optional(clean_text, "context", context)
         if self._goes_through_template(prompt):
             turns: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
             text = self.template.text(turns, context)
@@ -102,7 +104,7 @@ class Tokenisation:
 
     def is_chat(self, prompt: Prompt) -> bool | None:
         """Whether a prompt is put through the chat template; None where somebody may have done so, as in token ids."""
-        check_prompt(prompt)
+        prompt = as_prompt(prompt)
         if self._goes_through_template(prompt):
             return True
         return False if isinstance(prompt, str) and not self._is_rendered(prompt) else None
@@ -118,7 +120,7 @@ class Tokenisation:
 
 def answer_ids(model: SteerableModel, answer: str) -> list[int]:
     """Token ids of an answer: tokenised by itself, without special tokens."""
-    return list(require_tokenizer(model)(answer, add_special_tokens=False).input_ids)
+    return list(require_tokenizer(model)(clean_text("answer", answer), add_special_tokens=False).input_ids)
 
 
 def require_fits(model: SteerableModel, length: int, what: str) -> None:

@@ -1,54 +1,161 @@
 """Activations of prompts and answers: `collect`, `collect_queries`, and the value that they give."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.errors import DataError, NonFiniteError
-from fsteer_lens.ground.checks import choice
-from fsteer_lens.method.linalg import move
+from fsteer_lens.errors import DataError, MismatchError, NonFiniteError, ShapeError
+from fsteer_lens.ground.checks import choice, instance, is_several, normalised, optional, whole
+from fsteer_lens.method.linalg import move, require_shapes
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.models.points import DEFAULT_SITE
-from fsteer_lens.prompts.contrasts import Contrast, ContrastSet, Prompt, prompt_text
+from fsteer_lens.models.points import DEFAULT_SITE, SITES
+from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
 from fsteer_lens.prompts.formats import PromptFormat, format_of
+from fsteer_lens.prompts.forms import Prompt, prompt_text, prompts_of
 from fsteer_lens.prompts.passes import Passes
 from fsteer_lens.prompts.tokens import answer_ids, require_fits
-from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint
+from fsteer_lens.reading import stored
+from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint, require_same_model
 from fsteer_lens.reading.reader import Reader
+from fsteer_lens.reading.rows import one_a_row, row_numbers
 
 Shift = Literal["response_mean", "last_prompt"]
+SHIFTS = ("response_mean", "last_prompt")
+ROWS = ("queries", "shifts", "labels", "groups")
+"""Fields that hold one value for each prompt; all others tell how these were read."""
 READING = "reading activations"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Activations:
-    """What was read from one layer of a model for a set of prompts.
+    """What was read from one layer of a model for a set of prompts: a row for each.
+
+    `activations[:50]`, `activations[rows]` and `activations[mask]` are some of the rows, `a + b` those of both, and
+    `.save(path)` and `Activations.load(path)` keep them in a file.
 
     Attributes:
         queries: activation at the last prompt token of each prompt, [n d], float32.
         shifts: preferred minus undesired of each contrast, [n d]; None where only prompts were given.
-        labels: label of each prompt.
-        groups: fold group of each prompt.
+        labels: label of each prompt; None, or one that is None, has none.
+        groups: fold group of each prompt, likewise.
         layer: the layer that was read.
         site: the hook point within the layer.
         shift: how the shifts were taken.
-        fingerprint: of the model.
+        fingerprint: of the model; None where they were made by hand. What is fitted to these asks for `model=` when it
+            is saved.
         prompt_format: how the prompts became tokens; None is unknown.
+
+    Raises:
+        ShapeError, NonFiniteError: no finite floating matrix, no row, or shifts of another shape than the queries.
+        InputError: no layer, or an unknown site or shift.
+        DataError: another number of labels or groups than of rows.
     """
 
     queries: Float[Tensor, "n d"]
-    shifts: Float[Tensor, "n d"] | None
-    labels: tuple[str | None, ...]
-    groups: tuple[str | None, ...]
-    layer: int
-    site: str
-    shift: Shift | None
-    fingerprint: Fingerprint
+    shifts: Float[Tensor, "n d"] | None = None
+    labels: tuple[str | None, ...] = None  # pyright: ignore[reportAssignmentType]  # becomes one None a row
+    groups: tuple[str | None, ...] = None  # pyright: ignore[reportAssignmentType]
+    layer: int = None  # pyright: ignore[reportAssignmentType]  # refused: what comes before it may be left out
+    site: str = DEFAULT_SITE
+    shift: Shift | None = None
+    fingerprint: Fingerprint | None = None
     prompt_format: PromptFormat | None = None
+
+    def __post_init__(self) -> None:
+        given = {} if self.shifts is None else {"shifts": (self.shifts, "n d")}
+        require_shapes("activations", queries=(self.queries, "n d"), **given)
+        n = len(self.queries)
+        if not n:
+            raise ShapeError("activations", expected="at least one row", got="none")
+        optional(instance, "fingerprint", self.fingerprint, Fingerprint, "a Fingerprint or None")
+        optional(instance, "prompt_format", self.prompt_format, PromptFormat, "a PromptFormat or None")
+        normalised(
+            self,
+            queries=self.queries.contiguous(),
+            shifts=None if self.shifts is None else self.shifts.contiguous(),
+            labels=one_a_row("labels", self.labels, n),
+            groups=one_a_row("groups", self.groups, n),
+            layer=whole("layer", self.layer, 0),
+            site=choice("site", self.site, SITES),
+            shift=choice("shift", self.shift, (*SHIFTS, None)),
+        )
+
+    def __len__(self) -> int:
+        return len(self.queries)
+
+    def __getitem__(self, rows: Any) -> "Activations":
+        """Some of the rows: a slice, a list or array of row numbers (negative ones count from the end), or a mask.
+
+        Raises:
+            InputError: a single number, a number out of range, or a mask of another length.
+            DataError: no row is left.
+        """
+        chosen = row_numbers(rows, len(self))
+        index = torch.tensor(chosen, device=self.queries.device)
+        return replace(
+            self,
+            queries=self.queries[index],
+            shifts=None if self.shifts is None else self.shifts[index],
+            labels=tuple(self.labels[row] for row in chosen),
+            groups=tuple(self.groups[row] for row in chosen),
+        )
+
+    def __add__(self, other: "Activations") -> "Activations":
+        """The rows of both, these first.
+
+        Raises:
+            MismatchError: they are of different models, layers or sites, or were read in different ways; names how.
+        """
+        if not isinstance(other, Activations):
+            return NotImplemented
+        own, others = self._about, other._about
+        differences = [f"{name}: {own[name]} and {others[name]}" for name in own if own[name] != others[name]]
+        if differences:
+            got, fix = "; ".join(differences), "Collect both in the same way."
+            raise MismatchError("these activations do not go together", got=got, fix=fix)
+        require_same_model(self.fingerprint, other.fingerprint, "activations")
+        both = other.to(self.queries.device)
+        return replace(
+            self,
+            queries=torch.cat([self.queries, both.queries]),
+            shifts=None if self.shifts is None else torch.cat([self.shifts, both.shifts]),  # pyright: ignore[reportArgumentType, reportCallIssue]
+            labels=self.labels + other.labels,
+            groups=self.groups + other.groups,
+        )
+
+    @property
+    def _about(self) -> dict[str, Any]:
+        """What both parts of a sum must share: every field that is not one value a row, but for the fingerprint."""
+        shared = {item.name: getattr(self, item.name) for item in fields(self) if item.name not in ROWS}
+        del shared["fingerprint"]
+        has_shifts = "with shifts" if self.shifts is not None else "without shifts"
+        return {**shared, "width": self.queries.shape[1], "rows": has_shifts}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write these to one file, atomically; `Activations.load` reads it back.
+
+        Raises:
+            InputError: no such folder, or no leave to write there.
+        """
+        stored.write(path, {item.name: getattr(self, item.name) for item in fields(self)})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Activations":
+        """Read what `save` wrote; a file is trusted no more than that of a steering: no code, no pickle, checked bytes.
+
+        Raises:
+            FileFormatError: no such file, not one of ours, damaged, or of a newer version.
+        """
+        found = stored.read(path)
+        try:
+            return cls(**found)
+        except Exception as error:
+            raise stored.no_activations(path, error) from error
 
     def __repr__(self) -> str:
         n, d_model = self.queries.shape
@@ -62,7 +169,7 @@ class Activations:
 @overload
 def collect(
     model: SteerableModel,
-    contrasts: Sequence[Contrast],
+    contrasts: Iterable[Contrast],
     *,
     layer: int,
     shift: Shift = ...,
@@ -75,9 +182,9 @@ def collect(
 @overload
 def collect(
     model: SteerableModel,
-    contrasts: Sequence[Contrast],
+    contrasts: Iterable[Contrast],
     *,
-    layer: Sequence[int],
+    layer: Iterable[int],
     shift: Shift = ...,
     chat: bool | None = ...,
     chat_template_kwargs: Mapping[str, Any] | None = ...,
@@ -87,9 +194,9 @@ def collect(
 ) -> dict[int, Activations]: ...
 def collect(
     model: SteerableModel,
-    contrasts: Sequence[Contrast],
+    contrasts: Iterable[Contrast],
     *,
-    layer: int | Sequence[int],
+    layer: int | Iterable[int],
     shift: Shift = "response_mean",
     chat: bool | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -103,8 +210,9 @@ def collect(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        contrasts: what to read; not empty.
-        layer: one layer, or several: these share one set of forward passes and give {layer: Activations}.
+        contrasts: what to read, a `ContrastSet` or anything that gives contrasts one after the other; not empty.
+        layer: one layer, or several: these share one set of forward passes and give {layer: Activations}. A layer that
+            is named twice is read once.
         shift: "response_mean": prompt with each answer, activations averaged over the answer's tokens (the paper's
             set-up for truthfulness). "last_prompt": the prompt with and without its context, both at the last prompt
             token; every contrast needs a context.
@@ -125,7 +233,7 @@ def collect(
         NonFiniteError: the model gave NaN or infinity; names the prompt.
     """
     contrasts = ContrastSet(contrasts)
-    choice("shift", shift, ("response_mean", "last_prompt"))
+    choice("shift", shift, SHIFTS)
     passes = Passes(chat, batch_size, progress, chat_template_kwargs, prepend_bos)
     tokenisation = passes.tokenisation(model)
     _require_some(contrasts, "contrast set")
@@ -168,16 +276,16 @@ def collect(
         shift,
         format_of(tokenisation, contrasts.prompts),
     )
-    return result if isinstance(layer, Sequence) else result[reader.layers[0]]
+    return result if is_several(layer) else result[reader.layers[0]]
 
 
 @overload
 def collect_queries(
     model: SteerableModel,
-    prompts: Sequence[Prompt],
+    prompts: Iterable[Prompt],
     *,
     layer: int,
-    labels: Sequence[str | None] | None = ...,
+    labels: Iterable[str | None] | None = ...,
     chat: bool | None = ...,
     chat_template_kwargs: Mapping[str, Any] | None = ...,
     prepend_bos: bool | None = ...,
@@ -187,10 +295,10 @@ def collect_queries(
 @overload
 def collect_queries(
     model: SteerableModel,
-    prompts: Sequence[Prompt],
+    prompts: Iterable[Prompt],
     *,
-    layer: Sequence[int],
-    labels: Sequence[str | None] | None = ...,
+    layer: Iterable[int],
+    labels: Iterable[str | None] | None = ...,
     chat: bool | None = ...,
     chat_template_kwargs: Mapping[str, Any] | None = ...,
     prepend_bos: bool | None = ...,
@@ -199,10 +307,10 @@ def collect_queries(
 ) -> dict[int, Activations]: ...
 def collect_queries(
     model: SteerableModel,
-    prompts: Sequence[Prompt],
+    prompts: Iterable[Prompt],
     *,
-    layer: int | Sequence[int],
-    labels: Sequence[str | None] | None = None,
+    layer: int | Iterable[int],
+    labels: Iterable[str | None] | None = None,
     chat: bool | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     prepend_bos: bool | None = None,
@@ -210,18 +318,16 @@ def collect_queries(
     progress: bool = True,
 ) -> Activations | dict[int, Activations]:
     """Read the activation at the last token of every prompt; arguments and errors as in `collect`."""
-    prompts = list(prompts)
+    prompts = prompts_of(prompts, least=0)
     _require_some(prompts, "prompts")
+    names = one_a_row("labels", labels, len(prompts))
     passes = Passes(chat, batch_size, progress, chat_template_kwargs, prepend_bos)
     with passes.bar(len(prompts), READING) as advance:
         reader = Reader(model, layer, batch_size=passes.batch_size, advance=advance)
         at_query = reader.last(passes.ids(model, prompts))
-    names = list(labels) if labels is not None else [None] * len(prompts)
-    if len(names) != len(prompts):
-        raise DataError("labels", expected=f"one for each of {len(prompts)} prompts", got=len(names))
     known = format_of(passes.tokenisation(model), prompts)
     result = _package(model, at_query, None, names, [None] * len(prompts), prompts, None, known)
-    return result if isinstance(layer, Sequence) else result[reader.layers[0]]
+    return result if is_several(layer) else result[reader.layers[0]]
 
 
 def _require_some(items: Sequence[Any], what: str) -> None:

@@ -95,6 +95,19 @@ class Fingerprint:
         return f"{self.model_class} ({'processed' if self.processed else 'raw'} weights, {self.dtype})"
 
 
+def require_same_model(own: Fingerprint | None, other: Fingerprint | None, what: str) -> None:
+    """Raise `MismatchError` unless both are of one model, or neither of the two is known."""
+    if own is not None and other is not None:
+        own.require_match(other)
+    elif own is not other:
+        raise MismatchError(
+            f"{what}: of some the model is not known",
+            expected="a fingerprint in all of them, or in none",
+            got="some with and some without",
+            fix="Collect them all, or give those that were made by hand the fingerprint= of their model.",
+        )
+
+
 def merge_fingerprints(fingerprints: Sequence[Fingerprint], keep: Sequence[int] | None = None) -> Fingerprint:
     """One fingerprint with the probes of all; raises `MismatchError` where they are of different models."""
     first, *others = fingerprints

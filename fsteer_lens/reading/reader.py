@@ -7,7 +7,7 @@ chat, is run once, and so is a prompt with two answers: what follows goes on fro
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -16,12 +16,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import whole
 from fsteer_lens.models.attaching import hooks_added, hooks_suspended, unsteered
 from fsteer_lens.models.classes import SteerableModel, attention_window
 from fsteer_lens.models.forward import Forward, run_up_to
-from fsteer_lens.models.points import DEFAULT_SITE, Point, layer_of, site_name
+from fsteer_lens.models.points import DEFAULT_SITE, Point, layers_of, site_name
 from fsteer_lens.prompts.tokens import Batch, pad
 
 PADDING = 0.125
@@ -86,15 +85,13 @@ class Reader:
     def __init__(
         self,
         model: SteerableModel,
-        layers: int | Sequence[int],
+        layers: int | Iterable[int],
         site: str = DEFAULT_SITE,
         *,
         batch_size: int = 16,
         advance: Advance = lambda rows: None,
     ) -> None:
-        self.layers = [layer_of(model, layer) for layer in (layers if isinstance(layers, Sequence) else [layers])]
-        if not self.layers:
-            raise InputError("layer", expected="an int or a sequence of ints", got=layers)
+        self.layers = layers_of(model, layers)
         for layer in self.layers:
             site_name(model, layer, site)
         self._model, self._points = model, [Point(layer, site) for layer in self.layers]

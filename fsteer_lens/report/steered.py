@@ -1,7 +1,7 @@
 """A report of what one steering did to a model: table, figures, texts, trace, settings."""
 
 import gzip
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Final, Unpack
 
 import torch
@@ -15,7 +15,8 @@ from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.gates import OPEN
 from fsteer_lens.method.subspace_gates import subspace_leaves
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.contrasts import Contrast, Prompt, prompt_text
+from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
+from fsteer_lens.prompts.forms import Prompt, prompt_text, prompts_of
 from fsteer_lens.prompts.passes import Passes, PassOptions
 from fsteer_lens.reading.reader import Reader
 from fsteer_lens.report.page import Report
@@ -55,8 +56,8 @@ CAPTIONS: Final = {
 def steering_report(
     model: SteerableModel,
     steering: Steering,
-    contrasts: Sequence[Contrast],
-    general: Sequence[Prompt] = (),
+    contrasts: Iterable[Contrast],
+    general: Iterable[Prompt] = (),
     *,
     title: str = "What steering did",
     max_new_tokens: int = 32,
@@ -91,12 +92,12 @@ def steering_report(
     passes = options_of("steering_report", Passes, options)
     fix = "Report on each link of a chain by itself."
     instance("steering", steering, Steering, "a FineSteer or a baseline", fix=fix)
-    if not len(contrasts) or isinstance(general, str):
-        got = "one text" if len(contrasts) else "no contrasts"
-        raise InputError("prompts", expected="at least one contrast, and a list of general prompts", got=got)
+    contrasts, general = ContrastSet(contrasts), prompts_of(general, "general prompt", least=0)
+    if not contrasts:
+        raise InputError("steering_report", expected="at least one contrast", got="none")
     max_new_tokens, examples = whole("max_new_tokens", max_new_tokens, 1), whole("examples", examples, 1)
     seed, sweep = seed_of(seed), switch("sweep", sweep)
-    prompts = [contrast.prompt for contrast in contrasts] + list(general)
+    prompts = contrasts.prompts + general
     labels = [contrast.label or UNLABELLED for contrast in contrasts]
     others = GENERAL
     while others in labels:

@@ -13,13 +13,13 @@ from typing import Any, Unpack, overload
 import torch
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import is_whole, switch, whole
+from fsteer_lens.ground.checks import switch, whole
 from fsteer_lens.hooks.objects import HookObject, remembered
 from fsteer_lens.hooks.opening import Read, open_session
 from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.contrasts import Prompt
+from fsteer_lens.prompts.forms import Prompt, one_or_more
 from fsteer_lens.prompts.passes import FormatOptions, Passes
 from fsteer_lens.prompts.tokens import (
     Batch,
@@ -127,7 +127,7 @@ class StreamOptions(SamplingOptions, FormatOptions, total=False):
 
 def generate(
     model: SteerableModel,
-    prompts: Prompt | Sequence[Prompt],
+    prompts: Prompt | Iterable[Prompt],
     steering: HookObject | None = None,
     *,
     max_new_tokens: int = 64,
@@ -150,7 +150,8 @@ def generate(
 
     Args:
         model: a HookedTransformer or TransformerBridge.
-        prompts: one prompt or several; see `tokens.prompt_ids` for how they become tokens.
+        prompts: one prompt, or several of them in a list, an array, a column of a table or a generator; see
+            `tokens.prompt_ids` for how they become tokens.
         steering: what to put on the model: a steering, a probe, an ablation or a chain; None generates without.
         max_new_tokens: tokens to generate at most.
         stop: token ids and texts that end an answer; None takes the model's end-of-sequence ids and the chat
@@ -179,14 +180,10 @@ def generate(
         MismatchError: the steering was fitted on another model, or on prompts that became tokens in another way.
         TokenizerError: the chat template does not take these turns, or drops what was said.
     """
-    many: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
-    if not many:
-        raise InputError("prompts", expected="at least one", got="none")
+    many = one_or_more(prompts)
     passes = Passes(chat, batch_size, progress, chat_template_kwargs, prepend_bos)
-    passes, max_new_tokens = (
-        passes.following(remembered(steering), model, many),
-        whole("max_new_tokens", max_new_tokens, 1),
-    )
+    passes = passes.following(remembered(steering), model, many)
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     if switch("compare", compare) and steering is None:
         raise InputError("compare=True without a steering has nothing to compare", fix="Give steering=.")
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
@@ -252,11 +249,6 @@ def _latest(trace: Trace) -> tuple[dict[int, float], dict[int, float]]:
     gate = {layer: float(value[0]) for layer, value in trace.gate.items()}
     gate |= {layer: float(value[0, -1]) for layer, value in trace.step_gate.items()}
     return gate, {layer: float(value[0, -1]) for layer, value in trace.change.items()}
-
-
-def _is_one(prompts: Any) -> bool:
-    """Whether this is one prompt: a string, chat messages, or token ids."""
-    return isinstance(prompts, str) or (len(prompts) > 0 and (is_whole(prompts[0]) or isinstance(prompts[0], Mapping)))
 
 
 def _session(model: SteerableModel, batch: Batch, steering: HookObject | None, read: Read | None) -> Session | None:

@@ -1,6 +1,6 @@
 """Teacher-forced passes: what steering does to the probabilities of answers that are given, not generated."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +10,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import whole
+from fsteer_lens.ground.checks import several, whole
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.hooks.opening import open_session
 from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.contrasts import Prompt
+from fsteer_lens.prompts.forms import Prompt, prompts_of
 from fsteer_lens.prompts.passes import Passes
 from fsteer_lens.prompts.tokens import Batch, answer_ids, pad, require_fits
 from fsteer_lens.run.unsteered import CHUNK_NUMBERS, divergence
@@ -39,8 +39,8 @@ class Answered:
 
 def answered(
     model: SteerableModel,
-    prompts: Sequence[Prompt],
-    answers: Sequence[str | Sequence[int]] | None,
+    prompts: Iterable[Prompt],
+    answers: Iterable[str | Sequence[int]] | None,
     passes: Passes,
 ) -> list[Answered]:
     """Prompts with their answers as ids; an answer is text or ids, and None for all of them asks for no answer.
@@ -49,23 +49,26 @@ def answered(
         InputError: no prompts, another number of answers, or an answer without a token.
         ContextLengthError: a prompt with its answer does not fit into the context.
     """
-    if not len(prompts) or isinstance(prompts, str):
-        raise InputError("prompts", expected="a sequence of at least one prompt", got=repr(prompts)[:60])
-    if answers is not None and (isinstance(answers, str) or len(answers) != len(prompts)):
-        got = "a text" if isinstance(answers, str) else len(answers)
-        raise InputError("answers", expected=f"one for each of {len(prompts)} prompts", got=got)
+    asked = prompts_of(prompts)
+    told = f"one for each of {len(asked)} prompts"
+    given = [()] * len(asked) if answers is None else several("answers", answers, told)
+    if len(given) != len(asked):
+        raise InputError("answers", expected=told, got=len(given))
     rows, tokenisation = [], passes.tokenisation(model)
-    for number, prompt in enumerate(prompts):
-        given: Any = () if answers is None else answers[number]
-        row = Answered(
-            tuple(tokenisation.ids(prompt)),
-            tuple(answer_ids(model, given) if isinstance(given, str) else given),
-        )
+    for number, (prompt, answer) in enumerate(zip(asked, given, strict=True)):
+        row = Answered(tuple(tokenisation.ids(prompt)), _answer_ids(model, answer, f"answer {number}"))
         if answers is not None and not row.answer:
             raise InputError(f"answer {number}", expected="at least one token", got="none")
         require_fits(model, len(row.prompt) + len(row.answer), f"prompt {number} with its answer")
         rows.append(row)
     return rows
+
+
+def _answer_ids(model: SteerableModel, answer: Any, name: str) -> tuple[int, ...]:
+    if isinstance(answer, str):
+        return tuple(answer_ids(model, answer))
+    most = model.cfg.d_vocab - 1
+    return tuple(whole(f"token of {name}", token, 0, most) for token in several(name, answer, "text or token ids"))
 
 
 def answer_logprobs(

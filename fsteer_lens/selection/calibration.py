@@ -1,7 +1,7 @@
 """`calibrate`: the strength that a budget of divergence allows."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Unpack
 
@@ -12,7 +12,7 @@ from fsteer_lens.ground.checks import finite, options_of
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.contrasts import Prompt
+from fsteer_lens.prompts.forms import Prompt, prompts_of
 from fsteer_lens.prompts.passes import Passes, PassOptions
 from fsteer_lens.run.generation import generate
 from fsteer_lens.run.teacher_forcing import answer_divergences, answered
@@ -53,10 +53,10 @@ class Calibration:
 def calibrate(
     steering: Steering,
     model: SteerableModel,
-    prompts: Sequence[Prompt],
+    prompts: Iterable[Prompt],
     *,
     kl: float,
-    answers: Sequence[str] | None = None,
+    answers: Iterable[str] | None = None,
     quantile: float = 0.95,
     max_strength: float = 8.0,
     max_new_tokens: int = 32,
@@ -92,14 +92,15 @@ def calibrate(
     max_strength = finite("max_strength", max_strength, above=0)
     if not isinstance(steering, Steering) or steering.monitor:
         raise InputError("calibrate", expected="a steering that acts", got=repr(steering))
-    passes = passes.following(remembered(steering), model, prompts)
+    asked = prompts_of(prompts)
+    passes = passes.following(remembered(steering), model, asked)
     ids: Any = answers
     if answers is None:
-        answered(model, prompts, None, passes)  # raises before anything is generated
+        answered(model, asked, None, passes)  # raises before anything is generated
         with unsteered(model):
-            made = generate(model, list(prompts), max_new_tokens=max_new_tokens, **passes.options)
+            made = generate(model, asked, max_new_tokens=max_new_tokens, **passes.options)
         ids = [one.tokens for one in made]
-    rows = answered(model, prompts, ids, passes)
+    rows = answered(model, asked, ids, passes)
 
     def costs(strengths: Sequence[float]) -> list[float]:
         variants = [steering.with_strength(strength) for strength in strengths]

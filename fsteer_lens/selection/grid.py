@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -16,12 +16,12 @@ from torch import Tensor
 from fsteer_lens.effects.answers import DIVERGENCE, general_divergence, name_of, one_each
 from fsteer_lens.effects.measuring import MeasureOptions, Measuring
 from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.ground.checks import finite, instance, options_of, whole
+from fsteer_lens.ground.checks import finite, instance, options_of, several, whole
 from fsteer_lens.ground.estimates import Estimate, bootstrap
 from fsteer_lens.ground.files import read_text, write_atomically
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.models.points import layer_of
+from fsteer_lens.models.points import layers_of
 from fsteer_lens.reading.activations import Activations, Shift, collect, collect_queries
 from fsteer_lens.reading.fingerprints import fingerprint
 from fsteer_lens.selection.splits import SplitData
@@ -124,9 +124,9 @@ def search(
     data: SplitData,
     *,
     budget: float,
-    layers: Sequence[int] | None = None,
-    strengths: Sequence[float] = STRENGTHS,
-    ranks: Sequence[int] | None = None,
+    layers: Iterable[int] | None = None,
+    strengths: Iterable[float] = STRENGTHS,
+    ranks: Iterable[int] | None = None,
     method: Fit | None = None,
     **options: Unpack[SearchOptions],
 ) -> Search:
@@ -160,9 +160,11 @@ def search(
         SiteError, ContextLengthError: as in `collect`.
     """
     run, budget = options_of("search", _Searching, options), finite("budget", budget, 0)
-    chosen_layers = [layer_of(model, layer) for layer in (range(model.cfg.n_layers) if layers is None else layers)]
-    grid_ranks: list[int | None] = [None] if ranks is None else [whole("rank", rank, 1) for rank in ranks]
-    grid_strengths = [finite("strength", strength) for strength in strengths]
+    listed = range(model.cfg.n_layers) if layers is None else several("layers", layers, "a list of ints")
+    chosen_layers = layers_of(model, listed) if listed else []
+    listed = [] if ranks is None else several("ranks", ranks, "a list of ints")
+    grid_ranks: list[int | None] = [None] if ranks is None else [whole("rank", rank, 1) for rank in listed]
+    grid_strengths = [finite("strength", one) for one in several("strengths", strengths, "a list of numbers")]
     sizes = {"layers": chosen_layers, "strengths": grid_strengths, "ranks": grid_ranks}
     empty = [name for name, given in sizes.items() if not given]
     if empty:
@@ -262,7 +264,7 @@ class _Journal:
         try:
             header, *rows = [json.loads(line) for line in whole]
             found, trials = header["search"], [Trial(**row) for row in rows]
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise DataError(f"{path}", expected="the file of an earlier search", got=str(error)) from error
         if found != identity:
             raise DataError(

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
-from fsteer_lens.prompts.contrasts import Contrast
+from fsteer_lens.ground.checks import normalised, several
+from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
+from fsteer_lens.prompts.forms import prompts_of
 
 
 @runtime_checkable
@@ -60,5 +62,18 @@ class Splits:
     general_test: Sequence[Any] = ()
     general_train: Sequence[Any] = ()
 
+    def __post_init__(self) -> None:
+        contrasts = {name: ContrastSet(getattr(self, name)) for name in ("train", "valid", "test")}
+        general = {
+            name: _general(name, getattr(self, name)) for name in ("general_train", "general_valid", "general_test")
+        }
+        normalised(self, **contrasts, **general)
+
     def __repr__(self) -> str:
         return f"Splits({', '.join(f'{item.name}: {len(getattr(self, item.name))}' for item in fields(self))})"
+
+
+def _general(name: str, given: Any) -> Sequence[Any]:
+    """Prompts, or objects with a prompt, as a list."""
+    items = several(name, given, "prompts, or objects with a prompt")
+    return items if any(hasattr(item, "prompt") for item in items) else prompts_of(items, f"{name} prompt", least=0)

@@ -1,7 +1,7 @@
 """`fit`: the whole method, gate and experts, from collected activations in one call."""
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from fsteer_lens.errors import DataError, InputError, MismatchError
@@ -13,7 +13,7 @@ from fsteer_lens.method.fitting_gates import SUBSPACE_KINDS, GateOptions, Kind, 
 from fsteer_lens.method.gates import Gate
 from fsteer_lens.prompts.formats import merge_formats
 from fsteer_lens.reading.activations import Activations
-from fsteer_lens.reading.fingerprints import merge_fingerprints
+from fsteer_lens.reading.fingerprints import Fingerprint, merge_fingerprints, require_same_model
 from fsteer_lens.steering.steering import FineSteer
 
 RANK = 8
@@ -116,9 +116,17 @@ def fit(
         **{name: value for name, value in options.items() if name in PLACING},
         shift=first.shift,
         site=first.site,
-        fingerprint=merge_fingerprints([own.fingerprint for own in layers.values()]),
+        fingerprint=_fingerprint_of(list(layers.values())),
         prompt_format=merge_formats(own.prompt_format for own in layers.values()),
     )
+
+
+def _fingerprint_of(activations: Sequence[Activations]) -> Fingerprint | None:
+    """The fingerprint of all layers; None where they were made by hand."""
+    for other in activations[1:]:
+        require_same_model(activations[0].fingerprint, other.fingerprint, "activations")
+    known = [own.fingerprint for own in activations if own.fingerprint is not None]
+    return merge_fingerprints(known) if known else None
 
 
 def _of_layer(general: Mapping[int, Activations], layer: int) -> Activations:
@@ -135,5 +143,5 @@ def _require_same(own: Activations, others: Activations) -> None:
             got=f"layer {others.layer}, {others.site}",
             fix="Collect both at the same layer.",
         )
-    own.fingerprint.require_match(others.fingerprint)
+    require_same_model(own.fingerprint, others.fingerprint, "general activations")
     merge_formats([own.prompt_format, others.prompt_format])

@@ -319,7 +319,7 @@ class Trace:
         """
         try:
             return cls.from_records(records.read(path))
-        except (OSError, EOFError, zlib.error, ValueError, DataError) as error:
+        except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
             raise DataError(f"{path}", expected="a trace that to_jsonl wrote", got=str(error)) from error
 
     def to_frame(self) -> Any:
