@@ -12,7 +12,7 @@ from fsteer_lens.ground.checks import options_of
 from fsteer_lens.hooks.objects import HookObject, remembered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
-from fsteer_lens.prompts.forms import Prompt
+from fsteer_lens.prompts.forms import Prompt, prompts_of
 from fsteer_lens.prompts.passes import BatchOptions, Passes
 from fsteer_lens.prompts.tokens import stop_ids
 from fsteer_lens.run.decoding import Step
