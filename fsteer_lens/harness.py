@@ -21,6 +21,7 @@ from fsteer_lens.ground.checks import switch, whole
 from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.devices import device_of
 from fsteer_lens.prompts.tokens import require_tokenizer, stop_ids, text_ids
 from fsteer_lens.run.generation import generate
 from fsteer_lens.run.stopping import Stop
@@ -126,7 +127,7 @@ class SteeredLM:
         self.max_length = whole("max_length", given, 2, longest, why="the model's context")
         self.add_bos_token, self.progress = switch("add_bos_token", add_bos_token), switch("progress", progress)
         self.seed = whole("seed", seed)
-        self._device = model.cfg.device
+        self._device = device_of(model)
 
     def __repr__(self) -> str:
         return f"SteeredLM({type(self.model).__name__}, {self.steering})"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import ContextLengthError, InputError, TokenizerError
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.devices import device_of
 from fsteer_lens.prompts.contrasts import Prompt, check_prompt, prompt_text
 
 
@@ -200,4 +201,4 @@ def pad(model: SteerableModel, rows: Sequence[Sequence[int]], side: Literal["lef
     for index, row in enumerate(rows):
         cut = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
         tokens[index, cut], mask[index, cut] = torch.tensor(row), True
-    return Batch(tokens.to(model.cfg.device), mask.to(model.cfg.device))
+    return Batch(tokens.to(device_of(model)), mask.to(device_of(model)))

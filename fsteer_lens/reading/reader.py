@@ -19,6 +19,7 @@ from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import whole
 from fsteer_lens.models.attaching import hooks_added, hooks_suspended, unsteered
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.devices import device_of
 from fsteer_lens.models.forward import Forward, run_up_to
 from fsteer_lens.models.points import DEFAULT_SITE, Point, layer_of, site_name
 from fsteer_lens.prompts.tokens import Batch, pad
@@ -152,7 +153,7 @@ class Reader:
         `sizes` are the length of each prompt and that of the longer of its two answers, 0 without answers.
         """
         cfg = self._model.cfg
-        allowed = 1 + PADDING if torch.device(cfg.device).type == "cpu" else math.inf
+        allowed = 1 + PADDING if device_of(self._model).type == "cpu" else math.inf
         chosen: list[int] = []
         real = longest = 0
         for index in sorted(range(len(sizes)), key=lambda index: sizes[index]):
