@@ -20,6 +20,7 @@ from fsteer_lens.ground.checks import optional, switch, whole
 from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.hooks.objects import HookObject, remembered
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.devices import device_of
 from fsteer_lens.prompts.chat import NO_ARGUMENTS, ChatTemplate
 from fsteer_lens.prompts.formats import PromptFormat
 from fsteer_lens.prompts.passes import Passes
@@ -132,7 +133,7 @@ class SteeredLM:
         self.add_bos_token = passes.following(self._remembered, model).prepend_bos
         self.progress = switch("progress", progress)
         self.seed = whole("seed", seed)
-        self._device = model.cfg.device
+        self._device = device_of(model)
 
     def __repr__(self) -> str:
         return f"SteeredLM({type(self.model).__name__}, {self.steering})"

@@ -16,6 +16,7 @@ from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.linalg import require_width
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.devices import device_of
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
 from fsteer_lens.prompts.tokens import require_tokenizer
 from fsteer_lens.reading.reader import Reader
@@ -53,7 +54,8 @@ def expert_tokens(
     top = whole("top", top, 1, n_tokens)
     parts: Any = model
     weight = next(parts.unembed.parameters())
-    directions = torch.cat([experts.prototypes, torch.zeros_like(experts.prototypes[:1])]).to(weight)
+    directions = torch.cat([experts.prototypes, torch.zeros_like(experts.prototypes[:1])])
+    directions = directions.to(device_of(model) if weight.is_meta else weight.device, weight.dtype)
     logits = parts.unembed(parts.ln_final(directions.unsqueeze(0)))[0].float()
     promoted = logits[:-1, :n_tokens] - logits[-1:, :n_tokens]
     best = (promoted - promoted.mean(dim=-1, keepdim=True)).topk(top, dim=-1)

@@ -24,10 +24,10 @@ class SteerableModel(Protocol):
 
 
 def available_kinds() -> tuple[Kind, ...]:
-    """Model classes that the installed TransformerLens has, the preferred one first."""
+    """Model classes that the installed TransformerLens has, the preferred one first: a Bridge decodes faster."""
     classes: dict[Kind, tuple[str, str]] = {
-        "hooked": ("transformer_lens", "HookedTransformer"),
         "bridge": ("transformer_lens.model_bridge", "TransformerBridge"),
+        "hooked": ("transformer_lens", "HookedTransformer"),
     }
 
     def is_there(module: str, name: str) -> bool:
@@ -61,18 +61,25 @@ def require_decoder(model: SteerableModel) -> None:
     An encoder's last token knows what comes after it, and a model that carries a running state (Mamba, say) reads
     padding as text: both would be steered without an error, and wrongly.
     """
-    original = getattr(model, "original_model", None)
-    if original is None:
-        causal = getattr(model.cfg, "attention_dir", "causal") == "causal"
-        stateful = False
-    else:
-        causal = original.can_generate() and not original.config.is_encoder_decoder
-        stateful = getattr(original, "_is_stateful", False)
-    if not causal or stateful:
-        raise InputError(
-            "this model cannot be steered",
-            expected="a decoder that reads left to right by attention alone",
-            got=f"{type(model if original is None else original).__name__}, "
-            + ("which carries a running state" if stateful else "which is an encoder or has one"),
-            fix="Use a causal language model without recurrent layers.",
-        )
+    network = getattr(model, "original_model", None)
+    if network is not None:
+        require_decoding(network)
+    elif getattr(model.cfg, "attention_dir", "causal") != "causal":
+        raise _cannot_be_steered(f"{type(model).__name__}, which is an encoder")
+
+
+def require_decoding(network: Any) -> None:
+    """The same of a Hugging Face model."""
+    if getattr(network, "_is_stateful", False):
+        raise _cannot_be_steered(f"{type(network).__name__}, which carries a running state")
+    if network.config.is_encoder_decoder or not network.can_generate():
+        raise _cannot_be_steered(f"{type(network).__name__}, which is an encoder, has one, or has no head for tokens")
+
+
+def _cannot_be_steered(got: str) -> InputError:
+    return InputError(
+        "this model cannot be steered",
+        expected="a decoder that reads left to right by attention alone",
+        got=got,
+        fix="Use a causal language model without recurrent layers, as AutoModelForCausalLM loads it.",
+    )

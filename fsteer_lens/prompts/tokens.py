@@ -16,6 +16,7 @@ from torch import Tensor
 from fsteer_lens.errors import ContextLengthError, InputError, TokenizerError
 from fsteer_lens.ground.checks import clean_text, optional
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.devices import device_of
 from fsteer_lens.prompts.chat import NO_ARGUMENTS, ChatTemplate, canonical_arguments
 from fsteer_lens.prompts.forms import Prompt, as_prompt, prompt_text
 
@@ -249,4 +250,4 @@ def pad(model: SteerableModel, rows: Sequence[Sequence[int]], side: Literal["lef
     for index, row in enumerate(rows):
         cut = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
         tokens[index, cut], mask[index, cut] = torch.tensor(row), True
-    return Batch(tokens.to(model.cfg.device), mask.to(model.cfg.device))
+    return Batch(tokens.to(device_of(model)), mask.to(device_of(model)))

@@ -19,6 +19,7 @@ from torch import Tensor
 from fsteer_lens.ground.checks import whole
 from fsteer_lens.models.attaching import hooks_added, hooks_suspended, unsteered
 from fsteer_lens.models.classes import SteerableModel, attention_window
+from fsteer_lens.models.devices import device_of
 from fsteer_lens.models.forward import Forward, run_up_to
 from fsteer_lens.models.points import DEFAULT_SITE, Point, layers_of, site_name
 from fsteer_lens.prompts.tokens import Batch, pad
@@ -190,7 +191,7 @@ class Reader:
         the number of tokens that come before all of them.
         """
         cfg = self._model.cfg
-        allowed = 1 + PADDING if torch.device(cfg.device).type == "cpu" else math.inf
+        allowed = 1 + PADDING if device_of(self._model).type == "cpu" else math.inf
         chosen: list[int] = []
         real = longest = 0
         for index in sorted(range(len(sizes)), key=lambda index: sizes[index]):

@@ -9,6 +9,7 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import is_whole
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.devices import device_of
 from fsteer_lens.prompts.tokens import stop_ids, token_texts
 
 
@@ -22,7 +23,7 @@ class Stop:
         ids = [int(item) for item in given if is_whole(item)] if listed else []
         if not listed or "" in self.texts or len(ids) + len(self.texts) < len(given):
             raise InputError("stop", expected="a list of token ids and non-empty texts", got=repr(stop))
-        self.ids = torch.tensor(sorted(ids), dtype=torch.long, device=model.cfg.device)
+        self.ids = torch.tensor(sorted(ids), dtype=torch.long, device=device_of(model))
         self._model = model
 
     def rows(self, chosen: Int[Tensor, " b"], generated: Sequence[Sequence[int]]) -> Bool[Tensor, " b"]:
