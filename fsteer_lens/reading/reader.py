@@ -126,13 +126,15 @@ class Reader:
             tokens = pad(self._model, [answer + [0] * (longest - len(answer)) for answer in both], "right").tokens
             mask = (torch.arange(longest) < lengths.unsqueeze(1)).to(tokens.device)
             forward = Forward(self._model, cache=True, layers=max(self.layers) + 1)
-            with unsteered(self._model), hooks_added(self._model, hooks):
+            with unsteered(self._model):
                 keep = _last
-                forward(prompt.tokens, prompt.mask)
+                with hooks_added(self._model, hooks):
+                    forward(prompt.tokens, prompt.mask)
                 self._store(queries, chosen, kept, done=0)
                 forward.fork(2)
                 keep = partial(_mean_of_pairs, mask=mask)
-                forward(tokens, mask)
+                with hooks_added(self._model, hooks):
+                    forward(tokens, mask)
                 self._store(means, chosen, kept)
         return queries, means
 
