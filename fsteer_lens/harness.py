@@ -21,7 +21,7 @@ from fsteer_lens.ground.checks import switch, whole
 from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.tokens import require_tokenizer, stop_ids, text_ids
+from fsteer_lens.prompts.tokens import require_tokenizer, text_ids
 from fsteer_lens.run.generation import generate
 from fsteer_lens.run.stopping import Stop
 from fsteer_lens.run.teacher_forcing import Answered, each_answer, known_logprobs
@@ -300,7 +300,7 @@ class SteeredLM:
             [(self.tok_encode(context) or [self.prefix_token_id])[-room:] for context in contexts],
             self.steering,
             max_new_tokens=new_tokens,
-            stop=[*sorted(stop_ids(self.model)), *until],
+            stop=until,
             do_sample=do_sample,
             **({**sampling, "seed": self.seed} if do_sample else {}),
             batch_size=self.batch_size,

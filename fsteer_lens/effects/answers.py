@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.errors import InputError, TokenizerError
+from fsteer_lens.errors import InputError, NonFiniteError, TokenizerError
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet, Prompt
@@ -57,6 +57,8 @@ def answer_margin(
         InputError: no contrasts, or an answer without a token.
         ContextLengthError: a prompt with an answer does not fit into the context.
         MismatchError: the steering was fitted on another model.
+        NonFiniteError: the model's numbers blow up.
+        HookError: the steering's hooks do not run.
     """
     known = ContrastSet(contrasts)
     prompts = known.prompts
@@ -187,10 +189,19 @@ def _as_steps(rows: Sequence[Answered], logits: Sequence[Float[Tensor, "_ vocab"
 
 
 def one_each(what: str, values: Any, n: int) -> Float[Tensor, " n"]:
-    """What a caller's measure gave, checked: a number for each of n items."""
+    """What a caller's measure gave, checked: a finite number for each of n items."""
     if not isinstance(values, Tensor) or values.shape != (n,):
         got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise InputError(f"what {what}= gave", expected=f"a tensor of {n} numbers, one for each", got=got)
+    bad = ~values.isfinite()
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        raise NonFiniteError(
+            f"what {what}= gave",
+            expected="finite numbers",
+            got=f"NaN or infinity for {int(bad.sum())} of {n}, first for number {first}",
+            fix="Leave these out, or lower the strength.",
+        )
     return values
 
 

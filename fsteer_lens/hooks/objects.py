@@ -28,7 +28,7 @@ from fsteer_lens.method.linalg import move
 from fsteer_lens.models.attaching import is_compiled, why_idle
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import DEFAULT_SITE, site_name
-from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint
+from fsteer_lens.reading.fingerprints import Fingerprint, require_model
 from fsteer_lens.trace.trace import Trace
 
 
@@ -212,7 +212,7 @@ class HookObject(ABC):
                     fix="Fit at these layers, or take the fingerprint off: replace(steering, fingerprint=None).",
                 )
             if link.fingerprint not in known:
-                link.fingerprint.require_match(fingerprint(model, sorted(link.fingerprint.probe), link.site))
+                require_model(link.fingerprint, model, link.site)
                 known.add(link.fingerprint)
         return Session(self, prompt_lengths, attention_mask)
 

@@ -148,8 +148,8 @@ def generate(
         prompts: one prompt or several; see `tokens.prompt_ids` for how they become tokens.
         steering: what to put on the model: a steering, a probe, an ablation or a chain; None generates without.
         max_new_tokens: tokens to generate at most.
-        stop: token ids and texts that end an answer; None takes the model's end-of-sequence ids and the chat
-            template's end of turn.
+        stop: token ids and texts that end an answer as well, beside the model's end-of-sequence ids and the chat
+            template's end of turn, which always do.
         chat: send string prompts as the user's turn through the chat template.
         do_sample, temperature, top_k, top_p, seed: draw tokens instead of taking the most probable one. Each prompt
             draws from a generator of its own, so that batching does not change the draws.
@@ -167,6 +167,8 @@ def generate(
         InputError: no prompts, options that contradict each other or have no effect.
         ContextLengthError: a prompt with its new tokens does not fit into the context.
         MismatchError: the steering was fitted on another model.
+        NonFiniteError: the model's numbers blow up; names the step and the row.
+        HookError: the steering's hooks do not run.
     """
     many: list[Any] = [prompts] if _is_one(prompts) else list(prompts)
     if not many:

@@ -1,4 +1,4 @@
-"""What ends an answer."""
+"""What ends an answer: the ends of the model, and those that are asked for beside them."""
 
 from collections.abc import Sequence
 
@@ -13,16 +13,19 @@ from fsteer_lens.prompts.tokens import stop_ids, token_texts
 
 
 class Stop:
-    """Which tokens, or which texts, end a row."""
+    """Which tokens, or which texts, end a row: the model's own ends, and those in `stop`.
+
+    A model that has said its end of sequence has finished; what it would say after that is no answer any more.
+    """
 
     def __init__(self, model: SteerableModel, stop: Sequence[int | str] | None) -> None:
-        given: Sequence[int | str] = sorted(stop_ids(model)) if stop is None else stop
+        given: Sequence[int | str] = () if stop is None else stop
         listed = isinstance(given, Sequence) and not isinstance(given, str)
         self.texts = tuple(item for item in given if isinstance(item, str)) if listed else ()
         ids = [int(item) for item in given if is_whole(item)] if listed else []
         if not listed or "" in self.texts or len(ids) + len(self.texts) < len(given):
             raise InputError("stop", expected="a list of token ids and non-empty texts", got=repr(stop))
-        self.ids = torch.tensor(sorted(ids), dtype=torch.long, device=model.cfg.device)
+        self.ids = torch.tensor(sorted({*ids, *stop_ids(model)}), dtype=torch.long, device=model.cfg.device)
         self._model = model
 
     def rows(self, chosen: Int[Tensor, " b"], generated: Sequence[Sequence[int]]) -> Bool[Tensor, " b"]:
