@@ -1,4 +1,4 @@
-"""Fingerprints of tokenizers: another pad token is no other model, another end of sequence is, and is named in words."""
+"""Fingerprints of tokenizers: another pad token is no other model; another end of sequence is, and is named."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from fsteer_lens import FineSteer, collect_queries, load, save, tutor
-from fsteer_lens.errors import InputError, MismatchError
+from fsteer_lens.errors import MismatchError
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint, merge_fingerprints, require_model
 from tests import made_up
@@ -115,7 +115,9 @@ def test_another_vocabulary_is_named(tutor_model: SteerableModel, bridge: Steera
     known = tutor_model.tokenizer.get_vocab()
     swapped = known | {"well": known["and"], "and": known["well"]}
     model = with_tokens(lambda tokenizer: setattr(tokenizer, "get_vocab", lambda: swapped))
-    with pytest.raises(MismatchError, match=r"got vocabulary: fitted with 768 entries, here 768 entries, but not the same"):
+    with pytest.raises(
+        MismatchError, match=r"got vocabulary: fitted with 768 entries, here 768 entries, but not the same"
+    ):
         require_model(taken, model)
     fewer = {text: number for text, number in known.items() if text != "well"}
     model = with_tokens(lambda tokenizer: setattr(tokenizer, "get_vocab", lambda: fewer))
@@ -157,7 +159,7 @@ def test_parts_of_a_fingerprint_are_checked(steering: FineSteer) -> None:
     assert steering.fingerprint is not None
     wrong: dict[str, Any] = {"vocabularies": ["a"], "n_tokens": 1.5, "special_tokens": {"eos_token": 3}}
     for name, value in wrong.items():
-        with pytest.raises(Exception, match="fingerprint|annotation"):  # the tests' own check of types may be first
+        with pytest.raises(Exception, match=r"fingerprint|annotation"):  # the tests' own check of types may be first
             replace(steering.fingerprint, **{name: value})
     made = made_up.steering()
     assert made.fingerprint is None

@@ -96,12 +96,12 @@ def exact_answers(
         MismatchError: the steering was fitted on another model.
         TokenizerError: no token ends an answer of this model.
     """
-    endings = torch.tensor(sorted(stop_ids(model)))
+    endings = torch.tensor(sorted(stop_ids(model)), dtype=torch.long, device="cpu")
     if not len(endings):
         raise TokenizerError("no token ends an answer of this model", fix="Set tokenizer.eos_token.")
     rows = answered(model, prompts, answers, chat=chat)
     ended = [Answered(row.prompt, (*row.answer, int(endings[0]))) for row in rows]
-    found = torch.zeros(len(rows))
+    found = torch.zeros(len(rows), dtype=torch.float32, device="cpu")
     for index, logits in each_answer(model, ended, steering, batch_size=batch_size):
         *said, last = logits.argmax(dim=-1).tolist()
         found[index] = said == list(rows[index].answer) and last in endings
@@ -179,13 +179,13 @@ def counterfactual(
 
 def _as_steps(rows: Sequence[Answered], logits: Sequence[Float[Tensor, "_ vocab"]]) -> Iterator[Step]:
     """The tokens of given answers, as if decoding had chosen them one after another."""
-    lengths = torch.tensor([len(row.answer) for row in rows])
+    lengths = torch.tensor([len(row.answer) for row in rows], dtype=torch.long, device="cpu")
     for number in range(int(lengths.max())):
         places = (lengths - 1).clamp(max=number).tolist()  # a row that has ended stays at its last token
         here = torch.stack([one[place] for one, place in zip(logits, places, strict=True)])
         chosen = [row.answer[place] for row, place in zip(rows, places, strict=True)]
         alive = (number < lengths).to(here.device)
-        yield Step(torch.tensor(chosen, device=here.device), here.float().log_softmax(dim=-1), alive)
+        yield Step(torch.tensor(chosen, dtype=torch.long, device=here.device), here.float().log_softmax(dim=-1), alive)
 
 
 def one_each(what: str, values: Any, n: int) -> Float[Tensor, " n"]:

@@ -201,7 +201,7 @@ def explain_gate(
     h = Reader(model, where, steering.site, batch_size=passes.batch_size).last([ids, *shorter])[where]
     h = require_matrix(h, f"activations at layer {where}")
     ratios = gate.subspace.energy_ratio(h, gate.rank).cpu()
-    ratio, without = float(ratios[0]), torch.full((len(ids),), torch.nan)
+    ratio, without = float(ratios[0]), torch.full((len(ids),), torch.nan, dtype=torch.float32, device="cpu")
     without[len(ids) - len(shorter) :] = ratios[1:]
     gates = gate.gates(h[0]).cpu()
     is_open = bool(gates[gate.rank - 1] >= OPEN)

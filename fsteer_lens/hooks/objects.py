@@ -96,8 +96,7 @@ def _require_fired(session: Session, model: SteerableModel | None = None) -> Non
             expected="a forward pass through its layers with the hooks on",
             got=f"none through {', '.join(point.name for point in sorted(session.unfired))}",
             fix="Run the model inside the block, or with these fwd_hooks, and look at stop_at_layer; a Bridge ignores"
-            " fwd_hooks at names that it does not know, SAELens' Bridge these: use .on or .attach."
-            + compiled,
+            " fwd_hooks at names that it does not know, SAELens' Bridge these: use .on or .attach." + compiled,
         )
 
 

@@ -113,8 +113,8 @@ def why_idle(model: SteerableModel) -> str:
     """The likeliest reason why hooks on this model do not run, and what helps."""
     if is_compiled(model):
         return (
-            "The model, or a part of it, is compiled, and what is compiled ignores hooks: use the model as it was before"
-            ' torch.compile, or run this in `with torch.compiler.set_stance("force_eager"):`.'
+            "The model, or a part of it, is compiled, and what is compiled ignores hooks: use the model as it was"
+            ' before torch.compile, or run this in `with torch.compiler.set_stance("force_eager"):`.'
         )
     return (
         "Has something taken the hooks away meanwhile (reset_hooks), replaced these hook points, or does the model skip"

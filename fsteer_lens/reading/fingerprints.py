@@ -43,7 +43,7 @@ class Fingerprint:
         architecture: name of the original architecture.
         n_layers, d_model, d_vocab: its sizes.
         site: hook point within a layer.
-        tokenizer: SHA-256 of vocabulary and special tokens, the pad token among them; compared where it is all there is.
+        tokenizer: SHA-256 of vocabulary and all special tokens, the pad token too; compared where it is all there is.
         probe: a few activations at each fitted layer after fixed tokens, {layer: values}.
         model_class, processed, dtype: recorded, not compared: the probe tells whether they matter.
         schema: version of these fields; the first one lacks those below.
@@ -100,7 +100,7 @@ class Fingerprint:
         half = any(dtype not in ("torch.float32", "torch.float64") for dtype in (self.dtype, other.dtype))
         tolerance = 5e-2 if half else 1e-3
         for layer in sorted(set(self.probe) & set(other.probe)) if not differences else ():
-            ours, theirs = torch.tensor(self.probe[layer]), torch.tensor(other.probe[layer])
+            ours, theirs = (torch.tensor(one.probe[layer], dtype=torch.float32, device="cpu") for one in (self, other))
             same_length = len(ours) == len(theirs) > 0
             distance = float((ours - theirs).norm() / ours.norm().clamp(min=1e-12)) if same_length else float("inf")
             if not distance <= tolerance:
@@ -123,7 +123,7 @@ class Fingerprint:
         """How the tokenizers differ, in words."""
         if not (self.vocabularies and other.vocabularies):
             if self.tokenizer != other.tokenizer:
-                yield "tokenizer: another vocabulary or other special tokens (a file of version 0.1 does not tell which)"
+                yield "tokenizer: another vocabulary or other special tokens (files of version 0.1 do not tell which)"
             return
         if not set(self.vocabularies) & set(other.vocabularies):
             ours, theirs = (f"{one.n_tokens} entries" if one.n_tokens else "none" for one in (self, other))

@@ -120,11 +120,11 @@ class Reader:
         for chosen in self._batches(sizes):
             prompt = pad(self._model, [prompts[index] for index in chosen], "left")
             both = [list(answer) for index in chosen for answer in answers[index]]
-            lengths = torch.tensor([len(answer) for answer in both])
+            lengths = torch.tensor([len(answer) for answer in both], dtype=torch.long, device="cpu")
             longest = int(lengths.max())
             # what a pad holds is not seen, and one prompt alone must do without a pad token
             tokens = pad(self._model, [answer + [0] * (longest - len(answer)) for answer in both], "right").tokens
-            mask = (torch.arange(longest) < lengths.unsqueeze(1)).to(tokens.device)
+            mask = (torch.arange(longest, device="cpu") < lengths.unsqueeze(1)).to(tokens.device)
             forward = Forward(self._model, cache=True, layers=max(self.layers) + 1)
             with unsteered(self._model):
                 keep = _last
@@ -139,7 +139,10 @@ class Reader:
         return queries, means
 
     def _room(self, *shape: int) -> dict[int, Tensor]:
-        return {layer: torch.empty(*shape, self._model.cfg.d_model) for layer in self.layers}
+        return {
+            layer: torch.empty(*shape, self._model.cfg.d_model, dtype=torch.float32, device="cpu")
+            for layer in self.layers
+        }
 
     def _store(
         self, room: Mapping[int, Tensor], rows: Sequence[int], kept: Mapping[Point, Tensor], done: int | None = None

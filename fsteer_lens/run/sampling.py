@@ -53,13 +53,15 @@ class Sampling:
             raise InputError(f"{', '.join(unused)} without effect", fix="Pass do_sample=True as well.")
         normalised(
             self,
-            temperature=optional(finite, "temperature", self.temperature, above=LEAST_TEMPERATURE, fix="Or do_sample=False."),
+            temperature=optional(
+                finite, "temperature", self.temperature, above=LEAST_TEMPERATURE, fix="Or do_sample=False."
+            ),
             top_k=optional(whole, "top_k", self.top_k, 1),
             top_p=optional(finite, "top_p", self.top_p, most=1, above=0),
             seed=optional(whole, "seed", self.seed),
         )
         if self.do_sample and self.seed is None:
-            normalised(self, seed=torch.Generator().seed())
+            normalised(self, seed=torch.Generator("cpu").seed())
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "Sampling":
@@ -78,7 +80,7 @@ class Sampling:
         """One generator per row number, so that a row draws the same in any batch; none where nothing is drawn."""
         if not self.do_sample:
             return []
-        return [torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{row}".encode())) for row in rows]
+        return [torch.Generator("cpu").manual_seed(zlib.crc32(f"{self.seed}/{row}".encode())) for row in rows]
 
     def choose(self, logits: Float[Tensor, "b vocab"], generators: Sequence[torch.Generator]) -> Int[Tensor, " b"]:
         """The next token of every row; any, where a row's logits are no distribution."""

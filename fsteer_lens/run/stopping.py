@@ -34,7 +34,7 @@ class Stop:
         if self.texts:
             texts = ["".join(token_texts(self._model, row)) for row in generated]
             hits = [any(stop in text for stop in self.texts) for text in texts]
-            ended |= torch.tensor(hits, device=ended.device)
+            ended |= torch.tensor(hits, dtype=torch.bool, device=ended.device)
         return ended
 
     def cut(self, text: str) -> str:

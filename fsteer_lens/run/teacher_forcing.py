@@ -74,7 +74,7 @@ def answer_logprobs(
     model: SteerableModel, rows: Sequence[Answered], hook_object: HookObject | None, *, batch_size: int = 16
 ) -> list[Float[Tensor, " tokens"]]:
     """Log-probability of every token of each answer, in nats, under a hook object, or None for the bare model."""
-    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    found: list[Tensor] = [torch.empty(0, dtype=torch.float32, device="cpu")] * len(rows)
     for index, logits in each_answer(model, rows, hook_object, batch_size=batch_size):
         found[index] = known_logprobs(logits, rows[index].answer).cpu()
     return found
@@ -98,7 +98,7 @@ def each_answer(
 
 def known_logprobs(logits: Float[Tensor, "n vocab"], tokens: Sequence[int]) -> Float[Tensor, " n"]:
     """Log-probability of each of these tokens, in nats."""
-    targets = torch.tensor(tokens, device=logits.device).unsqueeze(1)
+    targets = torch.tensor(tokens, dtype=torch.long, device=logits.device).unsqueeze(1)
     return logits.float().log_softmax(dim=-1).gather(1, targets).squeeze(1)
 
 
@@ -118,7 +118,7 @@ def answer_divergences(
     told how many rows are done. With `beyond` a hook object under which the model's numbers blow up is infinitely far
     from the unsteered model, on every row of the batch in which they do; otherwise that raises.
     """
-    found: list[list[Tensor]] = [[torch.empty(0)] * len(rows) for _ in hook_objects]
+    found: list[list[Tensor]] = [[torch.empty(0, dtype=torch.float32, device="cpu")] * len(rows) for _ in hook_objects]
     for chosen, batch in batches(model, rows, batch_size):
         group = [rows[index] for index in chosen]
         base = answer_logits(model, batch, group, None)
@@ -148,7 +148,9 @@ def batches(model: SteerableModel, rows: Sequence[Answered], batch_size: int) ->
 
 def session_for(model: SteerableModel, batch: Batch, rows: Sequence[Answered], hook_object: HookObject) -> Session:
     """A session for one batch of prompts with answers."""
-    return open_session(model, batch, hook_object, torch.tensor([len(row.prompt) for row in rows]))
+    return open_session(
+        model, batch, hook_object, torch.tensor([len(row.prompt) for row in rows], dtype=torch.long, device="cpu")
+    )
 
 
 @torch.no_grad()
