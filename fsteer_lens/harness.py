@@ -24,7 +24,7 @@ from fsteer_lens.models.devices import device_of
 from fsteer_lens.prompts.chat import NO_ARGUMENTS, ChatTemplate
 from fsteer_lens.prompts.formats import PromptFormat
 from fsteer_lens.prompts.passes import Passes
-from fsteer_lens.prompts.tokens import require_tokenizer, stop_ids, text_ids
+from fsteer_lens.prompts.tokens import require_tokenizer, text_ids
 from fsteer_lens.run.generation import generate
 from fsteer_lens.run.stopping import Stop
 from fsteer_lens.run.teacher_forcing import Answered, each_answer, known_logprobs
@@ -292,7 +292,7 @@ class SteeredLM:
             [(self.tok_encode(context) or [self.prefix_token_id])[-room:] for context in contexts],
             self.steering,
             max_new_tokens=new_tokens,
-            stop=[*sorted(stop_ids(self.model)), *until],
+            stop=until,
             do_sample=do_sample,
             **({**sampling, "seed": self.seed} if do_sample else {}),
             batch_size=self.batch_size,

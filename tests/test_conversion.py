@@ -1,4 +1,4 @@
-"""A converted model is the model: what a conversion leaves out or gets wrong is found before the model is handed out."""
+"""A converted model is the model: what a conversion loses or gets wrong is found before the model is handed out."""
 
 import re
 from collections.abc import Callable

@@ -50,9 +50,9 @@ def test_the_whole_way_on_every_family(family: str, tmp_path: Path) -> None:
     for kind in KINDS:
         model = random_model(family, kind)
         fits[kind] = steering = fitted(model)
-        plain = generate(model, PROMPTS, max_new_tokens=6, stop=[], progress=False)
+        plain = generate(model, PROMPTS, max_new_tokens=6, progress=False)
         for size, cache in ((8, True), (8, False), (1, True)):
-            options = {"batch_size": size, "use_past_kv_cache": cache, "progress": False, "stop": []}
+            options = {"batch_size": size, "use_past_kv_cache": cache, "progress": False}
             runs[kind, size, cache] = generate(model, PROMPTS, fits[KINDS[0]], max_new_tokens=6, **options)  # type: ignore[arg-type]
         made = runs[kind, 8, True]
         open_rows = [float(one.trace.gate[LAYER][0]) > 0.5 for one in made]
@@ -97,7 +97,7 @@ def test_half_precision_generates_and_keeps_its_trace(kind: models.Kind, dtype: 
     model = random_model("llama", kind, dtype=dtype)
     steering = fitted(model)
     save(steering, tmp_path / "half")
-    made = generate(model, PROMPTS, load(tmp_path / "half", model=model), max_new_tokens=4, stop=[], progress=False)
+    made = generate(model, PROMPTS, load(tmp_path / "half", model=model), max_new_tokens=4, progress=False)
     assert all(len(one.tokens) == 4 and one.trace.gate[LAYER].dtype == torch.float32 for one in made)
 
 

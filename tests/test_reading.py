@@ -10,7 +10,7 @@ from fsteer_lens import Activations, FineSteer, collect, collect_queries, effect
 from fsteer_lens.errors import SiteError
 from fsteer_lens.evaluation import attack_gate
 from fsteer_lens.models import SteerableModel
-from fsteer_lens.models.attaching import AddedHooks, hooks_added
+from fsteer_lens.models.attaching import AddedHooks
 from fsteer_lens.models.classes import attention_window
 from fsteer_lens.models.points import Point
 from fsteer_lens.prompts.tokens import prompt_ids
@@ -160,8 +160,9 @@ def test_what_all_rows_begin_with_is_run_once(architecture: str, kind: Any, monk
     for shared in (reader.SHARED, 10**6):
         monkeypatch.setattr(reader, "SHARED", shared)
         fed.clear()
-        with hooks_added(model, counting):
-            last, (queries, means) = Reader(model, [0, 2]).last(rows), Reader(model, [0, 2]).answers(rows, answers)
+        added = AddedHooks(model, counting)
+        last, (queries, means) = Reader(model, [0, 2]).last(rows), Reader(model, [0, 2]).answers(rows, answers)
+        added.remove()
         found.append((sum(fed), last, queries, means))
     narrow = attention_window(model) < 20  # padding in between would take up room in it
     assert found[0][0] == found[1][0] if narrow else 0 < found[0][0] < 0.7 * found[1][0]

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.errors import InputError, TokenizerError
+from fsteer_lens.errors import InputError, NonFiniteError, TokenizerError
 from fsteer_lens.ground.checks import options_of
 from fsteer_lens.hooks.objects import HookObject, remembered
 from fsteer_lens.models.classes import SteerableModel
@@ -71,6 +71,8 @@ def answer_margin(
         InputError: no contrasts, or an answer without a token.
         ContextLengthError: a prompt with an answer does not fit into the context.
         MismatchError: the steering was fitted on another model, or on prompts that became tokens in another way.
+        NonFiniteError: the model's numbers blow up.
+        HookError: the steering's hooks do not run.
     """
     known = ContrastSet(contrasts)
     prompts = known.prompts
@@ -107,14 +109,14 @@ def exact_answers(
         MismatchError: the steering was fitted on another model.
         TokenizerError: no token ends an answer of this model.
     """
-    endings = torch.tensor(sorted(stop_ids(model)))
+    endings = torch.tensor(sorted(stop_ids(model)), dtype=torch.long, device="cpu")
     if not len(endings):
         raise TokenizerError("no token ends an answer of this model", fix="Set tokenizer.eos_token.")
     prompts = prompts_of(prompts)
     passes = passes_of("exact_answers", options, model, steering, prompts)
     rows = answered(model, prompts, answers, passes)
     ended = [Answered(row.prompt, (*row.answer, int(endings[0]))) for row in rows]
-    found = torch.zeros(len(rows))
+    found = torch.zeros(len(rows), dtype=torch.float32, device="cpu")
     for index, logits in each_answer(model, ended, steering, batch_size=passes.batch_size):
         *said, last = logits.argmax(dim=-1).tolist()
         found[index] = said == list(rows[index].answer) and last in endings
@@ -192,20 +194,29 @@ def counterfactual(
 
 def _as_steps(rows: Sequence[Answered], logits: Sequence[Float[Tensor, "_ vocab"]]) -> Iterator[Step]:
     """The tokens of given answers, as if decoding had chosen them one after another."""
-    lengths = torch.tensor([len(row.answer) for row in rows])
+    lengths = torch.tensor([len(row.answer) for row in rows], dtype=torch.long, device="cpu")
     for number in range(int(lengths.max())):
         places = (lengths - 1).clamp(max=number).tolist()  # a row that has ended stays at its last token
         here = torch.stack([one[place] for one, place in zip(logits, places, strict=True)])
         chosen = [row.answer[place] for row, place in zip(rows, places, strict=True)]
         alive = (number < lengths).to(here.device)
-        yield Step(torch.tensor(chosen, device=here.device), here.float().log_softmax(dim=-1), alive)
+        yield Step(torch.tensor(chosen, dtype=torch.long, device=here.device), here.float().log_softmax(dim=-1), alive)
 
 
 def one_each(what: str, values: Any, n: int) -> Float[Tensor, " n"]:
-    """What a caller's measure gave, checked: a number for each of n items."""
+    """What a caller's measure gave, checked: a finite number for each of n items."""
     if not isinstance(values, Tensor) or values.shape != (n,):
         got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise InputError(f"what {what}= gave", expected=f"a tensor of {n} numbers, one for each", got=got)
+    bad = ~values.isfinite()
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        raise NonFiniteError(
+            f"what {what}= gave",
+            expected="finite numbers",
+            got=f"NaN or infinity for {int(bad.sum())} of {n}, first for number {first}",
+            fix="Leave these out, or lower the strength.",
+        )
     return values
 
 

@@ -15,6 +15,7 @@ from fsteer_lens.ground.checks import choice, instance, optional, options_of, se
 from fsteer_lens.ground.estimates import Estimate, auroc, bootstrap
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.gates import OPEN, Gate
+from fsteer_lens.method.linalg import require_matrix
 from fsteer_lens.method.subspace_gates import SubspaceGate, subspace_leaves
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
@@ -188,6 +189,7 @@ def explain_gate(
     Raises:
         InputError: no steering, no gate, one that is composed (explain one of its leaves, `steering.with_gate(leaf)`),
             or an ambiguous layer.
+        NonFiniteError: the model gave NaN or infinity.
     """
     where, gate = gate_of(steering, layer)
     if not isinstance(gate, SubspaceGate):
@@ -204,8 +206,9 @@ def explain_gate(
     first = 0 if limit is None else max(0, len(ids) - limit)
     shorter = [ids[:place] + ids[place + 1 :] for place in range(first, len(ids))] if len(ids) > 1 else []
     h = Reader(model, where, steering.site, batch_size=passes.batch_size).last([ids, *shorter])[where]
+    h = require_matrix(h, f"activations at layer {where}")
     ratios = gate.subspace.energy_ratio(h, gate.rank).cpu()
-    ratio, without = float(ratios[0]), torch.full((len(ids),), torch.nan)
+    ratio, without = float(ratios[0]), torch.full((len(ids),), torch.nan, dtype=torch.float32, device="cpu")
     without[len(ids) - len(shorter) :] = ratios[1:]
     gates = gate.gates(h[0]).cpu()
     is_open = bool(gates[gate.rank - 1] >= OPEN)

@@ -48,7 +48,8 @@ def expert_tokens(
         ShapeError: experts of another width than the model's.
     """
     instance("expert_tokens", experts, Experts, "Experts", fix="Give steering.experts_at(layer).")
-    require_width(torch.empty(model.cfg.d_model), "the model's residual stream", experts.d_model)
+    stream = torch.empty(model.cfg.d_model, dtype=torch.float32, device="meta")
+    require_width(stream, "the model's residual stream", experts.d_model)
     tokenizer = require_tokenizer(model)
     n_tokens = min(model.cfg.d_vocab, len(tokenizer))
     top = whole("top", top, 1, n_tokens)
@@ -111,7 +112,7 @@ class Knockout:
         return bootstrap(lost, seed=seed)
 
     def _has(self, label: str) -> Tensor:
-        return torch.tensor([one == label for one in self.labels])
+        return torch.tensor([one == label for one in self.labels], dtype=torch.bool, device="cpu")
 
     def _by_label(self, values: Float[Tensor, "k n"]) -> Float[Tensor, "k labels"]:
         return torch.stack([values[:, self._has(label)].mean(dim=1) for label in self.groups], dim=1)
@@ -158,7 +159,7 @@ def expert_knockout(
         raise InputError("queries", expected=f"one for each of {len(contrasts)} contrasts", got=len(queries))
     with run.bar(1 + len(on), "removing experts") as advance:
         full = run.effects(model, steering, contrasts)
-        removed = torch.full((experts.n_experts, len(contrasts)), torch.nan)
+        removed = torch.full((experts.n_experts, len(contrasts)), torch.nan, dtype=torch.float32, device="cpu")
         for index in on:
             advance(1)
             without = steering.with_experts(experts.without_expert(index), where)

@@ -93,7 +93,7 @@ def propagation(
     edit = change["pre"] - below + after - change["before"]
     direction = after / after.norm(dim=-1, keepdim=True).clamp(min=1e-30)
     layers = tuple(sorted({layer for link in steering.links for layer in link.edited_layers}))
-    first = edit[min(layers)].mean(dim=0) if layers else torch.zeros(model.cfg.d_model)
+    first = edit[min(layers)].mean(dim=0) if layers else torch.zeros_like(edit[0, 0])
     return Propagation(
         tokens=token_texts(model, rows[0].fed),
         prompt_length=len(rows[0].prompt),

@@ -25,6 +25,7 @@ from fsteer_lens.ground.estimates import Proportion
 from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.gates import OPEN, Gate, oriented
+from fsteer_lens.method.linalg import require_matrix
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.forms import Prompt, texts_of
 from fsteer_lens.prompts.passes import Passes, PassOptions
@@ -198,7 +199,8 @@ def attack_gate(
 
     def read(texts: Sequence[str]) -> Float[Tensor, "n d"]:
         rows = run.ids(model, [put(text) for text in texts])
-        return Reader(model, where, batch_size=run.batch_size).last(rows)[where]
+        found = Reader(model, where, batch_size=run.batch_size).last(rows)[where]
+        return require_matrix(found, f"activations at layer {where}")
 
     def judged(h: Float[Tensor, "n d"]) -> tuple[list[float], list[bool]]:
         return oriented(attacked, h).tolist(), (attacked(h) >= OPEN).tolist()

@@ -83,7 +83,7 @@ class Evaluation:
         if group is None:
             return values
         choice("group", group, sorted(set(groups)), "one of")
-        return values[torch.tensor([known == group for known in groups])]
+        return values[torch.tensor([known == group for known in groups], dtype=torch.bool, device=values.device)]
 
     def estimate(self, method: str, measure: str, group: str | None = None) -> Estimate:
         """The mean of a measure."""

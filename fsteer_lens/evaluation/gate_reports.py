@@ -274,7 +274,9 @@ def gate_report(
                 for kind, groups in kinds.items()
                 if group in groups
             }
-            kept = torch.tensor([(name, text) in same for text in kinds[HARMFUL].get(group, ())], dtype=torch.bool)
+            kept = torch.tensor(
+                [(name, text) in same for text in kinds[HARMFUL].get(group, ())], dtype=torch.bool, device="cpu"
+            )
             for gate, own in named.items():
                 for rate, one in ((None, own), (run.false_alarm_rate, at_rate[gate])):
                     found.append(GateRow(gate, name, group, rate, *_shares(own, one, h, kept)))

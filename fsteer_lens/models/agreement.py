@@ -157,8 +157,11 @@ def _run(
     tokens, mask = (rows.to(device_of(model)) for rows in (tokens, mask))
     forward = Forward(model, cache=view.cache, layers=layers)
     seen: list[Tensor] = []
-    with hooks_added(model, [(site_name(model, asked.depth - 1), lambda x, hook: seen.append(x.float().cpu()))]):
-        said = [forward(*part) for part in zip(tokens.split(parts, 1), mask.split(parts, 1), strict=True)]
+    hooks = [(site_name(model, asked.depth - 1), lambda x, hook: seen.append(x.float().cpu()))]
+    said = []
+    for part in zip(tokens.split(parts, 1), mask.split(parts, 1), strict=True):
+        with hooks_added(model, hooks):
+            said.append(forward(*part))
     stream = torch.cat(seen, dim=1)[mask.cpu()]
     return stream, torch.cat(said, dim=1)[mask].float().cpu() if layers is None else stream
 

@@ -245,9 +245,9 @@ def pad(model: SteerableModel, rows: Sequence[Sequence[int]], side: Literal["lef
                 got="none",
                 fix="Set tokenizer.pad_token to a token that prompts do not use, or pass batch_size=1.",
             )
-    tokens = torch.full((len(rows), longest), filler)
-    mask = torch.zeros((len(rows), longest), dtype=torch.bool)
+    tokens = torch.full((len(rows), longest), filler, dtype=torch.long, device="cpu")
+    mask = torch.zeros((len(rows), longest), dtype=torch.bool, device="cpu")
     for index, row in enumerate(rows):
         cut = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
-        tokens[index, cut], mask[index, cut] = torch.tensor(row), True
+        tokens[index, cut], mask[index, cut] = torch.tensor(row, dtype=torch.long, device="cpu"), True
     return Batch(tokens.to(device_of(model)), mask.to(device_of(model)))

@@ -103,7 +103,7 @@ class Reader:
         found = self._room(len(rows))
         start, rests = self._begun(rows)
         kept: dict[Point, Tensor] = {}
-        last = torch.tensor([0])
+        last = torch.tensor([0], dtype=torch.long, device="cpu")
         hooks = _hooks(self._model, self._points, lambda point, h: kept.update({point: at(h, last).float()}))
         for chosen in self._batches([(len(rest), 0) for rest in rests], self._length(start)):
             batch = pad(self._model, [rests[index] for index in chosen], "right")
@@ -129,18 +129,20 @@ class Reader:
         for chosen in self._batches(sizes, self._length(start)):
             prompt = pad(self._model, [rests[index] for index in chosen], "left")
             both = [list(answer) for index in chosen for answer in answers[index]]
-            lengths = torch.tensor([len(answer) for answer in both])
+            lengths = torch.tensor([len(answer) for answer in both], dtype=torch.long, device="cpu")
             longest = int(lengths.max())
             # what a pad holds is not seen, and one prompt alone must do without a pad token
             tokens = pad(self._model, [answer + [0] * (longest - len(answer)) for answer in both], "right").tokens
-            mask = (torch.arange(longest) < lengths.unsqueeze(1)).to(tokens.device)
-            with unsteered(self._model), hooks_added(self._model, hooks):
+            mask = (torch.arange(longest, device="cpu") < lengths.unsqueeze(1)).to(tokens.device)
+            with unsteered(self._model):
                 keep = _last
                 forward = self._go_on(start, len(chosen), cache=True)
-                forward(prompt.tokens, prompt.mask)
+                with hooks_added(self._model, hooks):
+                    forward(prompt.tokens, prompt.mask)
                 self._store(queries, chosen, kept, done=0)
                 keep = partial(_mean_of_pairs, mask=mask)
-                forward.fork(2)(tokens, mask)
+                with hooks_added(self._model, hooks):
+                    forward.fork(2)(tokens, mask)
                 self._store(means, chosen, kept)
         return queries, means
 
@@ -175,7 +177,10 @@ class Reader:
         return 0 if start is None or start.tokens is None else start.tokens.shape[1]
 
     def _room(self, *shape: int) -> dict[int, Tensor]:
-        return {layer: torch.empty(*shape, self._model.cfg.d_model) for layer in self.layers}
+        return {
+            layer: torch.empty(*shape, self._model.cfg.d_model, dtype=torch.float32, device="cpu")
+            for layer in self.layers
+        }
 
     def _store(
         self, room: Mapping[int, Tensor], rows: Sequence[int], kept: Mapping[Point, Tensor], done: int | None = None

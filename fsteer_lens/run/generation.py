@@ -154,8 +154,8 @@ def generate(
             `tokens.prompt_ids` for how they become tokens.
         steering: what to put on the model: a steering, a probe, an ablation or a chain; None generates without.
         max_new_tokens: tokens to generate at most.
-        stop: token ids and texts that end an answer; None takes the model's end-of-sequence ids and the chat
-            template's end of turn.
+        stop: token ids and texts that end an answer as well, beside the model's end-of-sequence ids and the chat
+            template's end of turn, which always do.
         chat: send string prompts as the user's turn through the chat template, or not; None: as the steering was
             fitted, else not. A chat whose last message is the assistant's is continued there.
         chat_template_kwargs: further arguments of the chat template, such as `{"enable_thinking": False}` or `tools`;
@@ -179,6 +179,8 @@ def generate(
         ContextLengthError: a prompt with its new tokens does not fit into the context.
         MismatchError: the steering was fitted on another model, or on prompts that became tokens in another way.
         TokenizerError: the chat template does not take these turns, or drops what was said.
+        NonFiniteError: the model's numbers blow up; names the step and the row.
+        HookError: the steering's hooks do not run.
     """
     many = one_or_more(prompts)
     passes = Passes(chat, batch_size, progress, chat_template_kwargs, prepend_bos)

@@ -66,8 +66,9 @@ def calibrate(
 
     The cost is a quantile, over all tokens of fixed reference answers, of KL(steered ‖ unsteered) of the next-token
     distributions. Strengths are tried in rounds, each between the largest that stayed within the budget and the
-    smallest that did not; so every smaller strength that was tried is within the budget too. Two methods that are
-    calibrated on the same prompts to the same budget can be compared at equal cost.
+    smallest that did not; so every smaller strength that was tried is within the budget too. A strength at which the
+    model's numbers blow up on any of the prompts costs more than any budget. Two methods that are calibrated on the
+    same prompts to the same budget can be compared at equal cost.
 
     Args:
         steering: a FineSteer or a baseline; its present strength does not matter.
@@ -84,6 +85,8 @@ def calibrate(
 
     Raises:
         InputError: no prompts, options out of range, or a steering that only monitors.
+        NonFiniteError: the unsteered model's numbers blow up.
+        HookError: the hooks do not run on this model.
         ContextLengthError: a prompt with its answer does not fit into the context.
         MismatchError: the steering was fitted on another model.
     """
@@ -104,9 +107,10 @@ def calibrate(
 
     def costs(strengths: Sequence[float]) -> list[float]:
         variants = [steering.with_strength(strength) for strength in strengths]
-        found = answer_divergences(model, rows, variants, batch_size=passes.batch_size, advance=advance)
+        found = answer_divergences(model, rows, variants, batch_size=passes.batch_size, advance=advance, beyond=True)
         tokens = torch.stack([torch.cat(parts) for parts in found])
-        return tokens.nan_to_num(nan=math.inf).quantile(quantile, dim=1, interpolation="higher").tolist()
+        cost = tokens.quantile(quantile, dim=1, interpolation="higher")
+        return cost.masked_fill(tokens.isinf().any(dim=1), math.inf).tolist()
 
     within, beyond = 0.0, math.inf
     curve = {0.0: 0.0}

@@ -114,7 +114,7 @@ class _Searching(Measuring):
         if self.utility is not None:
             return one_each("utility", self.utility(model, steering, items), len(items))
         if steering is None:
-            return torch.zeros(len(items))
+            return torch.zeros(len(items), dtype=torch.float32, device="cpu")
         prompts = [_prompt(item) for item in items]
         return -general_divergence(model, steering, prompts, **self.batching)
 

@@ -22,7 +22,7 @@ from fsteer_lens.method.subspace import Subspace
 from fsteer_lens.method.subspace_gates import CalibrationRange, EnergyGate, LogisticGate, QuantileGate, ThresholdGate
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.formats import PromptFormat
-from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint
+from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint, require_model
 from fsteer_lens.steering.baselines import MeanShift, NearestCentroid, NullSpaceSteering, PcaDirection
 from fsteer_lens.steering.steering import FineSteer, Steering
 
@@ -100,10 +100,10 @@ def _with_fingerprint(link: Link, model: SteerableModel | None) -> Link:
                 fix="save(steering, path, model=model).",
             )
         return link
-    current = fingerprint(model, link.hooked_layers, link.site)
     if link.fingerprint is None:
+        current = fingerprint(model, link.hooked_layers, link.site)
         return replace(link, fingerprint=current)  # pyright: ignore[reportArgumentType]
-    link.fingerprint.require_match(current)
+    require_model(link.fingerprint, model, link.site)
     return link
 
 
