@@ -72,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
 
     model = argparse.ArgumentParser(add_help=False)
     option = model.add_argument
-    option("--model", required=True, help="a Hugging Face name, a folder, or 'tutor'")
-    option("--kind", choices=["hooked", "bridge"], help="class of the model (default: hooked where it is)")
+    option("--model", required=True, help="a Hugging Face name, a folder, a .gguf file, 'tutor' or 'smollm2'")
+    option("--kind", choices=["hooked", "bridge"], help="class of the model (default: bridge; hooked for the tutor)")
     option("--device", default="cpu")
     option("--chat", action="store_true", help="put prompts through the tokenizer's chat template")
     option("--batch-size", type=int, default=8)

@@ -1,4 +1,4 @@
-"""A converted model is the model: what a conversion leaves out or gets wrong is found before the model is handed out."""
+"""A converted model is the model: what a conversion leaves out or gets wrong is found before anyone has it."""
 
 import re
 from collections.abc import Callable
@@ -239,6 +239,23 @@ def test_a_model_that_says_nan_by_itself_is_refused() -> None:
     network.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match="before any conversion"):
         models.from_hf(network, tokenizer())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pytorchs_defaults_change_nothing(kind: models.Kind) -> None:
+    made = {}
+    for name, dtype in (("plain", torch.float32), ("dtype", torch.bfloat16), ("device", torch.float32)):
+        network = hf_model("llama")
+        try:
+            torch.set_default_dtype(dtype)
+            torch.set_default_device("meta" if name == "device" else None)
+            made[name] = models.from_hf(network, tokenizer(), kind=kind)
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+    said = {name: model(torch.tensor([IDS])) for name, model in made.items()}
+    torch.testing.assert_close(said["dtype"], said["plain"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(said["device"], said["plain"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("given", [None, "gpt2", nn.Linear(2, 2)])

@@ -45,10 +45,11 @@ def from_hf(hf_model: Any, tokenizer: Any, kind: Kind | None = None, process: bo
     require_decoding(network)
     require_weights(network, kind)
     hf_model.eval()
-    asked = probe(hf_model, network)
-    network = merged(network, hf_model)
-    model = _converted(network, tokenizer, kind, process)
-    require_agreement(model, asked)
+    with torch.device("cpu"):  # whatever torch.set_default_device says
+        asked = probe(hf_model, network)
+        network = merged(network, hf_model)
+        model = _converted(network, tokenizer, kind, process)
+        require_agreement(model, asked)
     return model
 
 
