@@ -76,6 +76,9 @@ def test_shifts_of_models_with_alibi_are_those_of_transformers(architecture: str
     found = collect(model, [Contrast(IDS, *answer)] * 2, layer=1, progress=False)
     assert found.shifts is not None
     torch.testing.assert_close(found.shifts[0], means[0] - means[1], atol=1e-4, rtol=1e-4)
+    own: Any = model  # TransformerLens' own decoding, which runs with a cache as well
+    made = own.generate(torch.tensor([IDS]), max_new_tokens=6, do_sample=False, stop_at_eos=False, verbose=False)
+    assert made[0].tolist()[len(IDS) :] == greedy(hf_model(architecture), IDS, 6)
 
 
 # What can go wrong in a model before it is converted; the oracle is the same network, asked before.
@@ -238,6 +241,13 @@ def test_a_model_that_says_nan_by_itself_is_refused() -> None:
     network = hf_model("llama")
     network.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match="before any conversion"):
+        models.from_hf(network, tokenizer())
+
+
+def test_a_model_that_does_not_run_is_refused_before_it_is_converted() -> None:
+    network = hf_model("llama")
+    network.lm_head = nn.Linear(3, 3)
+    with pytest.raises(InputError, match="does not run, before any conversion"):
         models.from_hf(network, tokenizer())
 
 

@@ -44,9 +44,9 @@ def from_hf(hf_model: Any, tokenizer: Any, kind: Kind | None = None, process: bo
     refuse_unmergeable(hf_model)
     require_decoding(network)
     require_weights(network, kind)
-    hf_model.eval()
+    network.eval()
     with torch.device("cpu"):  # whatever torch.set_default_device says
-        asked = probe(hf_model, network)
+        asked = probe(network)
         network = merged(network, hf_model)
         model = _converted(network, tokenizer, kind, process)
         require_agreement(model, asked)
