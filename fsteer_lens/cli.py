@@ -74,8 +74,8 @@ def _parser() -> argparse.ArgumentParser:
 
     model = argparse.ArgumentParser(add_help=False)
     option = model.add_argument
-    option("--model", required=True, help="a Hugging Face name, a folder, or 'tutor'")
-    option("--kind", choices=["hooked", "bridge"], help="class of the model (default: hooked where it is)")
+    option("--model", required=True, help="a Hugging Face name, a folder, a .gguf file, 'tutor' or 'smollm2'")
+    option("--kind", choices=["hooked", "bridge"], help="class of the model (default: bridge; hooked for the tutor)")
     option("--device", default="cpu")
     option("--dtype", choices=list(DTYPES), help="of the weights (default: float32)")
     switch = argparse.BooleanOptionalAction
