@@ -145,8 +145,10 @@ def _fit(args: argparse.Namespace) -> int:
     from fsteer_lens import collect, collect_queries, fit, save
 
     always = args.gate == "none"
-    if always and (args.rank or args.general):
+    if always and (args.rank is not None or args.general is not None):
         raise InputError("--rank and --general have no effect with --gate none", fix="Leave them out.")
+    if args.gate in ("quantile", "energy") and args.general is not None:
+        raise InputError(f"--general has no effect with --gate {args.gate}", fix="Leave it out, or take another gate.")
     _require_folder(args.out)
     contrasts = _read_contrasts(args.data)
     general_prompts = None if args.general is None else _read_prompts(args.general)
@@ -170,6 +172,8 @@ def _report(args: argparse.Namespace) -> int:
     from fsteer_lens.evaluation import every
     from fsteer_lens.report import steering_report
 
+    if args.no_sweep and args.general is None:
+        raise InputError("--no-sweep has no effect without --general", fix="Leave it out: nothing is swept then.")
     _require_folder(args.out)
     contrasts = every(_read_contrasts(args.data), args.limit)
     general = [] if args.general is None else every(_read_prompts(args.general), args.limit)

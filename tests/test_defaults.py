@@ -1,7 +1,7 @@
 """PyTorch's default dtype and default device change nothing: a notebook sets them to load some other model."""
 
 import ast
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -12,8 +12,22 @@ import torch
 from torch import Tensor
 
 import fsteer_lens
-from fsteer_lens import Window, calibrate, collect, collect_queries, effects, explore, figures, fit, fit_gate, generate
-from fsteer_lens import load, save, stream, tutor
+from fsteer_lens import (
+    Window,
+    calibrate,
+    collect,
+    collect_queries,
+    effects,
+    explore,
+    figures,
+    fit,
+    fit_gate,
+    generate,
+    load,
+    save,
+    stream,
+    tutor,
+)
 from fsteer_lens.evaluation import gate_report
 from fsteer_lens.hooks import Schedule, SubspaceProbe
 from fsteer_lens.models import SteerableModel
@@ -56,9 +70,7 @@ def fitted(model: SteerableModel, folder: Path) -> Iterator[tuple[str, Any]]:
     steering = fit(read[4], rank=16, n_experts=(2, 4), epochs=10)
     yield "experts", steering.experts_at(4).parts(others)
     yield "routing", effects.routing_report(steering.experts_at(4), own, shifts=read[4].shifts, labels=read[4].labels)
-    yield "ranks", effects.rank_sweep(
-        steering, own, others, ranks=[2], model=model, contrasts=DATA.valid[:2], **QUIET
-    )
+    yield "ranks", effects.rank_sweep(steering, own, others, ranks=[2], model=model, contrasts=DATA.valid[:2], **QUIET)
     yield "separation", figures.gate_separation(steering.gate_at(4), own, others).to_json()
     yield "slider", figures.rank_explorer(steering.gate_at(4), {"a": own, "b": others}).to_json()
     save(steering, folder / "steer.safetensors")

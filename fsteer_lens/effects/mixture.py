@@ -46,7 +46,11 @@ def expert_tokens(
         ShapeError: experts of another width than the model's.
     """
     instance("expert_tokens", experts, Experts, "Experts", fix="Give steering.experts_at(layer).")
-    require_width(torch.empty(model.cfg.d_model, dtype=torch.float32, device="meta"), "the model's residual stream", experts.d_model)
+    require_width(
+        torch.empty(model.cfg.d_model, dtype=torch.float32, device="meta"),
+        "the model's residual stream",
+        experts.d_model,
+    )
     tokenizer = require_tokenizer(model)
     n_tokens = min(model.cfg.d_vocab, len(tokenizer))
     top = whole("top", top, 1, n_tokens)

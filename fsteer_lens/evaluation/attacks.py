@@ -21,7 +21,7 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.gate_reports import reading_layer
 from fsteer_lens.evaluation.perturbations import Format, Keeps
-from fsteer_lens.ground.checks import normalised, options_of, seed_of, switch, whole
+from fsteer_lens.ground.checks import normalised, options_of, require_unset, seed_of, switch, whole
 from fsteer_lens.ground.estimates import Proportion
 from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.method.gates import OPEN, Gate, oriented
@@ -191,6 +191,8 @@ def attack_gate(
         ContextLengthError: a changed prompt does not fit into the context.
     """
     run = options_of("attack_gate", _Options, options)
+    if keeps is None:
+        require_unset("no keeps=", constrained=options.get("constrained"))
     budget, where = whole("budget", budget, 1), reading_layer({"attacked": gate}, layer)
     if isinstance(prompts, str) or not prompts or not words:
         raise InputError("attack_gate", expected="prompts and words", got=(len(prompts), len(words)))

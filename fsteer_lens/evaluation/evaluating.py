@@ -13,7 +13,7 @@ from torch import Tensor
 from fsteer_lens.effects.answers import one_each
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.suites import Measure, Setting, Suite
-from fsteer_lens.ground.checks import choice, seed_of
+from fsteer_lens.ground.checks import choice, require_unset, seed_of
 from fsteer_lens.ground.estimates import Estimate, bootstrap, estimate_of, resampled_means
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.hooks.objects import HookObject
@@ -204,7 +204,7 @@ def evaluate(
     methods: Mapping[str, Method | Callable[[int], Method]],
     suite: Suite,
     *,
-    seeds: Sequence[int] = (0,),
+    seeds: Sequence[int] | None = None,
     chat: bool = False,
     batch_size: int = 16,
     progress: bool = True,
@@ -216,7 +216,7 @@ def evaluate(
         methods: by name: a hook object, `Prompting`, None for the bare model, or a function that makes one of these
             from a seed. Such a function is called once for each seed, and its numbers are averaged item by item.
         suite: what to measure: `tutor.TutorSuite`, `TruthfulQA`, `harmbench`, `xstest`, or one of your own.
-        seeds: for methods that are functions.
+        seeds: for methods that are functions; None is (0,).
         chat: send string prompts through the chat template.
         batch_size: rows per forward pass.
         progress: show a progress bar.
@@ -226,7 +226,10 @@ def evaluate(
         MismatchError, ShapeError: a method was fitted on another model.
         ContextLengthError: a prompt, or one with its answer, does not fit into the context.
     """
-    passes, seeds = Passes(chat, batch_size, progress), [seed_of(seed) for seed in seeds]
+    passes = Passes(chat, batch_size, progress)
+    if not any(map(_is_made, methods.values())):
+        require_unset("no method that is a function of a seed", seeds=seeds)
+    seeds = [seed_of(seed) for seed in ((0,) if seeds is None else seeds)]
     if not methods or not len(seeds):
         raise InputError("evaluate", expected="at least one method and one seed", got=(len(methods), len(seeds)))
     for name, method in methods.items():

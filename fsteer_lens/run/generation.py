@@ -13,7 +13,7 @@ from typing import Any, Unpack, overload
 import torch
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import is_whole, switch, whole
+from fsteer_lens.ground.checks import is_whole, require_unset, switch, whole
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.hooks.opening import Read, open_session
 from fsteer_lens.hooks.session import Session
@@ -176,6 +176,8 @@ def generate(
     passes, max_new_tokens = Passes(chat, batch_size, progress), whole("max_new_tokens", max_new_tokens, 1)
     if switch("compare", compare) and steering is None:
         raise InputError("compare=True without a steering has nothing to compare", fix="Give steering=.")
+    if steering is None:
+        require_unset("no steering", read=read)
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
     rules = Rules(sampling, Stop(model, stop), max_new_tokens, use_past_kv_cache)
     rows = passes.ids(model, many)
@@ -212,6 +214,8 @@ def stream(
     on the model only while it computes a token.
     """
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+    if steering is None:
+        require_unset("no steering", read=read)
     drawing = Sampling.of(sampling)
     ids = prompt_ids(model, prompt, chat=chat)
     require_fits(model, len(ids) + max_new_tokens, f"the prompt with {max_new_tokens} new tokens")

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import torch
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import finite, options_of
+from fsteer_lens.ground.checks import finite, optional, options_of, require_unset, whole
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Prompt
@@ -17,6 +17,7 @@ from fsteer_lens.run.generation import generate
 from fsteer_lens.run.teacher_forcing import answer_divergences, answered
 from fsteer_lens.steering.steering import Steering
 
+NEW_TOKENS = 32
 STRENGTHS_A_ROUND = 8
 ROUNDS = 3
 
@@ -58,7 +59,7 @@ def calibrate(
     answers: Sequence[str] | None = None,
     quantile: float = 0.95,
     max_strength: float = 8.0,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
     **options: Unpack[PassOptions],
 ) -> Calibration:
     """Find the strength at which a steering costs what a budget allows on prompts that it should leave alone.
@@ -77,7 +78,7 @@ def calibrate(
         answers: a reference answer for each prompt; None takes the unsteered model's own greedy ones.
         quantile: which quantile of the divergences counts.
         max_strength: the largest strength to try.
-        max_new_tokens: length of the reference answers that are generated.
+        max_new_tokens: length of the reference answers that are generated; None is 32.
         options: `chat` (False), send string prompts through the chat template; `batch_size` (16), rows per forward
             pass; `progress` (True), show a progress bar.
 
@@ -93,11 +94,14 @@ def calibrate(
     max_strength = finite("max_strength", max_strength, above=0)
     if not isinstance(steering, Steering) or steering.monitor:
         raise InputError("calibrate", expected="a steering that acts", got=repr(steering))
+    max_new_tokens = optional(whole, "max_new_tokens", max_new_tokens, 1)
+    if answers is not None:
+        require_unset("answers= that are given", max_new_tokens=max_new_tokens)
     ids: Any = answers
     if answers is None:
         answered(model, prompts, None, chat=passes.chat)  # raises before anything is generated
         with unsteered(model):
-            made = generate(model, list(prompts), max_new_tokens=max_new_tokens, **passes.options)
+            made = generate(model, list(prompts), max_new_tokens=max_new_tokens or NEW_TOKENS, **passes.options)
         ids = [one.tokens for one in made]
     rows = answered(model, prompts, ids, chat=passes.chat)
 
