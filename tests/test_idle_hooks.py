@@ -57,7 +57,7 @@ def deafened(
         point._compiled_call_impl = None
 
 
-RUNS: dict[str, Callable[[SteerableModel, FineSteer], Any]] = {
+RUNS: dict[str, Callable[[SteerableModel, Any], Any]] = {
     "generate": lambda model, by: generate(model, PROMPTS, by, max_new_tokens=2, **QUIET),
     "generate, drawn": lambda model, by: generate(
         model, PROMPTS, by, max_new_tokens=2, do_sample=True, seed=0, **QUIET
@@ -67,7 +67,7 @@ RUNS: dict[str, Callable[[SteerableModel, FineSteer], Any]] = {
     "stream": lambda model, by: list(stream(model, PROMPTS[0], by, max_new_tokens=2)),
     "a probe": lambda model, by: generate(
         model, PROMPTS, SubspaceProbe(by.gate_at(LAYER).subspace, layer=LAYER), **QUIET
-    ),  # type: ignore[union-attr]
+    ),
     "collect": lambda model, by: collect(model, CONTRASTS, layer=LAYER, **QUIET),
     "collect, last prompt": lambda model, by: collect(model, CONTRASTS, layer=[2, LAYER], shift="last_prompt", **QUIET),
     "collect_queries": lambda model, by: collect_queries(model, PROMPTS, layer=LAYER, **QUIET),
@@ -97,7 +97,7 @@ RUNS: dict[str, Callable[[SteerableModel, FineSteer], Any]] = {
         GENERAL,
         calibration=[f"{n}" for n in range(30)],
         format=str,
-        **QUIET,  # type: ignore[dict-item]
+        **QUIET,
     ),
     "explore": lambda model, by: explore(by, model, {"a": PROMPTS, "b": GENERAL}, **QUIET),
     "report": lambda model, by: steering_report(model, by, CONTRASTS, GENERAL, max_new_tokens=2, **QUIET),
@@ -129,9 +129,9 @@ def test_one_of_several_layers_is_enough(model: SteerableModel, layer: int) -> N
 
 @pytest.mark.parametrize("kind", ["steered", "a probe"])
 def test_a_decoding_step_without_hooks_raises_after_a_prompt_with_them(
-    model: SteerableModel, steering: FineSteer, kind: str
+    model: SteerableModel, steering: Any, kind: str
 ) -> None:
-    by = steering if kind == "steered" else SubspaceProbe(steering.gate_at(LAYER).subspace, layer=LAYER)  # type: ignore[union-attr]
+    by = steering if kind == "steered" else SubspaceProbe(steering.gate_at(LAYER).subspace, layer=LAYER)
     with deafened(model, deaf=lambda h: h.shape[1] == 1):
         assert len(generate(model, PROMPTS, by, max_new_tokens=1, **QUIET)) == 2
         running = stream(model, PROMPTS[0], by, max_new_tokens=3)

@@ -46,7 +46,7 @@ from tests import made_up
 from tests.test_fitting import activations, general
 
 OWN, OTHERS = activations(), general()
-Q, G, S = OWN.queries, OTHERS.queries, OWN.shifts
+Q, G, S = OWN.queries, OTHERS.queries, OWN.queries.flip(0)
 GROUPS = OWN.groups
 GATE = fit_gate(Q, rank=3)
 LINEAR = fit_gate(Q, kind="linear", general=G)

@@ -67,7 +67,7 @@ def says(model: SteerableModel, change: Callable[[torch.Tensor], torch.Tensor]) 
         handle.remove()
 
 
-def at_step(step: int, row: int) -> Callable[[int, torch.Tensor], Any]:
+def at_step(step: int, row: Any) -> Callable[[int, torch.Tensor], Any]:
     return lambda number, activation: row if number == step else None
 
 
@@ -197,7 +197,7 @@ def test_scores_name_the_answers_token_and_the_steering(tutor_model: SteerableMo
     ids = prompt_ids(tutor_model, GENERAL[0])
     with (
         broken(tutor_model, at_step(0, (0, len(ids)))),
-        pytest.raises(  # type: ignore[arg-type]
+        pytest.raises(
             NonFiniteError, match=r"token 1 of the answer, of prompt '.*1 row, .* under FineSteer.*strength=0\.25"
         ),
     ):
