@@ -166,8 +166,10 @@ def _fit(args: argparse.Namespace) -> int:
     from fsteer_lens.prompts.files import read_contrasts, read_prompts
 
     always = args.gate == "none"
-    if always and (args.rank or args.general):
+    if always and (args.rank is not None or args.general is not None):
         raise InputError("--rank and --general have no effect with --gate none", fix="Leave them out.")
+    if args.gate in ("quantile", "energy") and args.general is not None:
+        raise InputError(f"--general has no effect with --gate {args.gate}", fix="Leave it out, or take another gate.")
     _require_folder(args.out)
     columns = _columns(args)
     contrasts = read_contrasts(args.data, columns)
@@ -193,6 +195,8 @@ def _report(args: argparse.Namespace) -> int:
     from fsteer_lens.prompts.files import read_contrasts, read_prompts
     from fsteer_lens.report import steering_report
 
+    if args.no_sweep and args.general is None:
+        raise InputError("--no-sweep has no effect without --general", fix="Leave it out: nothing is swept then.")
     _require_folder(args.out)
     columns = _columns(args)
     contrasts = every(read_contrasts(args.data, columns), args.limit)

@@ -194,6 +194,14 @@ def brief(value: Any) -> str:
     return shown if len(shown) <= SHOWN else shown[: SHOWN - 1] + "…"
 
 
+def require_unset(beside: str, **given: Any) -> None:
+    """Raise `InputError` where one of these arguments is given, that is not None: beside that it has no effect."""
+    names = [f"{name}=" for name, value in given.items() if value is not None]
+    if names:
+        it = "it" if len(names) == 1 else "them"
+        raise InputError(f"{' and '.join(names)} without effect", got=beside, fix=f"Leave {it} out.")
+
+
 def normalised(owner: Any, **values: Any) -> None:
     """Set fields of a frozen dataclass to what its checks gave, while it is being made."""
     for name, value in values.items():

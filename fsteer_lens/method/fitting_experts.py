@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.ground.checks import choice, listed, whole
+from fsteer_lens.ground.checks import choice, listed, require_unset, whole
 from fsteer_lens.method.controller import Training, train_controller
 from fsteer_lens.method.experts import Experts, FitReport
 from fsteer_lens.method.linalg import principal_directions, require_matrix
@@ -80,6 +80,10 @@ def fit_experts(
     options = {**PRESETS[preset], **{name: value for name, value in given.items() if value is not None}}
     scale = choice("prototype_scale", options.pop("prototype_scale"), ("unit", "shift"))
     residual_rank = whole("residual_rank", residual_rank, 1)
+    if validation == 0:
+        require_unset("validation=0, so that nothing stops early", patience=patience)
+    if n_experts in (1, (1, 1)):
+        require_unset("n_experts=1, so that nothing is routed", route_loss=route_loss or None)
     training = Training(
         learning_rate=learning_rate,
         weight_decay=weight_decay,

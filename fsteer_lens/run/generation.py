@@ -13,7 +13,7 @@ from typing import Any, Unpack, overload
 import torch
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import switch, whole
+from fsteer_lens.ground.checks import require_unset, switch, whole
 from fsteer_lens.hooks.objects import HookObject, remembered
 from fsteer_lens.hooks.opening import Read, open_session
 from fsteer_lens.hooks.session import Session
@@ -188,6 +188,8 @@ def generate(
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     if switch("compare", compare) and steering is None:
         raise InputError("compare=True without a steering has nothing to compare", fix="Give steering=.")
+    if steering is None:
+        require_unset("no steering", read=read)
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
     rules = Rules(sampling, Stop(model, stop), max_new_tokens, use_past_kv_cache)
     rows = passes.ids(model, many)
@@ -223,6 +225,8 @@ def stream(
     temperature, top_k, top_p and seed. The hooks are on the model only while it computes a token.
     """
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+    if steering is None:
+        require_unset("no steering", read=read)
     given: dict[str, Any] = dict(options)
     passes = Passes(**{name: given.pop(name) for name in FormatOptions.__annotations__ if name in given})
     drawing = Sampling.of(given)

@@ -26,6 +26,10 @@ class Stop:
         ids = [int(item) for item in given if is_whole(item)] if listed else []
         if not listed or "" in self.texts or len(ids) + len(self.texts) < len(given):
             raise InputError("stop", expected="a list of token ids and non-empty texts", got=repr(stop))
+        beyond = [token for token in ids if not 0 <= token < model.cfg.d_vocab]
+        if beyond:
+            expected = f"ids that the model can say, 0..{model.cfg.d_vocab - 1}"
+            raise InputError("stop without effect", expected=expected, got=beyond)
         self.ids = torch.tensor(sorted({*ids, *stop_ids(model)}), dtype=torch.long, device=device_of(model))
         self._model = model
 

@@ -115,13 +115,22 @@ class Steering(Link):
                 'refresh="step" has no effect with scope="prompt"',
                 fix='Use scope="all", "generated" or a Window.',
             )
+        if self.schedule is not None and len(set(self.schedule.factors)) > 1 and self.scope == "prompt":
+            raise InputError(
+                'a schedule has no effect on generated tokens with scope="prompt"',
+                expected="a scope that reaches them",
+                got="factors for several steps",
+                fix='Use scope="all", "generated" or a Window.',
+            )
         if self.gate_layer is not None:
             if self.gate_layer > min(self.layers):
                 raise InputError(
                     "gate_layer", expected=f"at most the first steered layer, {min(self.layers)}", got=self.gate_layer
                 )
             if self.gate_at(self.gate_layer) is None:
-                raise InputError(f"gate_layer={self.gate_layer} has no gate", fix="Give gates={layer: gate}.")
+                raise InputError(
+                    f"gate_layer={self.gate_layer} has no gate", fix="Give one for that layer: gate={layer: ...}."
+                )
 
     @property
     @abstractmethod
