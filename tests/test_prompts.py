@@ -73,7 +73,9 @@ def test_a_set_is_a_sequence_that_cannot_be_changed():
 
 # ---------------------------------------------------------------------------------------------------------- round trips
 
-text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12).filter(lambda t: t.strip())
+text = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=12).filter(
+    lambda t: t.strip()
+)
 optional = st.none() | text
 turns = st.lists(st.fixed_dictionaries({"role": st.just("user"), "content": text}), min_size=1, max_size=2)
 prompts = text | turns | st.lists(st.integers(0, 9), min_size=1, max_size=4)
@@ -232,7 +234,9 @@ def test_rows_that_cannot_be_used_are_named(tmp_path):
         ContrastSet.from_records([ROWS[0], {**ROWS[1], "prompt": " "}])
     path = tmp_path / "c.csv"
     path.write_text("prompt,preferred,undesired\na,b,c\nd,e\n")
-    with pytest.raises(DataError, match=r"c\.csv, line 3: expected 3 cells, one for each name in the heading, got 2\. Put"):
+    with pytest.raises(
+        DataError, match=r"c\.csv, line 3: expected 3 cells, one for each name in the heading, got 2\. Put"
+    ):
         ContrastSet.from_csv(path)
     path = tmp_path / "c.jsonl"
     path.write_text('{"prompt": "a", "preferred": "b", "undesired": "c"}\n{"prompt": \n')

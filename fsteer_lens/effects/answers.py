@@ -11,7 +11,7 @@ from fsteer_lens.errors import InputError, TokenizerError
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
-from fsteer_lens.prompts.forms import Prompt
+from fsteer_lens.prompts.forms import GivenPrompts, Prompt
 from fsteer_lens.prompts.tokens import stop_ids
 from fsteer_lens.run.decoding import Step
 from fsteer_lens.run.recorder import Recorder
@@ -70,7 +70,7 @@ def answer_margin(
 def exact_answers(
     model: SteerableModel,
     steering: HookObject | None,
-    prompts: Iterable[Prompt],
+    prompts: GivenPrompts,
     answers: Iterable[str],
     *,
     chat: bool = False,
@@ -110,7 +110,7 @@ def exact_answers(
 def general_divergence(
     model: SteerableModel,
     steering: HookObject,
-    prompts: Iterable[Prompt],
+    prompts: GivenPrompts,
     answers: Iterable[str | Sequence[int]] | None = None,
     *,
     chat: bool = False,
@@ -136,7 +136,7 @@ def general_divergence(
 def counterfactual(
     model: SteerableModel,
     steering: HookObject,
-    prompts: Iterable[Prompt],
+    prompts: GivenPrompts,
     answers: Iterable[str | Sequence[int]],
     *,
     chat: bool = False,

@@ -16,7 +16,7 @@ from fsteer_lens.method.gates import OPEN, Gate
 from fsteer_lens.method.subspace_gates import SubspaceGate, subspace_leaves
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
-from fsteer_lens.prompts.forms import Prompt
+from fsteer_lens.prompts.forms import GivenPrompt
 from fsteer_lens.prompts.passes import Passes
 from fsteer_lens.prompts.tokens import prompt_ids, token_texts
 from fsteer_lens.reading.reader import Reader
@@ -156,7 +156,7 @@ class GateExplanation:
 def explain_gate(
     model: SteerableModel,
     steering: Steering,
-    prompt: Prompt,
+    prompt: GivenPrompt,
     *,
     layer: int | None = None,
     chat: bool = False,

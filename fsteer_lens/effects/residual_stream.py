@@ -14,7 +14,7 @@ from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.attaching import hooks_added, unsteered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import hook_point
-from fsteer_lens.prompts.forms import Prompt
+from fsteer_lens.prompts.forms import GivenPrompt
 from fsteer_lens.prompts.tokens import token_texts
 from fsteer_lens.run.teacher_forcing import answered, batches, session_for
 
@@ -59,7 +59,7 @@ class Propagation:
 def propagation(
     model: SteerableModel,
     steering: HookObject,
-    prompt: Prompt,
+    prompt: GivenPrompt,
     answer: str | Sequence[int] = (),
     *,
     chat: bool = False,

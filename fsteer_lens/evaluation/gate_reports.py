@@ -6,7 +6,7 @@ intervals. A gate is not a security boundary: `attacks` measures how little it t
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, TypedDict, Unpack
 
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.perturbations import NONE, PERTURBATIONS, Format, Keeps, Perturbation
-from fsteer_lens.ground.checks import choice, finite, normalised, options_of, seed_of, switch, whole
+from fsteer_lens.ground.checks import choice, finite, instance, normalised, options_of, seed_of, several, switch, whole
 from fsteer_lens.ground.estimates import Proportion, auroc
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.method.gates import OPEN, Gate, oriented, require_gate
@@ -201,7 +201,7 @@ def gate_report(
     calibration: Iterable[str],
     format: Format,
     layer: int | None = None,
-    perturbations: Sequence[Perturbation] = PERTURBATIONS,
+    perturbations: Iterable[Perturbation] = PERTURBATIONS,
     keeps: Keeps | None = None,
     **options: Unpack[ReportOptions],
 ) -> GateReport:
@@ -236,7 +236,8 @@ def gate_report(
     run = options_of("gate_report", _Options, options)
     where = reading_layer(named, layer)
     kinds = {HARMFUL: _grouped(harmful, HARMFUL), HARMLESS: _grouped(harmless, HARMLESS)}
-    names = [perturbation.name for perturbation in perturbations]
+    perturbations = several("perturbations", perturbations, "a list of them")
+    names = [instance("perturbation", one, Perturbation, "a Perturbation").name for one in perturbations]
     if not names or len(set(names)) < len(names) or not named:
         raise InputError("gate_report", expected="gates, and perturbations of different names", got=names)
     calibration = _grouped(calibration, "calibration")[ALL]

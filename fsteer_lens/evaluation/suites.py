@@ -1,17 +1,17 @@
 """Suites: what is measured of a steered model, item by item."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.ground.checks import whole
+from fsteer_lens.ground.checks import several, whole
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.contrasts import Prompt
+from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
 from fsteer_lens.prompts.tokens import prompt_ids
 
 Role = Literal["effect", "utility"]
@@ -52,9 +52,11 @@ class Setting:
     chat: bool = False
     batch_size: int = 16
 
-    def ids(self, model: SteerableModel, prompts: Sequence[Prompt]) -> list[list[int]]:
+    def ids(self, model: SteerableModel, prompts: GivenPrompts) -> list[list[int]]:
         """Prompts with the context as token ids."""
-        return [prompt_ids(model, prompt, chat=self.chat, context=self.context) for prompt in prompts]
+        return [
+            prompt_ids(model, prompt, chat=self.chat, context=self.context) for prompt in prompts_of(prompts, least=0)
+        ]
 
 
 class Suite(ABC):
@@ -78,13 +80,14 @@ class Suite(ABC):
         return f"{type(self).__name__}({self.name!r}, {told})"
 
 
-def every(items: Sequence[Any], limit: int | None) -> list[Any]:
+def every(items: Iterable[Any], limit: int | None) -> list[Any]:
     """At most `limit` items, evenly spread over all of them; None takes all.
 
     Raises:
         InputError: a limit below 1.
     """
-    limit = len(items) if limit is None else whole("limit", limit, 1)
-    if len(items) <= limit:
-        return list(items)
-    return [items[index * len(items) // limit] for index in range(limit)]
+    given = several("items", items, "a list of them")
+    limit = len(given) if limit is None else whole("limit", limit, 1)
+    if len(given) <= limit:
+        return given
+    return [given[index * len(given) // limit] for index in range(limit)]

@@ -10,7 +10,7 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.html import MONO, span, visible
 from fsteer_lens.figures.style import STEERED_COLOUR, one_line
-from fsteer_lens.ground.checks import normalised, optional, switch, whole
+from fsteer_lens.ground.checks import normalised, optional, several, switch, whole
 from fsteer_lens.trace.trace import Marks, Trace
 
 STEERED: Final = f"border-bottom:3px solid {STEERED_COLOUR}"
@@ -151,7 +151,7 @@ class TokenView:
     def tokens(self, given: Sequence[str] | Trace, layer: int | None, row: int) -> Tokens:
         """The tokens of a text, or those of a row of a trace, which has its own marks."""
         if not isinstance(given, Trace):
-            return _tokens_of_text(given, row, self)
+            return _tokens_of_text(several("tokens", given, "a list of the tokens' texts"), row, self)
         unset = {item.name: item.default for item in fields(self)}
         told = [name for name in MARKS if getattr(self, name) is not unset[name]]
         if told:

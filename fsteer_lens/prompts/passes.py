@@ -1,6 +1,6 @@
 """How prompts are put through a model: chat template or not, how many at once, and whether a bar is shown."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypedDict
@@ -8,7 +8,7 @@ from typing import TypedDict
 from fsteer_lens.ground.checks import normalised, switch, whole
 from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.contrasts import Prompt
+from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
 from fsteer_lens.prompts.tokens import prompt_ids
 
 
@@ -47,9 +47,9 @@ class Passes:
         """The same as keyword arguments of a function that takes all three."""
         return {"chat": self.chat, "batch_size": self.batch_size, "progress": self.progress}
 
-    def ids(self, model: SteerableModel, prompts: Sequence[Prompt]) -> list[list[int]]:
+    def ids(self, model: SteerableModel, prompts: GivenPrompts) -> list[list[int]]:
         """Token ids of prompts."""
-        return [prompt_ids(model, prompt, chat=self.chat) for prompt in prompts]
+        return [prompt_ids(model, prompt, chat=self.chat) for prompt in prompts_of(prompts, least=0)]
 
     def bar(self, total: int, description: str) -> AbstractContextManager[Callable[[int], None]]:
         """A progress bar, or nothing where none is wanted: a function that is told of finished steps."""

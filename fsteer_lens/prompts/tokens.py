@@ -16,7 +16,7 @@ from torch import Tensor
 from fsteer_lens.errors import ContextLengthError, InputError, TokenizerError
 from fsteer_lens.ground.checks import clean_text, optional
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.forms import Prompt, as_prompt, prompt_text
+from fsteer_lens.prompts.forms import GivenPrompt, as_prompt, prompt_text
 
 
 def require_tokenizer(model: SteerableModel) -> Any:
@@ -28,7 +28,9 @@ def require_tokenizer(model: SteerableModel) -> Any:
     return model.tokenizer
 
 
-def prompt_ids(model: SteerableModel, prompt: Prompt, *, chat: bool = False, context: str | None = None) -> list[int]:
+def prompt_ids(
+    model: SteerableModel, prompt: GivenPrompt, *, chat: bool = False, context: str | None = None
+) -> list[int]:
     """Token ids of a prompt, ready for the model.
 
     A string is tokenised and, where the tokenizer has a beginning-of-sequence token, gets exactly one of it in front.

@@ -3,19 +3,19 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, SupportsIndex, overload
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import DataError, MismatchError, NonFiniteError, ShapeError
-from fsteer_lens.ground.checks import choice, instance, is_several, normalised, optional, several, whole
+from fsteer_lens.ground.checks import choice, instance, is_several, normalised, optional, whole
 from fsteer_lens.method.linalg import move, require_shapes
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import DEFAULT_SITE, SITES
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
-from fsteer_lens.prompts.forms import Prompt, prompt_text, prompts_of
+from fsteer_lens.prompts.forms import GivenPrompts, Prompt, prompt_text, prompts_of
 from fsteer_lens.prompts.passes import Passes
 from fsteer_lens.prompts.tokens import answer_ids, prompt_ids, require_fits
 from fsteer_lens.reading import stored
@@ -167,7 +167,7 @@ def collect(
     model: SteerableModel,
     contrasts: Iterable[Contrast],
     *,
-    layer: int,
+    layer: SupportsIndex,
     shift: Shift = ...,
     chat: bool = ...,
     batch_size: int = ...,
@@ -178,7 +178,7 @@ def collect(
     model: SteerableModel,
     contrasts: Iterable[Contrast],
     *,
-    layer: Iterable[int],
+    layer: Iterable[SupportsIndex],
     shift: Shift = ...,
     chat: bool = ...,
     batch_size: int = ...,
@@ -188,7 +188,7 @@ def collect(
     model: SteerableModel,
     contrasts: Iterable[Contrast],
     *,
-    layer: int | Iterable[int],
+    layer: SupportsIndex | Iterable[SupportsIndex],
     shift: Shift = "response_mean",
     chat: bool = False,
     batch_size: int = 16,
@@ -265,10 +265,10 @@ def collect(
 @overload
 def collect_queries(
     model: SteerableModel,
-    prompts: Iterable[Prompt],
+    prompts: GivenPrompts,
     *,
-    layer: int,
-    labels: Iterable[str | None] | None = ...,
+    layer: SupportsIndex,
+    labels: Iterable[Any] | None = ...,
     chat: bool = ...,
     batch_size: int = ...,
     progress: bool = ...,
@@ -276,20 +276,20 @@ def collect_queries(
 @overload
 def collect_queries(
     model: SteerableModel,
-    prompts: Iterable[Prompt],
+    prompts: GivenPrompts,
     *,
-    layer: Iterable[int],
-    labels: Iterable[str | None] | None = ...,
+    layer: Iterable[SupportsIndex],
+    labels: Iterable[Any] | None = ...,
     chat: bool = ...,
     batch_size: int = ...,
     progress: bool = ...,
 ) -> dict[int, Activations]: ...
 def collect_queries(
     model: SteerableModel,
-    prompts: Iterable[Prompt],
+    prompts: GivenPrompts,
     *,
-    layer: int | Iterable[int],
-    labels: Iterable[str | None] | None = None,
+    layer: SupportsIndex | Iterable[SupportsIndex],
+    labels: Iterable[Any] | None = None,
     chat: bool = False,
     batch_size: int = 16,
     progress: bool = True,

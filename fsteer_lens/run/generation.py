@@ -19,7 +19,7 @@ from fsteer_lens.hooks.opening import Read, open_session
 from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.forms import Prompt, one_or_more
+from fsteer_lens.prompts.forms import GivenPrompt, GivenPrompts, Prompt, one_or_more
 from fsteer_lens.prompts.passes import Passes
 from fsteer_lens.prompts.tokens import (
     Batch,
@@ -124,7 +124,7 @@ class StepRecord:
 
 def generate(
     model: SteerableModel,
-    prompts: Prompt | Iterable[Prompt],
+    prompts: GivenPrompt | GivenPrompts,
     steering: HookObject | None = None,
     *,
     max_new_tokens: int = 64,
@@ -193,7 +193,7 @@ def generate(
 
 def stream(
     model: SteerableModel,
-    prompt: Prompt,
+    prompt: GivenPrompt,
     steering: HookObject | None = None,
     *,
     max_new_tokens: int = 64,

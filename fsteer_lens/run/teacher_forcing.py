@@ -16,7 +16,7 @@ from fsteer_lens.hooks.opening import open_session
 from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.forms import Prompt, prompts_of
+from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
 from fsteer_lens.prompts.tokens import Batch, answer_ids, pad, prompt_ids, require_fits
 from fsteer_lens.run.unsteered import CHUNK_NUMBERS, divergence
 
@@ -38,7 +38,7 @@ class Answered:
 
 def answered(
     model: SteerableModel,
-    prompts: Iterable[Prompt],
+    prompts: GivenPrompts,
     answers: Iterable[str | Sequence[int]] | None,
     *,
     chat: bool = False,
