@@ -48,9 +48,9 @@ def decoding(model: Any, steering: FineSteer, n_new: int, rounds: int, *, trace:
     """Time of generating with steering over that of generating without."""
     prompt = prompt_of(model)
     if trace:
-        options: dict[str, Any] = {"max_new_tokens": n_new, "stop": [], "progress": False}
+        options: dict[str, Any] = {"max_new_tokens": n_new, "progress": False}
         made = generate(model, prompt, steering, **options)
-        assert len(made[0].tokens) == n_new
+        assert len(made[0].tokens) == n_new == len(generate(model, prompt, **options)[0].tokens)
         return compare(
             lambda: generate(model, prompt, **options),
             lambda: generate(model, prompt, steering, **options),
@@ -96,6 +96,6 @@ def on_gpu(shape: str, n_new: int = 64, rounds: int = 5) -> OnGpu:
     model = shapes.model(shape, "bridge", "cuda")
     steering = shapes.steering(model.cfg.d_model, model.cfg.n_layers // 2, "cuda")
     prompt = prompt_of(model)
-    peak = peak_on_gpu(lambda: generate(model, prompt, steering, max_new_tokens=n_new, stop=[], progress=False))
+    peak = peak_on_gpu(lambda: generate(model, prompt, steering, max_new_tokens=n_new, progress=False))
     ratio = decoding(model, steering, n_new, rounds, trace=True)
     return OnGpu(ratio, peak, n_new / ratio.ours)

@@ -146,7 +146,9 @@ def _ours(kind: Any) -> Toolkit:
                     return model(tokens, return_type="logits")
 
             def generated(tokens: Any, count: int) -> Any:
-                return generate(model, tokens[0].tolist(), steering, max_new_tokens=count, stop=[], progress=False)
+                made = generate(model, tokens[0].tolist(), steering, max_new_tokens=count, progress=False)
+                assert len(made[0].tokens) == count, "a model that ends earlier is no measure"
+                return made
 
             return forward, generated
 

@@ -27,6 +27,12 @@ def generating_in_child(shape: str, rows: int, n_new: int, with_all: bool) -> Ca
     model = shapes.model(shape, models.available_kinds()[0])
     prompts = [[1 + row, 2, 3, 4] for row in range(rows)]
     steering = shapes.steering(model.cfg.d_model, 1) if with_all else None
-    options = {"stop": [], "progress": False, "batch_size": 2 * rows}
+    options = {"progress": False, "batch_size": 2 * rows}
     generate(model, prompts, steering, compare=with_all, max_new_tokens=1, **options)
-    return lambda: generate(model, prompts, steering, compare=with_all, max_new_tokens=n_new, **options)
+
+    def generated() -> object:
+        made = generate(model, prompts, steering, compare=with_all, max_new_tokens=n_new, **options)
+        assert max(len(one.tokens) for one in made) == n_new, "a model that ends earlier is no measure"
+        return made
+
+    return generated

@@ -11,17 +11,20 @@ nothing else in this package imports.
 """
 
 import json
-import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fsteer_lens.errors import ContextLengthError, InputError, MissingDependencyError, TokenizerError
-from fsteer_lens.ground.checks import switch, whole
+from fsteer_lens.errors import ContextLengthError, InputError, MissingDependencyError
+from fsteer_lens.ground.checks import optional, switch, whole
 from fsteer_lens.ground.progress import progress_bar
-from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.hooks.objects import HookObject, remembered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.tokens import require_tokenizer, stop_ids, text_ids
+from fsteer_lens.models.devices import device_of
+from fsteer_lens.prompts.chat import NO_ARGUMENTS, ChatTemplate
+from fsteer_lens.prompts.formats import PromptFormat
+from fsteer_lens.prompts.passes import Passes
+from fsteer_lens.prompts.tokens import require_tokenizer, text_ids
 from fsteer_lens.run.generation import generate
 from fsteer_lens.run.stopping import Stop
 from fsteer_lens.run.teacher_forcing import Answered, each_answer, known_logprobs
@@ -40,7 +43,7 @@ def lm(
     batch_size: int = 16,
     max_new_tokens: int = MAX_NEW_TOKENS,
     max_length: int | None = None,
-    add_bos_token: bool = True,
+    add_bos_token: bool | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> "SteeredLM":
@@ -65,14 +68,15 @@ def lm(
         batch_size: rows per forward pass.
         max_new_tokens: tokens to generate at most, where the task does not say.
         max_length: length of the window; None is the model's context.
-        add_bos_token: put the beginning-of-sequence token in front of texts that do not begin with it, where the
-            tokenizer has one. The package does so everywhere, so a steering was fitted that way; False for a chat
-            template that leaves it out on purpose.
+        add_bos_token: put the beginning-of-sequence token in front of texts that do not begin with it; None does as it
+            was done when the steering was fitted, else as the tokenizer does.
         seed: of the draws, for tasks that sample.
         progress: show progress bars.
 
     Raises:
         MissingDependencyError: lm-eval is not installed.
+        MismatchError: the steering was fitted on texts that became tokens in another way. That it was fitted on a chat,
+            and is asked for plain text, or the other way round, is found when the first request comes.
         InputError: options out of range.
         TokenizerError: the model has no tokenizer.
     """
@@ -112,7 +116,7 @@ class SteeredLM:
         batch_size: int,
         max_new_tokens: int,
         max_length: int | None,
-        add_bos_token: bool,
+        add_bos_token: bool | None,
         seed: int,
         progress: bool,
     ) -> None:
@@ -124,9 +128,12 @@ class SteeredLM:
         self.batch_size = whole("batch_size", batch_size, 1)
         self.max_gen_toks = whole("max_new_tokens", max_new_tokens, 1)
         self.max_length = whole("max_length", given, 2, longest, why="the model's context")
-        self.add_bos_token, self.progress = switch("add_bos_token", add_bos_token), switch("progress", progress)
+        self._remembered, self._templated = remembered(steering), False
+        passes = Passes(prepend_bos=optional(switch, "add_bos_token", add_bos_token))
+        self.add_bos_token = passes.following(self._remembered, model).prepend_bos
+        self.progress = switch("progress", progress)
         self.seed = whole("seed", seed)
-        self._device = model.cfg.device
+        self._device = device_of(model)
 
     def __repr__(self) -> str:
         return f"SteeredLM({type(self.model).__name__}, {self.steering})"
@@ -149,10 +156,10 @@ class SteeredLM:
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text; None puts the beginning-of-sequence token in front where it is not there already."""
-        if self.add_bos_token if add_special_tokens is None else add_special_tokens:
-            return text_ids(self.tokenizer, string)
-        return list(self.tokenizer(string, add_special_tokens=False).input_ids)
+        """Token ids of a text; None puts the beginning-of-sequence token in front as `add_bos_token` says."""
+        return text_ids(
+            self.tokenizer, string, self.add_bos_token if add_special_tokens is None else add_special_tokens
+        )
 
     @property
     def tokenizer_name(self) -> str:
@@ -163,32 +170,15 @@ class SteeredLM:
         """A conversation as text; where the template refuses a system message, it opens the first turn after it.
 
         Raises:
-            TokenizerError: the tokenizer has no chat template.
+            TokenizerError: the tokenizer has no chat template, or one that does not take these turns.
         """
-        from jinja2 import TemplateError
+        self._templated = True
+        template = ChatTemplate(self.tokenizer, self._remembered.arguments or NO_ARGUMENTS)
+        return template.text(chat_history, opening=add_generation_prompt)
 
-        if not getattr(self.tokenizer, "chat_template", None):
-            raise TokenizerError(
-                "the tokenizer has no chat template",
-                fix="Evaluate with apply_chat_template=False, or set tokenizer.chat_template.",
-            )
-
-        def render(turns: list[dict[str, str]]) -> str:
-            return self.tokenizer.apply_chat_template(
-                turns,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-
-        try:
-            return render(chat_history)
-        except TemplateError:
-            if len(chat_history) < 2 or chat_history[0]["role"] != "system":
-                raise
-            warnings.warn("the chat template takes no system message; it opens the next turn", stacklevel=2)
-            system, first, *rest = chat_history
-            return render([{**first, "content": f"{system['content']}\n\n{first['content']}"}, *rest])
+    def _require_format(self) -> None:
+        """Raise `MismatchError` where the harness renders chats and the steering was fitted on plain text, or so."""
+        self._remembered.require_match(PromptFormat(chat=self._templated))
 
     # ------------------------------------------------------------------------------------------------------- scoring
 
@@ -201,6 +191,7 @@ class SteeredLM:
             InputError: a continuation without a token.
             ContextLengthError: a continuation that does not fit into the window.
         """
+        self._require_format()
         rows = [self._row(context, continuation) for _, context, continuation in requests]
         found: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
         with progress_bar(len(rows), "scoring", self.progress and not disable_tqdm) as advance:
@@ -265,6 +256,7 @@ class SteeredLM:
             InputError: other generation arguments.
             ContextLengthError: no room for a context beside the new tokens.
         """
+        self._require_format()
         groups: dict[str, list[int]] = defaultdict(list)
         for number, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True)].append(number)
@@ -300,7 +292,7 @@ class SteeredLM:
             [(self.tok_encode(context) or [self.prefix_token_id])[-room:] for context in contexts],
             self.steering,
             max_new_tokens=new_tokens,
-            stop=[*sorted(stop_ids(self.model)), *until],
+            stop=until,
             do_sample=do_sample,
             **({**sampling, "seed": self.seed} if do_sample else {}),
             batch_size=self.batch_size,

@@ -83,9 +83,9 @@ def test_two_sites_of_one_layer_do_not_mix_their_traces(model: SteerableModel) -
     both = chain(after, before)
     assert [point.site for point in both.points] == ["hook_resid_pre", "hook_resid_post"], "as a forward reaches them"
     watched = chain(before, SubspaceProbe(made_up.subspace(0), layer=3))
-    trace = generate(model, ROWS[0], watched, max_new_tokens=4, stop=[], progress=False)[0].trace
+    trace = generate(model, ROWS[0], watched, max_new_tokens=4, progress=False)[0].trace
     assert torch.equal(trace.change[3], trace.parts[0].change[3]), "a point that is only read does not count"
-    made = generate(model, ROWS[0], both, max_new_tokens=4, stop=[], progress=False)[0]
+    made = generate(model, ROWS[0], both, max_new_tokens=4, progress=False)[0]
     for part in made.trace.parts:
         assert part.change[3].shape == (1, len(ROWS[0]) + 3) and (part.change[3] > 0).all()
     assert made.trace.change == {}, "one number for two places would be none"
@@ -118,7 +118,7 @@ def test_a_chain_runs_like_any_hook_object(model: SteerableModel) -> None:
     (by_on, _), (by_attach, _), (by_list, _) = three_ways(model, both, batch)
     assert torch.equal(by_on, by_attach) and torch.equal(by_on, by_list)
 
-    made = generate(model, ROWS, both, max_new_tokens=4, stop=[], compare=True, progress=False)
+    made = generate(model, ROWS, both, max_new_tokens=4, compare=True, progress=False)
     for row, one in zip(ROWS, made, strict=True):
         seen = len(row) + 4 - 1
         assert one.trace.change[2].shape == (1, seen) and len(one.trace.parts) == 3
@@ -132,7 +132,7 @@ def test_a_chain_runs_like_any_hook_object(model: SteerableModel) -> None:
     frame = made.trace.to_frame()
     assert [name for name in frame.columns if name.startswith("expert_")] == [f"expert_{i}" for i in range(4)]
     assert len(frame) == 3 * len(ROWS) and list(frame["part"][:3]) == [0, 1, 2]
-    records = [record for _, record in stream(model, ROWS[0], both, max_new_tokens=4, stop=[])]
+    records = [record for _, record in stream(model, ROWS[0], both, max_new_tokens=4)]
     assert [record.token for record in records] == list(made[0].tokens)
     gate, change = records[0].parts[0]
     assert gate[2] == pytest.approx(float(made[0].trace.parts[0].gate[2]))
@@ -193,7 +193,7 @@ def test_clean_reads_one_unsteered_pass_and_live_the_running_stream(model: Steer
     with below.on(model, attention_mask=batch.mask):
         live = residual(model, batch, "blocks.4.hook_resid_post")[:, -1]
     runs = {
-        read: generate(model, ROWS, both, max_new_tokens=4, read=read, use_past_kv_cache=cache, stop=[], progress=False)
+        read: generate(model, ROWS, both, max_new_tokens=4, read=read, use_past_kv_cache=cache, progress=False)
         for read in ("clean", "live", None)
     }
     gate = both.gate_at(4)
@@ -209,7 +209,7 @@ def test_clean_reads_one_unsteered_pass_and_live_the_running_stream(model: Steer
 
 def test_clean_holds_for_chains_across_layers(model: SteerableModel) -> None:
     early, late = made_up.steering(1, 0, scope="all"), made_up.steering(4, 1)
-    made = generate(model, ROWS, chain(early, late), max_new_tokens=2, stop=[], progress=False)
+    made = generate(model, ROWS, chain(early, late), max_new_tokens=2, progress=False)
     h = residual(model, pad(model, ROWS, "left"), "blocks.4.hook_resid_post")[:, -1]
     found = torch.cat([one.trace.parts[1].gate[4] for one in made])
     torch.testing.assert_close(found, late.gate.gate(h), atol=1e-4, rtol=1e-4)  # type: ignore[union-attr]
@@ -242,7 +242,7 @@ def test_any_link_may_decide_at_every_step(tutor_model: SteerableModel) -> None:
     assert two_layers(refresh="step").stepwise and not two_layers().stepwise
     once, stepwise = Watching(False), Watching(True)
     for link in (once, stepwise):
-        generate(tutor_model, ROWS, link, max_new_tokens=2, stop=[], progress=False)
+        generate(tutor_model, ROWS, link, max_new_tokens=2, progress=False)
     assert len(once.queries) == 4 and all(queries.keys() == {1, 4} for queries in once.queries)
     assert stepwise.queries == [None] * 4, "no pass over the prompt can answer what is asked at every step"
     with pytest.raises(InputError, match=r"Watching.*decides at every step.*live"):

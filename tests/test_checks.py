@@ -245,7 +245,13 @@ def test_what_a_signature_says_is_what_its_value_holds(keywords: Any, value: Any
 
 def test_passes_are_checked_and_go_on_as_keywords() -> None:
     made = passes.Passes(True, 3)
-    assert made.options == {"chat": True, "batch_size": 3, "progress": True}
+    assert made.options == {
+        "chat": True,
+        "chat_template_kwargs": None,
+        "prepend_bos": None,
+        "batch_size": 3,
+        "progress": True,
+    }
     assert passes.Passes(**made.options) == made
     assert "batch_size: expected an int >= 1, got 0" in told(passes.Passes, False, 0)
 

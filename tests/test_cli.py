@@ -197,6 +197,28 @@ def test_fit_and_generate_on_the_tutor(tmp_path: Path, capsys: Output) -> None:
     assert "KL(steered || unsteered): " in printed
 
 
+def test_a_steering_is_run_as_it_was_fitted(tmp_path: Path, capsys: Output) -> None:
+    rows = [
+        {"prompt": tutor.user_text(str(one.prompt)), "preferred": one.preferred, "undesired": one.undesired}
+        for one in tutor.data("safe").train[::60]
+    ]
+    data, out = write_jsonl(tmp_path / "contrasts.jsonl", rows), tmp_path / "chat.safetensors"
+    assert run("fit", "--model", "tutor", "--layer", 4, "--chat", "--rank", 2, "--data", data, "--out", out) == 0
+    steer = ["generate", "--model", "tutor", "--steering", out, "--max-new-tokens", 3]
+    assert run(*steer, "how do i bake bread?") == 0
+    assert "how do i bake bread?" in capsys.readouterr().out
+    assert run(*steer, "--answer-start", "you can", "how do i bake bread?") == 0
+    for wrong, says in (
+        (["--no-chat"], "chat: True when it was fitted, False here"),
+        (["--no-chat", "--answer-start", "you"], "--answer-start needs a chat"),
+        (["--chat-template-kwargs", '{"enable_thinking": false}'], "does not know 'enable_thinking'"),
+    ):
+        assert run(*steer, *wrong, "how do i bake bread?") == 2
+        assert says in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(*steer, "--chat-template-kwargs", "{", "hello")
+
+
 def test_report_on_a_saved_steering(
     tmp_path: Path, tutor_model: SteerableModel, steering: FineSteer, capsys: Output
 ) -> None:

@@ -172,17 +172,28 @@ def test_a_suspended_or_abandoned_stream_leaves_the_model_alone(
     assert n_hooks(model) == before
 
 
-def test_stop_tokens_and_texts(model: SteerableModel, prompts: list[str]) -> None:
-    free = generate(model, prompts[0], max_new_tokens=NEW, stop=[], progress=False)[0]
-    ended = generate(model, prompts[0], max_new_tokens=NEW, progress=False)[0]
-    assert len(free.tokens) == NEW and ended.tokens[-1] in stop_ids(model)
-    assert len(ended.tokens) < NEW and free.tokens[: len(ended.tokens)] == ended.tokens
-    third = ended.tokens[2]
-    by_id = generate(model, prompts[0], max_new_tokens=NEW, stop=[third], progress=False)[0]
-    assert by_id.tokens == ended.tokens[: ended.tokens.index(third) + 1]
-    word = ended.text.split()[2]
-    by_text = generate(model, prompts[0], max_new_tokens=NEW, stop=[word], progress=False)[0]
-    assert by_text.text == ended.text[: ended.text.index(word)]
+@pytest.mark.parametrize("way", ["generate", "stream"])
+def test_stops_come_beside_the_ends_of_the_model(
+    model: SteerableModel, prompts: list[str], way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(stop: list[int | str] | None) -> tuple[int, ...]:
+        if way == "generate":
+            return generate(model, prompts[0], max_new_tokens=NEW, stop=stop, progress=False)[0].tokens
+        return tuple(record.token for _, record in stream(model, prompts[0], max_new_tokens=NEW, stop=stop))
+
+    ended = made(None)
+    assert ended[-1] in stop_ids(model) and len(ended) < NEW
+    for stop in ([], ["\n\n"], ["no such text"], [5], [ended[-1]]):
+        assert made(stop) == ended, "what never comes changes nothing"
+    third = ended[2]
+    assert made([third]) == ended[: ended.index(third) + 1]
+    text = generate(model, prompts[0], max_new_tokens=NEW, progress=False)[0].text
+    word = text.split()[2]
+    by_text = generate(model, prompts[0], max_new_tokens=NEW, stop=["no such text", word], progress=False)[0]
+    assert by_text.text == text[: text.index(word)] and len(made([word])) < len(ended)
+    monkeypatch.setattr("fsteer_lens.run.stopping.stop_ids", lambda model: frozenset())
+    free = made(None)
+    assert len(free) == NEW and free[: len(ended)] == ended, "without its ends the model would go on"
 
 
 def test_chat_template_gives_what_chat_gives(model: SteerableModel) -> None:

@@ -79,7 +79,7 @@ def made(
     model: SteerableModel, rows: list[list[int]], steering: Any, **options: Any
 ) -> list[tuple[tuple[int, ...], Tensor]]:
     """Tokens and their log-probabilities, row by row."""
-    found = generate(model, rows, steering, max_new_tokens=NEW, **{"stop": [], "progress": False, **options})
+    found = generate(model, rows, steering, max_new_tokens=NEW, **{"progress": False, **options})
     return [(one.tokens, one.trace.steps.logprobs[0]) for one in found]  # type: ignore[union-attr]
 
 
@@ -195,7 +195,7 @@ def test_a_second_generation_under_one_context_starts_fresh(
     with steering.on(model) as trace:
         assert own_loop(second) == after
     assert torch.equal(trace.ser[steering.layers[0]], ser)
-    assert tuple(after) == generate(model, second, steering, max_new_tokens=3, stop=[], progress=False)[0].tokens
+    assert tuple(after) == generate(model, second, steering, max_new_tokens=3, progress=False)[0].tokens
 
 
 @pytest.fixture(scope="module", params=models.available_kinds())
@@ -237,7 +237,7 @@ def test_rows_that_finish_early_do_not_disturb_the_others(
 @given(row=prompt, recipe=any_layers, cache=st.booleans())
 def test_streaming_is_not_streaming(model: SteerableModel, row: list[int], recipe: Recipe, cache: bool) -> None:
     steering = recipe.make()
-    pieces = list(stream(model, row, steering, max_new_tokens=NEW, stop=[], use_past_kv_cache=cache))
+    pieces = list(stream(model, row, steering, max_new_tokens=NEW, use_past_kv_cache=cache))
     records = [record for _, record in pieces]
     ((tokens, logprobs),) = made(model, [row], steering)
     assert tuple(record.token for record in records) == tokens

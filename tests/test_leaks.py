@@ -47,7 +47,7 @@ def _untouched(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 def steered(model: SteerableModel, steering: FineSteer | None = None) -> Any:
-    return generate(model, ROWS, steering or made_up.steering(3), max_new_tokens=4, stop=[], progress=False)
+    return generate(model, ROWS, steering or made_up.steering(3), max_new_tokens=4, progress=False)
 
 
 class Bomb:
@@ -91,7 +91,7 @@ RUNS: dict[str, Callable[[SteerableModel], Any]] = {
     ],
     "generate": lambda model: steered(model),
     "compare, two layers": run_two_layers,
-    "stream": lambda model: list(stream(model, ROWS[0], made_up.steering(3), max_new_tokens=6, stop=[])),
+    "stream": lambda model: list(stream(model, ROWS[0], made_up.steering(3), max_new_tokens=6)),
     "collect": lambda model: collect_queries(model, ROWS * 4, layer=[2, 4], batch_size=2, progress=False),
     "calibrate": lambda model: calibrate(made_up.steering(3), model, ROWS, kl=0.1, progress=False),
 }
@@ -218,7 +218,7 @@ def test_a_half_made_attachment_leaves_nothing(model: SteerableModel) -> None:
 
 @pytest.mark.parametrize("how", ["close", "forget", "throw"])
 def test_an_abandoned_stream(model: SteerableModel, how: str) -> None:
-    running = stream(model, ROWS[0], made_up.steering(3), max_new_tokens=6, stop=[])
+    running = stream(model, ROWS[0], made_up.steering(3), max_new_tokens=6)
     next(running)
     next(running)
     if how == "close":
@@ -231,8 +231,8 @@ def test_an_abandoned_stream(model: SteerableModel, how: str) -> None:
 
 def test_two_streams_and_a_generation_interleave(model: SteerableModel) -> None:
     one, other = made_up.steering(3, 0, 20.0), made_up.steering(2, 1)
-    alone = [[r.token for _, r in stream(model, ROWS[0], by, max_new_tokens=5, stop=[])] for by in (one, other)]
-    running = [stream(model, ROWS[0], by, max_new_tokens=5, stop=[]) for by in (one, other)]
+    alone = [[r.token for _, r in stream(model, ROWS[0], by, max_new_tokens=5)] for by in (one, other)]
+    running = [stream(model, ROWS[0], by, max_new_tokens=5) for by in (one, other)]
     found: list[list[int]] = [[], []]
     for _ in range(5):
         for index, by in enumerate(running):
@@ -289,8 +289,8 @@ def test_generations_in_several_threads_do_not_mix(model: SteerableModel) -> Non
 
 
 def test_a_stream_may_be_read_from_several_threads(model: SteerableModel) -> None:
-    expected = [record.token for _, record in stream(model, ROWS[0], made_up.steering(3), max_new_tokens=4, stop=[])]
-    running = stream(model, ROWS[0], made_up.steering(3), max_new_tokens=4, stop=[])
+    expected = [record.token for _, record in stream(model, ROWS[0], made_up.steering(3), max_new_tokens=4)]
+    running = stream(model, ROWS[0], made_up.steering(3), max_new_tokens=4)
     assert [in_thread(lambda: next(running))[1].token for _ in range(4)] == expected
 
 
@@ -343,10 +343,10 @@ def test_a_foreign_forward_in_the_middle_of_a_step_raises(model: SteerableModel)
 def test_a_generation_under_somebody_elses_steering_compares_with_the_bare_model(model: SteerableModel) -> None:
     """The unsteered passes of a comparison do not run through, or disturb, a steering that is on the model as well."""
     outer, inner = made_up.steering(2, 1), made_up.steering(4, 2)
-    bare = generate(model, ROWS[0], max_new_tokens=4, stop=[], progress=False)[0].tokens
+    bare = generate(model, ROWS[0], max_new_tokens=4, progress=False)[0].tokens
     with outer.on(model):
-        apart = generate(model, ROWS[0], inner, max_new_tokens=4, stop=[], progress=False)[0]
-        found = generate(model, ROWS[0], inner, max_new_tokens=4, stop=[], compare=True, progress=False)[0]
+        apart = generate(model, ROWS[0], inner, max_new_tokens=4, progress=False)[0]
+        found = generate(model, ROWS[0], inner, max_new_tokens=4, compare=True, progress=False)[0]
     assert found.tokens == apart.tokens
     assert found.baseline is not None and found.baseline.tokens == bare
 
@@ -357,7 +357,7 @@ def test_a_model_is_not_kept_alive(tmp_path: Any) -> None:
         model = random_model("gpt2", kind)
         by = FineSteer(made_up.experts(0, 32), layer=1)
         save(by, tmp_path / "x", model=model)
-        generate(model, [[1, 5, 6]], by, max_new_tokens=2, stop=[], progress=False)
+        generate(model, [[1, 5, 6]], by, max_new_tokens=2, progress=False)
         gone = weakref.ref(model)
         random_model.cache_clear()
         del model

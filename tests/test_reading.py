@@ -6,15 +6,18 @@ from typing import Any
 import pytest
 import torch
 
-from fsteer_lens import Activations, FineSteer, collect, collect_queries, effects, explore, fit, tutor
+from fsteer_lens import Activations, FineSteer, collect, collect_queries, effects, explore, fit, models, tutor
 from fsteer_lens.errors import SiteError
 from fsteer_lens.evaluation import attack_gate
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.models.attaching import AddedHooks
+from fsteer_lens.models.classes import attention_window
 from fsteer_lens.models.points import Point
 from fsteer_lens.prompts.tokens import prompt_ids
+from fsteer_lens.reading import reader
 from fsteer_lens.reading.reader import Reader, read
 from fsteer_lens.report import steering_report
+from tests.families import FAMILIES, random_model
 from tests.running import LAYER, SITE, batch_of, residual
 
 CONTRASTS = tutor.data("safe").valid[:5]
@@ -136,3 +139,41 @@ def test_a_report_reads_all_layers_in_one_pass(
     of_prompts = [layers for layers, rows in seen if rows == len(CONTRASTS) + len(general)]
     assert of_prompts == [[2, 4]]
     assert all(len(layers) == 1 and rows > 7 for layers, rows in seen if layers != [2, 4]), "shortened prompts alone"
+
+
+# ------------------------------------------------------------------------------------- what all rows begin with
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize("kind", ["hooked", "bridge"])
+def test_what_all_rows_begin_with_is_run_once(architecture: str, kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same activations as of whole rows, prompts of several lengths and answers too; fewer tokens are run."""
+    if kind not in models.available_kinds():
+        pytest.skip("this TransformerLens has no HookedTransformer")
+    model = random_model(architecture, kind)
+    start = [40 + number for number in range(12)]
+    rows = [[*start, *range(60, 60 + length)] for length in (3, 7, 4, 1)] + [[*start, 99, 98]]
+    answers = [[[5 + number, 6], [7, 8, 9 + number]] for number in range(len(rows))]
+    fed: list[int] = []
+    found = []
+    counting = [("blocks.0.hook_resid_pre", lambda x, hook: fed.append(x.shape[0] * x.shape[1]))]
+    for shared in (reader.SHARED, 10**6):
+        monkeypatch.setattr(reader, "SHARED", shared)
+        fed.clear()
+        added = AddedHooks(model, counting)
+        last, (queries, means) = Reader(model, [0, 2]).last(rows), Reader(model, [0, 2]).answers(rows, answers)
+        added.remove()
+        found.append((sum(fed), last, queries, means))
+    narrow = attention_window(model) < 20  # padding in between would take up room in it
+    assert found[0][0] == found[1][0] if narrow else 0 < found[0][0] < 0.7 * found[1][0]
+    for apart, whole in zip(found[0][1:], found[1][1:], strict=True):
+        for layer in apart:
+            torch.testing.assert_close(apart[layer], whole[layer], atol=1e-4, rtol=1e-4)
+
+
+def test_rows_with_nothing_in_common_or_of_one_kind_are_read_as_well(tutor_model: SteerableModel) -> None:
+    one = Reader(tutor_model, 1)
+    same = [list(range(40, 60))] * 3
+    for rows in (same, [same[0]], [same[0], same[0][:1]], [same[0], same[0][:12]], []):
+        for row, value in zip(rows, one.last(rows)[1], strict=True):
+            torch.testing.assert_close(value, one.last([row])[1][0], atol=1e-4, rtol=1e-4)

@@ -122,7 +122,7 @@ def test_the_recorder_lets_distributions_go(tutor_model: SteerableModel) -> None
 
 def test_stream_takes_the_options_of_sampling(tutor_model: SteerableModel, prompts: list[str]) -> None:
     def tokens(**options: object) -> list[int]:
-        return [record.token for _, record in stream(tutor_model, prompts[0], max_new_tokens=8, stop=[], **options)]  # type: ignore[arg-type]
+        return [record.token for _, record in stream(tutor_model, prompts[0], max_new_tokens=8, **options)]  # type: ignore[arg-type]
 
     greedy = tokens()
     assert tokens(do_sample=True, top_k=1, seed=3) == greedy

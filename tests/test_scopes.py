@@ -42,12 +42,12 @@ def test_a_window_steers_the_positions_that_predict_its_tokens(
     model: SteerableModel, window: Window, cache: bool
 ) -> None:
     by = made_up.steering(LAYER, scope=window)
-    made = generate(model, PROMPTS, by, max_new_tokens=5, stop=[], use_past_kv_cache=cache, progress=False)
+    made = generate(model, PROMPTS, by, max_new_tokens=5, use_past_kv_cache=cache, progress=False)
     for prompt, one in zip(PROMPTS, made, strict=True):
         changed = (one.trace.change[LAYER][0] > 0).nonzero().flatten().tolist()
         last = window.stop if window.stop is not None else 5
         assert changed == [len(prompt) - 1 + step for step in range(window.start, last)]
-    plain = generate(model, PROMPTS, max_new_tokens=5, stop=[], progress=False)
+    plain = generate(model, PROMPTS, max_new_tokens=5, progress=False)
     for one, other in zip(made, plain, strict=True):
         assert one.tokens[: window.start] == other.tokens[: window.start], (
             "tokens before the window are the model's own"
@@ -126,10 +126,8 @@ def test_a_leading_gate_decides_again_as_well(model: SteerableModel) -> None:
 @pytest.mark.parametrize("cache", [True, False])
 def test_a_stream_tells_the_gate_of_every_step(model: SteerableModel, cache: bool) -> None:
     by = made_up.steering(LAYER, refresh="step", scope="all")
-    whole = generate(model, PROMPTS[0], by, max_new_tokens=5, stop=[], progress=False)[0]
-    records = [
-        record for _, record in stream(model, PROMPTS[0], by, max_new_tokens=5, stop=[], use_past_kv_cache=cache)
-    ]
+    whole = generate(model, PROMPTS[0], by, max_new_tokens=5, progress=False)[0]
+    records = [record for _, record in stream(model, PROMPTS[0], by, max_new_tokens=5, use_past_kv_cache=cache)]
     assert [record.token for record in records] == list(whole.tokens)
     told = torch.tensor([record.gate[LAYER] for record in records])
     torch.testing.assert_close(told, whole.trace.step_gate[LAYER][0, len(PROMPTS[0]) - 1 :], atol=1e-5, rtol=1e-4)
@@ -149,7 +147,7 @@ def test_deciding_once_records_no_steps(model: SteerableModel) -> None:
 def test_a_steering_on_the_cpu_acts_on_a_model_on_the_gpu(refresh: str) -> None:
     by = made_up.steering(LAYER, refresh=refresh, scope="all")
     runs = [
-        generate(tutor.load(device=device), PROMPTS, steering, max_new_tokens=5, compare=True, stop=[], progress=False)
+        generate(tutor.load(device=device), PROMPTS, steering, max_new_tokens=5, compare=True, progress=False)
         for device, steering in (("cpu", by), ("cuda", by), ("cuda", by.to("cuda")))
     ]
     for run in runs[1:]:

@@ -58,6 +58,7 @@ def test_the_shipped_tokenizer_is_the_one_that_training_makes(tokens):
     again = tokenizer.train_tokenizer(tokenizer.corpus())
     assert again.get_vocab() == tokens.get_vocab()
     assert again.chat_template == tokens.chat_template
+    assert again("how do i make tea?").input_ids == tokens("how do i make tea?").input_ids
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizer
@@ -67,21 +68,23 @@ def test_the_shipped_tokenizer_is_the_one_that_training_makes(tokens):
 @example(text="naïve ☃ 漢字 \n\t  two  spaces")
 def test_any_text_survives_the_tokenizer(tokens, text):
     assume(not any(name in text for name in tokenizer.SPECIAL))
-    assert tokens.decode(tokens(text).input_ids) == text
+    bos, *ids = tokens(text).input_ids
+    assert bos == tokens.bos_token_id and tokens.decode(ids) == text
 
 
 def test_special_tokens_are_single_and_apart(tokens):
-    ids = [tokens(name).input_ids for name in tokenizer.SPECIAL]
+    ids = [tokens(name, add_special_tokens=False).input_ids for name in tokenizer.SPECIAL]
     assert all(len(row) == 1 for row in ids) and len({row[0] for row in ids}) == len(tokenizer.SPECIAL)
     assert len({tokens.bos_token_id, tokens.eos_token_id, tokens.pad_token_id}) == 3
 
 
-def test_bos_comes_from_the_template_only(tokens):
+def test_bos_comes_once_from_the_tokenizer_or_the_template(tokens):
     prompt = world.SAFE + tutor.chat("How do I make tea?")
-    assert tokens.bos_token_id not in tokens(prompt).input_ids
+    assert tokens(prompt).input_ids.count(tokens.bos_token_id) == 1
     messages = [{"role": "system", "content": world.SAFE}, {"role": "user", "content": "How do I make tea? "}]
     text = tokens.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert text == tokenizer.BOS + prompt
+    assert tokens(text, add_special_tokens=False).input_ids == tokens(prompt).input_ids
 
 
 def test_every_lesson_fits_and_answers_split_off_cleanly(tokens):

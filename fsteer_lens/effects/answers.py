@@ -1,17 +1,19 @@
 """What steering does to given answers, by teacher forcing: nothing is generated."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.errors import InputError, TokenizerError
-from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.errors import InputError, NonFiniteError, TokenizerError
+from fsteer_lens.ground.checks import options_of
+from fsteer_lens.hooks.objects import HookObject, remembered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
-from fsteer_lens.prompts.forms import GivenPrompts, Prompt
+from fsteer_lens.prompts.forms import GivenPrompts, Prompt, prompts_of
+from fsteer_lens.prompts.passes import BatchOptions, Passes
 from fsteer_lens.prompts.tokens import stop_ids
 from fsteer_lens.run.decoding import Step
 from fsteer_lens.run.recorder import Recorder
@@ -36,13 +38,24 @@ MARGIN = "margin of preferred over undesired (nats per token)"
 DIVERGENCE = "−KL(steered ‖ unsteered) (nats)"
 
 
+def passes_of(
+    owner: str,
+    options: Mapping[str, Any],
+    model: SteerableModel,
+    steering: HookObject | None,
+    prompts: Sequence[Prompt],
+    takes: Iterable[str] = BatchOptions.__annotations__,
+) -> Passes:
+    """How a function that was given these options puts prompts through a model, as the steering remembers it."""
+    passes = options_of(owner, Passes, options, takes)
+    return passes.following(remembered(steering), model, prompts)
+
+
 def answer_margin(
     model: SteerableModel,
     steering: HookObject | None,
     contrasts: Iterable[Contrast],
-    *,
-    chat: bool = False,
-    batch_size: int = 16,
+    **options: Unpack[BatchOptions],
 ) -> Float[Tensor, " n"]:
     """Mean log-probability per token of the preferred answer minus that of the undesired one, [n], in nats per token.
 
@@ -50,20 +63,23 @@ def answer_margin(
         model: a HookedTransformer or TransformerBridge.
         steering: what to put on the model; None measures the bare model.
         contrasts: prompts with both answers; their contexts are not used.
-        chat: send string prompts through the chat template.
-        batch_size: rows per forward pass; a contrast is two rows.
+        options: `chat`, `chat_template_kwargs` and `prepend_bos` (as the steering was fitted), how prompts become
+            tokens, see `tokens.prompt_ids`; `batch_size` (16), rows per forward pass.
 
     Raises:
         DataError: something else than contrasts.
         InputError: no contrasts, or an answer without a token.
         ContextLengthError: a prompt with an answer does not fit into the context.
-        MismatchError: the steering was fitted on another model.
+        MismatchError: the steering was fitted on another model, or on prompts that became tokens in another way.
+        NonFiniteError: the model's numbers blow up.
+        HookError: the steering's hooks do not run.
     """
     known = ContrastSet(contrasts)
     prompts = known.prompts
     sides = [contrast.preferred for contrast in known] + [contrast.undesired for contrast in known]
-    rows = answered(model, prompts + prompts, sides, chat=chat)
-    means = torch.stack([one.mean() for one in answer_logprobs(model, rows, steering, batch_size=batch_size)])
+    passes = passes_of("answer_margin", options, model, steering, prompts)
+    rows = answered(model, prompts + prompts, sides, passes)
+    means = torch.stack([one.mean() for one in answer_logprobs(model, rows, steering, batch_size=passes.batch_size)])
     return means[: len(prompts)] - means[len(prompts) :]
 
 
@@ -72,9 +88,7 @@ def exact_answers(
     steering: HookObject | None,
     prompts: GivenPrompts,
     answers: Iterable[str],
-    *,
-    chat: bool = False,
-    batch_size: int = 16,
+    **options: Unpack[BatchOptions],
 ) -> Float[Tensor, " n"]:
     """1 where greedy decoding gives exactly the tokens of this answer and then ends, else 0, [n].
 
@@ -87,7 +101,7 @@ def exact_answers(
         steering: what to put on the model; None measures the bare model.
         prompts: prompts.
         answers: the text that should follow each, tokenised by itself.
-        chat, batch_size: as in `answer_margin`.
+        options: as in `answer_margin`.
 
     Raises:
         InputError: no prompts, another number of answers, or an answer without a token.
@@ -95,13 +109,15 @@ def exact_answers(
         MismatchError: the steering was fitted on another model.
         TokenizerError: no token ends an answer of this model.
     """
-    endings = torch.tensor(sorted(stop_ids(model)))
+    endings = torch.tensor(sorted(stop_ids(model)), dtype=torch.long, device="cpu")
     if not len(endings):
         raise TokenizerError("no token ends an answer of this model", fix="Set tokenizer.eos_token.")
-    rows = answered(model, prompts, answers, chat=chat)
+    prompts = prompts_of(prompts)
+    passes = passes_of("exact_answers", options, model, steering, prompts)
+    rows = answered(model, prompts, answers, passes)
     ended = [Answered(row.prompt, (*row.answer, int(endings[0]))) for row in rows]
-    found = torch.zeros(len(rows))
-    for index, logits in each_answer(model, ended, steering, batch_size=batch_size):
+    found = torch.zeros(len(rows), dtype=torch.float32, device="cpu")
+    for index, logits in each_answer(model, ended, steering, batch_size=passes.batch_size):
         *said, last = logits.argmax(dim=-1).tolist()
         found[index] = said == list(rows[index].answer) and last in endings
     return found
@@ -112,9 +128,7 @@ def general_divergence(
     steering: HookObject,
     prompts: GivenPrompts,
     answers: Iterable[str | Sequence[int]] | None = None,
-    *,
-    chat: bool = False,
-    batch_size: int = 16,
+    **options: Unpack[BatchOptions],
 ) -> Float[Tensor, " n"]:
     """KL(steered ‖ unsteered) of the next-token distributions, its mean over each answer's tokens, [n], in nats.
 
@@ -123,13 +137,15 @@ def general_divergence(
         steering: what to put on the model.
         prompts: prompts, as a rule those to be left alone.
         answers: text or ids of an answer to each; None looks at the first token of any answer alone.
-        chat, batch_size: as in `answer_margin`.
+        options: as in `answer_margin`.
 
     Raises:
         As `answer_margin`.
     """
-    rows = answered(model, prompts, answers, chat=chat)
-    (found,) = answer_divergences(model, rows, [steering], batch_size=batch_size)
+    prompts = prompts_of(prompts)
+    passes = passes_of("general_divergence", options, model, steering, prompts)
+    rows = answered(model, prompts, answers, passes)
+    (found,) = answer_divergences(model, rows, [steering], batch_size=passes.batch_size)
     return torch.stack([one.mean() for one in found])
 
 
@@ -138,9 +154,7 @@ def counterfactual(
     steering: HookObject,
     prompts: GivenPrompts,
     answers: Iterable[str | Sequence[int]],
-    *,
-    chat: bool = False,
-    batch_size: int = 16,
+    **options: Unpack[BatchOptions],
 ) -> Trace:
     """Ask the unsteered model about steered text: per-token KL and log-probability change, as a trace.
 
@@ -153,7 +167,7 @@ def counterfactual(
         steering: what was on the model, or would be.
         prompts: prompts.
         answers: text or ids of the answer to each.
-        chat, batch_size: as in `answer_margin`.
+        options: as in `answer_margin`.
 
     Returns:
         A trace of one row per prompt, with decisions, `change`, and `steps` that hold `logprobs`,
@@ -162,9 +176,11 @@ def counterfactual(
     Raises:
         As `answer_margin`.
     """
-    rows = answered(model, prompts, answers, chat=chat)
+    prompts = prompts_of(prompts)
+    passes = passes_of("counterfactual", options, model, steering, prompts)
+    rows = answered(model, prompts, answers, passes)
     traces: dict[int, Trace] = {}
-    for chosen, batch in batches(model, rows, batch_size):
+    for chosen, batch in batches(model, rows, passes.batch_size):
         group = [rows[index] for index in chosen]
         session = session_for(model, batch, group, steering)
         steered, base = answer_logits(model, batch, group, session), answer_logits(model, batch, group, None)
@@ -178,20 +194,29 @@ def counterfactual(
 
 def _as_steps(rows: Sequence[Answered], logits: Sequence[Float[Tensor, "_ vocab"]]) -> Iterator[Step]:
     """The tokens of given answers, as if decoding had chosen them one after another."""
-    lengths = torch.tensor([len(row.answer) for row in rows])
+    lengths = torch.tensor([len(row.answer) for row in rows], dtype=torch.long, device="cpu")
     for number in range(int(lengths.max())):
         places = (lengths - 1).clamp(max=number).tolist()  # a row that has ended stays at its last token
         here = torch.stack([one[place] for one, place in zip(logits, places, strict=True)])
         chosen = [row.answer[place] for row, place in zip(rows, places, strict=True)]
         alive = (number < lengths).to(here.device)
-        yield Step(torch.tensor(chosen, device=here.device), here.float().log_softmax(dim=-1), alive)
+        yield Step(torch.tensor(chosen, dtype=torch.long, device=here.device), here.float().log_softmax(dim=-1), alive)
 
 
 def one_each(what: str, values: Any, n: int) -> Float[Tensor, " n"]:
-    """What a caller's measure gave, checked: a number for each of n items."""
+    """What a caller's measure gave, checked: a finite number for each of n items."""
     if not isinstance(values, Tensor) or values.shape != (n,):
         got = list(values.shape) if isinstance(values, Tensor) else type(values).__name__
         raise InputError(f"what {what}= gave", expected=f"a tensor of {n} numbers, one for each", got=got)
+    bad = ~values.isfinite()
+    if bool(bad.any()):
+        first = int(bad.nonzero()[0])
+        raise NonFiniteError(
+            f"what {what}= gave",
+            expected="finite numbers",
+            got=f"NaN or infinity for {int(bad.sum())} of {n}, first for number {first}",
+            fix="Leave these out, or lower the strength.",
+        )
     return values
 
 

@@ -8,17 +8,20 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fsteer_lens.effects.answers import passes_of
 from fsteer_lens.effects.measuring import MeasureOptions, Measuring
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import choice, instance, optional, options_of, seed_of, several, whole
 from fsteer_lens.ground.estimates import Estimate, auroc, bootstrap
+from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.gates import OPEN, Gate
+from fsteer_lens.method.linalg import require_matrix
 from fsteer_lens.method.subspace_gates import SubspaceGate, subspace_leaves
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
-from fsteer_lens.prompts.forms import GivenPrompt
-from fsteer_lens.prompts.passes import Passes
-from fsteer_lens.prompts.tokens import prompt_ids, token_texts
+from fsteer_lens.prompts.forms import GivenPrompt, as_prompt
+from fsteer_lens.prompts.passes import BatchOptions
+from fsteer_lens.prompts.tokens import token_texts
 from fsteer_lens.reading.reader import Reader
 from fsteer_lens.steering.steering import FineSteer, Steering
 
@@ -72,8 +75,9 @@ def rank_sweep(
         model: the model that the steering was fitted on.
         contrasts: prompts to be steered, held out from the fit, with both answers.
         seed: of the bootstrap.
-        options: `effect` (None), a number per contrast; None takes `answer_margin`, in nats per token. `chat` (False)
-            and `batch_size` (16) as in `answer_margin`; `progress` (True), show a progress bar.
+        options: `effect` (None), a number per contrast; None takes `answer_margin`, in nats per token. `chat`,
+            `chat_template_kwargs`, `prepend_bos` and `batch_size` (16) as in `answer_margin`; `progress` (True), show a
+            progress bar.
 
     Raises:
         InputError: no gate, one without ranks, no finite query of either kind, a rank that was not fitted, or
@@ -82,7 +86,7 @@ def rank_sweep(
     """
     run, seed = options_of("rank_sweep", Measuring, options), seed_of(seed)
     contrasts, ranks = ContrastSet(contrasts), several("ranks", ranks, "a list of ints")
-    gate = steering if isinstance(steering, Gate) else _gate_of(steering, layer)[1]
+    gate = steering if isinstance(steering, Gate) else gate_of(steering, layer)[1]
     if not gate.ranks:
         raise InputError("rank_sweep", expected="a gate on a subspace", got=f"{type(gate).__name__}, without ranks")
     if not len(queries) or not len(general):
@@ -97,6 +101,9 @@ def rank_sweep(
     area = auroc(finite, general_finite)
     variants = {whole("rank", rank): steering.at_rank(rank) for rank in ranks if isinstance(steering, FineSteer)}
     measured = {}
+    if variants:
+        assert model is not None and isinstance(steering, FineSteer)
+        run = run.following(remembered(steering), model, [contrast.prompt for contrast in contrasts])
     with run.bar(len(variants), "measuring ranks") as advance:
         for rank, variant in variants.items():
             assert model is not None
@@ -159,9 +166,8 @@ def explain_gate(
     prompt: GivenPrompt,
     *,
     layer: int | None = None,
-    chat: bool = False,
-    batch_size: int = 16,
     limit: int | None = 256,
+    **options: Unpack[BatchOptions],
 ) -> GateExplanation:
     """Tell which directions and which tokens of a prompt carried a gate's energy ratio, and what would flip it.
 
@@ -176,15 +182,16 @@ def explain_gate(
         steering: a steering with a gate on one subspace.
         prompt: the prompt.
         layer: whose gate; None takes the only one.
-        chat: send a string prompt through the chat template.
-        batch_size: shortened prompts per forward pass.
         limit: leave out at most so many tokens one by one, the last ones of the prompt; None takes all.
+        options: `chat`, `chat_template_kwargs` and `prepend_bos` (as the steering was fitted), how the prompt becomes
+            tokens, see `tokens.prompt_ids`; `batch_size` (16), shortened prompts per forward pass.
 
     Raises:
         InputError: no steering, no gate, one that is composed (explain one of its leaves, `steering.with_gate(leaf)`),
             or an ambiguous layer.
+        NonFiniteError: the model gave NaN or infinity.
     """
-    where, gate = _gate_of(steering, layer)
+    where, gate = gate_of(steering, layer)
     if not isinstance(gate, SubspaceGate):
         raise InputError(
             "explain_gate",
@@ -193,14 +200,16 @@ def explain_gate(
             fix="Explain its leaves one by one: steering.with_gate(gate.leaves[0]).",
         )
     steering.session_on(model)  # was it fitted on this model?
-    passes = Passes(chat, batch_size)
-    ids = tuple(prompt_ids(model, prompt, chat=passes.chat))
+    asked = as_prompt(prompt)
+    passes = passes_of("explain_gate", options, model, steering, [asked])
+    ids = tuple(passes.tokenisation(model).ids(asked))
     limit = optional(whole, "limit", limit, 0, why="or None for all")
     first = 0 if limit is None else max(0, len(ids) - limit)
     shorter = [ids[:place] + ids[place + 1 :] for place in range(first, len(ids))] if len(ids) > 1 else []
     h = Reader(model, where, steering.site, batch_size=passes.batch_size).last([ids, *shorter])[where]
+    h = require_matrix(h, f"activations at layer {where}")
     ratios = gate.subspace.energy_ratio(h, gate.rank).cpu()
-    ratio, without = float(ratios[0]), torch.full((len(ids),), torch.nan)
+    ratio, without = float(ratios[0]), torch.full((len(ids),), torch.nan, dtype=torch.float32, device="cpu")
     without[len(ids) - len(shorter) :] = ratios[1:]
     gates = gate.gates(h[0]).cpu()
     is_open = bool(gates[gate.rank - 1] >= OPEN)
@@ -223,8 +232,12 @@ def explain_gate(
     )
 
 
-def _gate_of(steering: Steering, layer: int | None) -> tuple[int, Gate]:
-    """The layer that is meant, and its gate."""
+def gate_of(steering: Steering, layer: int | None) -> tuple[int, Gate]:
+    """The layer that is meant, the given one or the only one with a gate, and its gate.
+
+    Raises:
+        InputError: no steering, or no gate there.
+    """
     instance("steering", steering, Steering, "a steering with a gate")
     gates = {at: gate for at in steering.hooked_layers if (gate := steering.gate_at(at)) is not None}
     only = next(iter(gates)) if len(gates) == 1 else None

@@ -39,5 +39,5 @@ class Measuring(Passes):
         self, model: SteerableModel, hook_object: HookObject | None, contrasts: Sequence[Contrast]
     ) -> Float[Tensor, " n"]:
         """The effect on each contrast under a hook object, or None for the bare model."""
-        measure = self.effect or partial(answer_margin, chat=self.chat, batch_size=self.batch_size)
+        measure = self.effect or partial(answer_margin, **self.batching)
         return one_each("effect", measure(model, hook_object, contrasts), len(contrasts))

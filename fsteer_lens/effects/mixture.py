@@ -12,9 +12,11 @@ from fsteer_lens.effects.measuring import MeasureOptions, Measuring
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import instance, optional_text, options_of, several, whole
 from fsteer_lens.ground.estimates import Estimate, bootstrap
+from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.linalg import require_width
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.devices import device_of
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
 from fsteer_lens.prompts.tokens import require_tokenizer
 from fsteer_lens.reading.reader import Reader
@@ -46,13 +48,15 @@ def expert_tokens(
         ShapeError: experts of another width than the model's.
     """
     instance("expert_tokens", experts, Experts, "Experts", fix="Give steering.experts_at(layer).")
-    require_width(torch.empty(model.cfg.d_model), "the model's residual stream", experts.d_model)
+    stream = torch.empty(model.cfg.d_model, dtype=torch.float32, device="meta")
+    require_width(stream, "the model's residual stream", experts.d_model)
     tokenizer = require_tokenizer(model)
     n_tokens = min(model.cfg.d_vocab, len(tokenizer))
     top = whole("top", top, 1, n_tokens)
     parts: Any = model
     weight = next(parts.unembed.parameters())
-    directions = torch.cat([experts.prototypes, torch.zeros_like(experts.prototypes[:1])]).to(weight)
+    directions = torch.cat([experts.prototypes, torch.zeros_like(experts.prototypes[:1])])
+    directions = directions.to(device_of(model) if weight.is_meta else weight.device, weight.dtype)
     logits = parts.unembed(parts.ln_final(directions.unsqueeze(0)))[0].float()
     promoted = logits[:-1, :n_tokens] - logits[-1:, :n_tokens]
     best = (promoted - promoted.mean(dim=-1, keepdim=True)).topk(top, dim=-1)
@@ -108,7 +112,7 @@ class Knockout:
         return bootstrap(lost, seed=seed)
 
     def _has(self, label: str) -> Tensor:
-        return torch.tensor([one == label for one in self.labels])
+        return torch.tensor([one == label for one in self.labels], dtype=torch.bool, device="cpu")
 
     def _by_label(self, values: Float[Tensor, "k n"]) -> Float[Tensor, "k labels"]:
         return torch.stack([values[:, self._has(label)].mean(dim=1) for label in self.groups], dim=1)
@@ -134,8 +138,9 @@ def expert_knockout(
         contrasts: prompts to be steered, held out from the fit, with labels.
         layer: whose experts, of a steering with several layers; the other layers keep theirs.
         queries: query activations of the contrasts at that layer, where they have been read already, [n d].
-        options: `effect` (None), a number per contrast; None takes `answer_margin`, in nats per token. `chat` (False)
-            and `batch_size` (16) as in `answer_margin`; `progress` (True), show a progress bar.
+        options: `effect` (None), a number per contrast; None takes `answer_margin`, in nats per token. `chat`,
+            `chat_template_kwargs`, `prepend_bos` and `batch_size` (16) as in `answer_margin`; `progress` (True), show a
+            progress bar.
 
     Raises:
         InputError: no contrasts, another number of queries, fewer than two experts that are on, or an unknown layer.
@@ -146,6 +151,7 @@ def expert_knockout(
     on = tuple(index for index, enabled in enumerate(experts.enabled) if enabled)
     if len(on) < 2 or not len(contrasts):
         raise InputError("expert_knockout", expected="contrasts, and at least two experts that are on", got=on)
+    run = run.following(remembered(steering), model, [contrast.prompt for contrast in contrasts])
     if queries is None:
         ids = run.ids(model, contrasts.prompts)
         queries = Reader(model, where, steering.site, batch_size=run.batch_size).last(ids)[where]
@@ -153,7 +159,7 @@ def expert_knockout(
         raise InputError("queries", expected=f"one for each of {len(contrasts)} contrasts", got=len(queries))
     with run.bar(1 + len(on), "removing experts") as advance:
         full = run.effects(model, steering, contrasts)
-        removed = torch.full((experts.n_experts, len(contrasts)), torch.nan)
+        removed = torch.full((experts.n_experts, len(contrasts)), torch.nan, dtype=torch.float32, device="cpu")
         for index in on:
             advance(1)
             without = steering.with_experts(experts.without_expert(index), where)

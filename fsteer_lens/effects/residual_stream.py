@@ -3,18 +3,20 @@
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from fsteer_lens.effects.answers import passes_of
 from fsteer_lens.errors import SiteError
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.attaching import hooks_added, unsteered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import hook_point
-from fsteer_lens.prompts.forms import GivenPrompt
+from fsteer_lens.prompts.forms import GivenPrompt, as_prompt
+from fsteer_lens.prompts.passes import FormatOptions
 from fsteer_lens.prompts.tokens import token_texts
 from fsteer_lens.run.teacher_forcing import answered, batches, session_for
 
@@ -61,8 +63,7 @@ def propagation(
     steering: HookObject,
     prompt: GivenPrompt,
     answer: str | Sequence[int] = (),
-    *,
-    chat: bool = False,
+    **options: Unpack[FormatOptions],
 ) -> Propagation:
     """Follow the steering change of one text through the layers, from one steered and one unsteered pass.
 
@@ -71,15 +72,17 @@ def propagation(
         steering: what to put on the model.
         prompt: the prompt.
         answer: text or ids of an answer, such as the steered one; its last token is not read.
-        chat: send a string prompt through the chat template.
+        options: `chat`, `chat_template_kwargs` and `prepend_bos` (as the steering was fitted), how the prompt becomes
+            tokens, see `tokens.prompt_ids`.
 
     Raises:
         InputError: an answer of no token.
         ContextLengthError: the text does not fit into the context.
         MismatchError, SiteError: the steering does not fit the model.
     """
-    given = len(answer) > 0
-    rows = answered(model, [prompt], [answer] if given else None, chat=chat)
+    given, asked = len(answer) > 0, [as_prompt(prompt)]
+    passes = passes_of("propagation", options, model, steering, asked, FormatOptions.__annotations__)
+    rows = answered(model, asked, [answer] if given else None, passes)
     ((_, batch),) = batches(model, rows, 1)
     session = session_for(model, batch, rows, steering)
     base = _read(model, batch.tokens, nullcontext())
@@ -90,7 +93,7 @@ def propagation(
     edit = change["pre"] - below + after - change["before"]
     direction = after / after.norm(dim=-1, keepdim=True).clamp(min=1e-30)
     layers = tuple(sorted({layer for link in steering.links for layer in link.edited_layers}))
-    first = edit[min(layers)].mean(dim=0) if layers else torch.zeros(model.cfg.d_model)
+    first = edit[min(layers)].mean(dim=0) if layers else torch.zeros_like(edit[0, 0])
     return Propagation(
         tokens=token_texts(model, rows[0].fed),
         prompt_length=len(rows[0].prompt),

@@ -13,6 +13,7 @@ from fsteer_lens.effects.measuring import MeasureOptions, Measuring
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import choice, finite, normalised, options_of, seed_of, several
 from fsteer_lens.ground.estimates import Estimate, Sweep, bootstrap
+from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
 from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
@@ -65,8 +66,9 @@ def strength_sweep(
         options: `answers` (None), an answer to each general prompt, text or ids; KL is then their mean over the
             answer's tokens; None looks at the first token alone, so that nothing is generated. `effect` (None), a
             number per contrast; None takes `answer_margin`, in nats per token. `utility` (None), a number per general
-            prompt; None takes −KL(steered ‖ unsteered), in nats. `seed` (0) of the bootstrap. `chat` (False) and
-            `batch_size` (16) as in `answer_margin`; `progress` (True), show a progress bar.
+            prompt; None takes −KL(steered ‖ unsteered), in nats. `seed` (0) of the bootstrap. `chat`,
+            `chat_template_kwargs`, `prepend_bos` and `batch_size` (16) as in `answer_margin`; `progress` (True), show a
+            progress bar.
 
     Returns:
         {method: Sweep}, with `parameter="strength"`.
@@ -141,8 +143,9 @@ def _sweeps(
 ) -> dict[str, Sweep]:
     """Measure every steering; one unsteered pass over the general prompts serves them all."""
     contrasts, general = ContrastSet(contrasts), prompts_of(general, "general prompt")
-    rows = answered(model, general, run.answers, chat=run.chat)
     steerings = [steering for by_setting in tried.values() for steering in by_setting.values()]
+    run = run.following(remembered(*steerings), model, [*general, *(contrast.prompt for contrast in contrasts)])
+    rows = answered(model, general, run.answers, run)
     effects, utilities = [], []
     with run.bar(len(steerings) + len(rows), f"sweeping {parameter}") as advance:
         found = answer_divergences(model, rows, steerings, batch_size=run.batch_size, advance=advance)

@@ -13,21 +13,24 @@ import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, NamedTuple, TypedDict, Unpack
+from typing import Any, NamedTuple, Unpack
 
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.evaluation.gate_reports import reading_layer
+from fsteer_lens.evaluation.gate_reports import read_by
 from fsteer_lens.evaluation.perturbations import Format, Keeps
 from fsteer_lens.ground.checks import normalised, options_of, seed_of, switch, whole
 from fsteer_lens.ground.estimates import Proportion
 from fsteer_lens.ground.progress import progress_bar
+from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.gates import OPEN, Gate, oriented
+from fsteer_lens.method.linalg import require_matrix
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.forms import texts_of
-from fsteer_lens.prompts.tokens import prompt_ids
+from fsteer_lens.prompts.forms import Prompt, texts_of
+from fsteer_lens.prompts.passes import Passes, PassOptions
 from fsteer_lens.reading.reader import Reader
+from fsteer_lens.steering.steering import Steering
 
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 CHECKED_AT_ONCE = 8
@@ -124,42 +127,38 @@ class _Tried(NamedTuple):
     text: str
 
 
-class AttackOptions(TypedDict, total=False):
+class AttackOptions(PassOptions, total=False):
     """What `attack_gate` takes beside its own arguments: see there."""
 
     constrained: bool
     candidates: int
     seed: int
-    batch_size: int
-    progress: bool
 
 
 @dataclass(frozen=True)
-class _Options:
+class _Options(Passes):
     constrained: bool = True
     candidates: int = 32
     seed: int = 0
     batch_size: int = 64
-    progress: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         normalised(
             self,
             constrained=switch("constrained", self.constrained),
             candidates=whole("candidates", self.candidates, 1),
             seed=seed_of(self.seed),
-            batch_size=whole("batch_size", self.batch_size, 1),
-            progress=switch("progress", self.progress),
         )
 
 
 def attack_gate(
     model: SteerableModel,
-    gate: Gate,
+    gate: Gate | Steering,
     prompts: Iterable[str],
     *,
     words: Iterable[str],
-    format: Format,
+    format: Format | None = None,
     layer: int | None = None,
     keeps: Keeps | None = None,
     budget: int = 4,
@@ -174,36 +173,42 @@ def attack_gate(
 
     Args:
         model: the model that the gate was fitted on.
-        gate: what to attack.
+        gate: what to attack; a steering stands for its gate, and is followed in how texts become tokens.
         prompts: texts as a person types them, in need of steering.
         words: what may be put in place of a word.
-        format: from what a person types to model input.
+        format: from what a person types to model input; None takes the text itself, or the user's turn of a chat.
         layer: where the gate reads; None where it knows that itself.
         keeps: whether changed texts still mean the same, such as `gives_same_answer`; None takes every text.
         budget: steps for each prompt, each of which replaces at most one word.
         options: `constrained` (True), let the search take only texts that `keeps` accepts; otherwise they are judged at
             the end. `candidates` (32), words to try in each place at each step, drawn anew; `seed` (0) of these draws.
-            `batch_size` (64), prompts per forward pass; `progress` (True), show a progress bar.
+            `chat`, `chat_template_kwargs` and `prepend_bos` as in `gate_report`; `batch_size` (64), prompts per forward
+            pass; `progress` (True), show a progress bar.
 
     Raises:
         InputError: no prompts, no words, options out of range, or something that is no gate.
         ContextLengthError: a changed prompt does not fit into the context.
     """
-    run = options_of("attack_gate", _Options, options)
-    budget, where = whole("budget", budget, 1), reading_layer({"attacked": gate}, layer)
+    run = options_of("attack_gate", _Options, options).following(remembered(gate), model)
+    gates, where = read_by({"attacked": gate}, layer)
+    attacked, budget = gates["attacked"], whole("budget", budget, 1)
     prompts, words = texts_of(prompts, "prompt"), texts_of(words, "word")
 
+    def put(text: str) -> Prompt:
+        return [{"role": "user", "content": text}] if format is None and run.chat else (format or str)(text)
+
     def read(texts: Sequence[str]) -> Float[Tensor, "n d"]:
-        rows = [prompt_ids(model, format(text)) for text in texts]
-        return Reader(model, where, batch_size=run.batch_size).last(rows)[where]
+        rows = run.ids(model, [put(text) for text in texts])
+        found = Reader(model, where, batch_size=run.batch_size).last(rows)[where]
+        return require_matrix(found, f"activations at layer {where}")
 
     def judged(h: Float[Tensor, "n d"]) -> tuple[list[float], list[bool]]:
-        return oriented(gate, h).tolist(), (gate(h) >= OPEN).tolist()
+        return oriented(attacked, h).tolist(), (attacked(h) >= OPEN).tolist()
 
     def passes(tried: Sequence[_Tried]) -> Sequence[bool]:
         if keeps is None or not run.constrained:
             return [True] * len(tried)
-        return keeps([prompts[one.number] for one in tried], [format(one.text) for one in tried])
+        return keeps([prompts[one.number] for one in tried], [put(one.text) for one in tried])
 
     first = zip(prompts, *judged(read(prompts)), strict=True)
     attacks = [Attack(text, text, (), score, score, opened, not opened, None) for text, score, opened in first]
@@ -219,7 +224,7 @@ def attack_gate(
                 _take_best(attacks, tried, *judged(read([one.text for one in tried])), passes)
             advance(1)
     if keeps is not None:
-        kept = keeps(prompts, [format(attack.attacked) for attack in attacks])
+        kept = keeps(prompts, [put(attack.attacked) for attack in attacks])
         attacks = [replace(attack, kept=bool(one)) for attack, one in zip(attacks, kept, strict=True)]
     return AttackReport(tuple(attacks), budget)
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 from jaxtyping import Float
@@ -13,12 +13,12 @@ from torch import Tensor
 from fsteer_lens.effects.answers import one_each
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.suites import Measure, Setting, Suite
-from fsteer_lens.ground.checks import choice, seed_of, several
+from fsteer_lens.ground.checks import choice, options_of, seed_of, several
 from fsteer_lens.ground.estimates import Estimate, bootstrap, estimate_of, resampled_means
 from fsteer_lens.ground.tables import markdown
-from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.hooks.objects import HookObject, remembered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.passes import Passes
+from fsteer_lens.prompts.passes import Passes, PassOptions
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class Evaluation:
         if group is None:
             return values
         choice("group", group, sorted(set(groups)), "one of")
-        return values[torch.tensor([known == group for known in groups])]
+        return values[torch.tensor([known == group for known in groups], dtype=torch.bool, device=values.device)]
 
     def estimate(self, method: str, measure: str, group: str | None = None) -> Estimate:
         """The mean of a measure."""
@@ -205,9 +205,7 @@ def evaluate(
     suite: Suite,
     *,
     seeds: Iterable[int] = (0,),
-    chat: bool = False,
-    batch_size: int = 16,
-    progress: bool = True,
+    **options: Unpack[PassOptions],
 ) -> Evaluation:
     """Measure every method on the same items.
 
@@ -217,43 +215,43 @@ def evaluate(
             from a seed. Such a function is called once for each seed, and its numbers are averaged item by item.
         suite: what to measure: `tutor.TutorSuite`, `TruthfulQA`, `harmbench`, `xstest`, or one of your own.
         seeds: for methods that are functions.
-        chat: send string prompts through the chat template.
-        batch_size: rows per forward pass.
-        progress: show a progress bar.
+        options: `chat`, `chat_template_kwargs` and `prepend_bos` (as the methods were fitted, else as in `generate`),
+            how prompts become tokens; `batch_size` (16), rows per forward pass; `progress` (True), show a progress bar.
 
     Raises:
         InputError: no methods or seeds, something that is no method, or a suite that gives other numbers than it says.
-        MismatchError, ShapeError: a method was fitted on another model.
+        MismatchError, ShapeError: a method was fitted on another model, or two on prompts that became tokens in
+            different ways.
         ContextLengthError: a prompt, or one with its answer, does not fit into the context.
     """
-    passes, seeds = (
-        Passes(chat, batch_size, progress),
-        [seed_of(seed) for seed in several("seeds", seeds, "a list of ints")],
-    )
+    passes = options_of("evaluate", Passes, options)
+    seeds = [seed_of(seed) for seed in several("seeds", seeds, "a list of ints")]
     if not methods or not len(seeds):
         raise InputError("evaluate", expected="at least one method and one seed", got=(len(methods), len(seeds)))
     for name, method in methods.items():
         if not isinstance(method, HookObject | Prompting | None) and not callable(method):
             expected = "a hook object, Prompting, None or a function of a seed"
             raise InputError(f"method {name!r}", expected=expected, got=type(method).__name__)
-    rounds = {name: seeds if _is_made(method) else seeds[:1] for name, method in methods.items()}
+    rounds: dict[str, list[Any]] = {}
     values: dict[str, tuple[Tensor, ...]] = {}
     seconds: dict[str, float] = {}
-    with passes.bar(sum(map(len, rounds.values())), f"evaluating on {suite.name}") as advance:
-        for name, method in methods.items():
+    for name, method in methods.items():
+        start = time.perf_counter()
+        make: Any = None if isinstance(method, HookObject | Prompting | None) else method
+        rounds[name] = [method] if make is None else [make(seed) for seed in seeds]
+        seconds[name] = time.perf_counter() - start
+    every_one = [one for made in rounds.values() for one in made]
+    passes = passes.following(remembered(*every_one), model)  # all of them see the same prompts
+    with passes.bar(len(every_one), f"evaluating on {suite.name}") as advance:
+        for name, made in rounds.items():
             start = time.perf_counter()
             found = []
-            for seed in rounds[name]:
-                made: Any = method(seed) if _is_made(method) else method  # pyright: ignore[reportCallIssue, reportOptionalCall]
-                found.append(_measure(model, name, made, suite, passes))
+            for one in made:
+                found.append(_measure(model, name, one, suite, passes))
                 advance(1)
             values[name] = tuple(torch.stack(group) for group in zip(*found, strict=True))
-            seconds[name] = time.perf_counter() - start
+            seconds[name] += time.perf_counter() - start
     return Evaluation(suite.name, suite.measures, values, tuple(seeds), seconds)
-
-
-def _is_made(method: Any) -> bool:
-    return callable(method) and not isinstance(method, HookObject)
 
 
 def _measure(
@@ -263,7 +261,7 @@ def _measure(
         expected = "a hook object, Prompting or None"
         raise InputError(f"what method {name!r} made", expected=expected, got=type(method).__name__)
     words = isinstance(method, Prompting)
-    setting = Setting(method.context if words else None, passes.chat, passes.batch_size)
+    setting = Setting(method.context if words else None, passes)
     found = suite.measure(model, None if words else method, setting)
     if len(found) != len(suite.measures):
         raise InputError(f"suite {suite.name!r}", expected=f"{len(suite.measures)} measures", got=len(found))

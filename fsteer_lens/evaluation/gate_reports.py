@@ -8,21 +8,25 @@ intervals. A gate is not a security boundary: `attacks` measures how little it t
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, TypedDict, Unpack
+from typing import Any, Final, Unpack
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from fsteer_lens.effects.decisions import gate_of
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.perturbations import NONE, PERTURBATIONS, Format, Keeps, Perturbation
-from fsteer_lens.ground.checks import choice, finite, instance, normalised, options_of, seed_of, several, switch, whole
+from fsteer_lens.ground.checks import choice, finite, instance, normalised, options_of, seed_of, several
 from fsteer_lens.ground.estimates import Proportion, auroc
 from fsteer_lens.ground.tables import markdown
+from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.gates import OPEN, Gate, oriented, require_gate
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.forms import texts_of
+from fsteer_lens.prompts.forms import Prompt, texts_of
+from fsteer_lens.prompts.passes import Passes, PassOptions
 from fsteer_lens.reading.activations import collect_queries
+from fsteer_lens.steering.steering import Steering
 
 Texts = Iterable[str] | Mapping[str, Iterable[str]]
 """Texts, or texts by the name of a group; groups may overlap, and a text counts once."""
@@ -166,40 +170,35 @@ def shown(share: Proportion | None) -> str:
     return f"{share.value:.3f} [{low:.3f}, {high:.3f}]"
 
 
-class ReportOptions(TypedDict, total=False):
+class ReportOptions(PassOptions, total=False):
     """What `gate_report` takes beside its own arguments: see there."""
 
     false_alarm_rate: float
     seed: int
-    batch_size: int
-    progress: bool
 
 
 @dataclass(frozen=True)
-class _Options:
+class _Options(Passes):
     false_alarm_rate: float = 0.05
     seed: int = 0
-    batch_size: int = 16
-    progress: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         normalised(
             self,
             false_alarm_rate=finite("false-alarm rate", self.false_alarm_rate, above=0, below=1),
             seed=seed_of(self.seed),
-            batch_size=whole("batch_size", self.batch_size, 1),
-            progress=switch("progress", self.progress),
         )
 
 
 def gate_report(
     model: SteerableModel,
-    gates: Gate | Mapping[str, Gate],
+    gates: Gate | Steering | Mapping[str, Gate | Steering],
     harmful: Texts,
     harmless: Texts,
     *,
     calibration: Iterable[str],
-    format: Format,
+    format: Format | None = None,
     layer: int | None = None,
     perturbations: Iterable[Perturbation] = PERTURBATIONS,
     keeps: Keeps | None = None,
@@ -214,27 +213,29 @@ def gate_report(
 
     Args:
         model: what the gates were fitted on.
-        gates: one, or several by name.
+        gates: one, or several by name; a steering stands for its gate, and is followed in how texts become tokens.
         harmful: texts in need of steering, as a person types them; a mapping names groups, which get rows of their own.
         harmless: texts to be left alone; those that look harmful belong here.
         calibration: further harmless texts, for the thresholds.
-        format: from what a person types to model input.
+        format: from what a person types to model input; None takes the text itself, or the user's turn of a chat.
         layer: where the gates read; None where they know it themselves.
         perturbations: what to do to the texts.
         keeps: whether a perturbed harmful prompt still means the same, such as `gives_same_answer`: where the model no
             longer understands the request, there is no harm to miss.
-        options: `false_alarm_rate` (0.05), the common rate; `seed` (0) of the perturbations; `batch_size` (16), prompts
-            per forward pass; `progress` (True), show a progress bar.
+        options: `false_alarm_rate` (0.05), the common rate; `seed` (0) of the perturbations; `chat`,
+            `chat_template_kwargs` and `prepend_bos` (as the steerings were fitted, else as in `generate`), how texts
+            become tokens; `batch_size` (16), prompts per forward pass; `progress` (True), show a progress bar.
 
     Raises:
         InputError: no texts of one kind, too few calibration texts, one that is reported too, two perturbations of
             one name, something that is no gate, or gates that read at no one layer.
         ContextLengthError: a perturbed prompt does not fit into the context.
+        MismatchError: a steering was fitted on texts that became tokens in another way.
         ShapeError: a gate of another width than the model's.
     """
-    named = dict(gates) if isinstance(gates, Mapping) else {GATE: gates}
-    run = options_of("gate_report", _Options, options)
-    where = reading_layer(named, layer)
+    given = dict(gates) if isinstance(gates, Mapping) else {GATE: gates}
+    run = options_of("gate_report", _Options, options).following(remembered(*given.values()), model)
+    named, where = read_by(given, layer)
     kinds = {HARMFUL: _grouped(harmful, HARMFUL), HARMLESS: _grouped(harmless, HARMLESS)}
     perturbations = several("perturbations", perturbations, "a list of them")
     names = [instance("perturbation", one, Perturbation, "a Perturbation").name for one in perturbations]
@@ -246,11 +247,16 @@ def gate_report(
     if shared:
         got = f"{len(shared)} that are in two, first {min(shared)[:60]!r}"
         raise InputError("harmful, harmless and calibration", expected="texts that are in one of them", got=got)
-    said = [Perturbation(NONE).prompt(text, format=format) for text in calibration]
+
+    def put(perturbation: Perturbation, text: str) -> Prompt:
+        if format is None and run.chat:
+            return perturbation.turns(text, seed=run.seed)
+        return perturbation.prompt(text, format=format or str, seed=run.seed)
+
+    said = [put(Perturbation(NONE), text) for text in calibration]
     wanted = [(p, kind, text) for p in perturbations for kind, groups in kinds.items() for text in groups[ALL]]
-    perturbed = [p.prompt(text, format=format, seed=run.seed) for p, _, text in wanted]
-    read = collect_queries(model, said + perturbed, layer=where, batch_size=run.batch_size, progress=run.progress)
-    rows = read.queries
+    perturbed = [put(p, text) for p, _, text in wanted]
+    rows = collect_queries(model, said + perturbed, layer=where, **run.options).queries
     cuts = {name: threshold_at_rate(gate, run.false_alarm_rate, rows[: len(said)]) for name, gate in named.items()}
     at_rate = {name: gate.at_threshold(cuts[name]) for name, gate in named.items()}
     queries = {(p.name, kind, text): h for (p, kind, text), h in zip(wanted, rows[len(said) :], strict=True)}
@@ -269,26 +275,33 @@ def gate_report(
                 for kind, groups in kinds.items()
                 if group in groups
             }
-            kept = torch.tensor([(name, text) in same for text in kinds[HARMFUL].get(group, ())], dtype=torch.bool)
+            kept = torch.tensor(
+                [(name, text) in same for text in kinds[HARMFUL].get(group, ())], dtype=torch.bool, device="cpu"
+            )
             for gate, own in named.items():
                 for rate, one in ((None, own), (run.false_alarm_rate, at_rate[gate])):
                     found.append(GateRow(gate, name, group, rate, *_shares(own, one, h, kept)))
     return GateReport(tuple(found), run.false_alarm_rate, cuts, len(calibration))
 
 
-def reading_layer(gates: Mapping[str, Gate], layer: int | None) -> int:
-    """The layer at which all of these gates read: the given one, or the one that they know.
+def read_by(given: Mapping[str, Gate | Steering], layer: int | None) -> tuple[dict[str, Gate], int]:
+    """Gates, those of steerings among them, and the layer at which all of them read: the given one, or their own.
 
     Raises:
         InputError: something that is no gate, gates of several layers, or nobody knows.
     """
-    for name, gate in gates.items():
-        require_gate(gate, f"gate {name!r}", layer=layer)
-    known = {gate.layer for gate in gates.values() if gate.layer is not None} if layer is None else {layer}
+    gates: dict[str, Gate] = {}
+    known = set() if layer is None else {layer}
+    for name, one in given.items():
+        gates[name] = gate_of(one, layer)[1] if isinstance(one, Steering) else one
+        require_gate(gates[name], f"gate {name!r}", layer=layer)
+        own = gate_of(one, layer)[0] if isinstance(one, Steering) else gates[name].layer
+        if own is not None:
+            known.add(own)
     if len(known) != 1:
         got, fix = sorted(known) or "gates that know none", "Pass layer=, or fit_gate(..., layer=)."
         raise InputError("layer", expected="gates that read at one layer", got=got, fix=fix)
-    return known.pop()
+    return gates, known.pop()
 
 
 def _grouped(texts: Texts, what: str) -> dict[str, list[str]]:

@@ -13,14 +13,14 @@ from typing import Final
 from fsteer_lens.effects import exact_answers
 from fsteer_lens.ground.checks import finite, whole
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.forms import texts_of
+from fsteer_lens.prompts.forms import Message, Prompt, prompt_text, texts_of
 
 Change = Callable[[str, random.Random], str]
 """A text as it becomes; everything random comes from the generator."""
 Format = Callable[[str], str]
 """From what a person types to model input, such as `tutor.chat` or a chat template."""
-Keeps = Callable[[Sequence[str], Sequence[str]], Sequence[bool]]
-"""Of texts, and of the model input that was made of each, whether that still means the same."""
+Keeps = Callable[[Sequence[str], Sequence[Prompt]], Sequence[bool]]
+"""Of texts, and of the prompt that was made of each, whether that still means the same."""
 
 
 def unchanged(text: str, rng: random.Random) -> str:
@@ -44,7 +44,15 @@ class Perturbation:
 
     def prompt(self, text: str, *, format: Format, seed: int = 0) -> str:
         """Model input for a text; the draws depend on the seed, the perturbation's name and the text alone."""
-        return format(self.change(text, random.Random(f"{seed} {self.name} {text}"))) + self.prefill
+        return format(self._changed(text, seed)) + self.prefill
+
+    def turns(self, text: str, *, seed: int = 0) -> list[Message]:
+        """The same as chat messages: a prefilled answer is the assistant's, who goes on from there."""
+        begun = [{"role": "assistant", "content": self.prefill}] if self.prefill else []
+        return [{"role": "user", "content": self._changed(text, seed)}, *begun]
+
+    def _changed(self, text: str, seed: int) -> str:
+        return self.change(text, random.Random(f"{seed} {self.name} {text}"))
 
 
 def typos(rate: float) -> Change:
@@ -128,8 +136,8 @@ def gives_same_answer(model: SteerableModel, answers: Mapping[str, str], *, batc
         batch_size: prompts per forward pass.
     """
 
-    def keeps(texts: Sequence[str], prompts: Sequence[str]) -> list[bool]:
-        wanted = [_rest(answers[text], prompt) for text, prompt in zip(texts, prompts, strict=True)]
+    def keeps(texts: Sequence[str], prompts: Sequence[Prompt]) -> list[bool]:
+        wanted = [_rest(answers[text], prompt_text(prompt)) for text, prompt in zip(texts, prompts, strict=True)]
         return exact_answers(model, None, prompts, wanted, batch_size=batch_size).bool().tolist()
 
     return keeps

@@ -102,7 +102,9 @@ class RefusalSuite(Suite):
             batch_size=setting.batch_size,
             progress=False,
         )
-        refused = torch.tensor([float(refuses(answer.text, self.phrases)) for answer in answers])
+        refused = torch.tensor(
+            [float(refuses(answer.text, self.phrases)) for answer in answers], dtype=torch.float32, device="cpu"
+        )
         n = len(self.harmful)
         return (refused[:n], 1 - refused[n:]) if self.harmless else (refused,)
 

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxtyping import Float
@@ -12,7 +12,7 @@ from fsteer_lens.ground.checks import several, whole
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
-from fsteer_lens.prompts.tokens import prompt_ids
+from fsteer_lens.prompts.passes import Passes
 
 Role = Literal["effect", "utility"]
 
@@ -44,19 +44,26 @@ class Setting:
 
     Attributes:
         context: text that stands before every prompt, or is the system message of a chat; None is no such text.
-        chat: send string prompts through the chat template.
-        batch_size: rows per forward pass.
+        passes: how prompts become tokens, and how many rows share a forward pass.
     """
 
     context: str | None = None
-    chat: bool = False
-    batch_size: int = 16
+    passes: Passes = field(default_factory=Passes)
+
+    @property
+    def chat(self) -> bool:
+        """Whether string prompts go through the chat template."""
+        return bool(self.passes.chat)
+
+    @property
+    def batch_size(self) -> int:
+        """Rows per forward pass."""
+        return self.passes.batch_size
 
     def ids(self, model: SteerableModel, prompts: GivenPrompts) -> list[list[int]]:
         """Prompts with the context as token ids."""
-        return [
-            prompt_ids(model, prompt, chat=self.chat, context=self.context) for prompt in prompts_of(prompts, least=0)
-        ]
+        tokenisation = self.passes.tokenisation(model)
+        return [tokenisation.ids(prompt, self.context) for prompt in prompts_of(prompts, least=0)]
 
 
 class Suite(ABC):

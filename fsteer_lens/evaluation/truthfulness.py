@@ -72,19 +72,23 @@ class TruthfulQA(Suite):
                 (number, text) for number, choice in enumerate(self.choices) for text, _ in (*choice.mc1, *choice.mc2)
             )
         )
-        rows = answered(model, [prompts[number] for number, _ in pairs], [space + text for _, text in pairs])
+        rows = answered(
+            model, [prompts[number] for number, _ in pairs], [space + text for _, text in pairs], setting.passes
+        )
         scores = answer_logprobs(model, rows, steering, batch_size=setting.batch_size)
         score = {pair: float(logprobs.double().sum()) for pair, logprobs in zip(pairs, scores, strict=True)}
         if not all(map(math.isfinite, score.values())):
             raise NonFiniteError("log-probabilities of answers", expected="finite numbers", got="NaN or infinity")
-        mc1, mc2 = torch.zeros(len(self.choices)), torch.zeros(len(self.choices))
+        mc1, mc2 = (torch.zeros(len(self.choices), dtype=torch.float32, device="cpu") for _ in range(2))
         for number, choice in enumerate(self.choices):
             right, wrong = (
                 max(score[number, text] for text, true in choice.mc1 if true is side) for side in (True, False)
             )
             mc1[number] = right > wrong
-            told = torch.tensor([score[number, text] for text, _ in choice.mc2], dtype=torch.float64)
-            mc2[number] = told.softmax(dim=0)[torch.tensor([true for _, true in choice.mc2])].sum()
+            told = torch.tensor([score[number, text] for text, _ in choice.mc2], dtype=torch.float64, device="cpu")
+            mc2[number] = told.softmax(dim=0)[
+                torch.tensor([true for _, true in choice.mc2], dtype=torch.bool, device="cpu")
+            ].sum()
         return mc1, mc2
 
 

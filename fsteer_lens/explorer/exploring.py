@@ -14,11 +14,12 @@ from fsteer_lens.explorer.widget import make_widget
 from fsteer_lens.explorer.words import parts
 from fsteer_lens.explorer.worlds import Unknown, Wrap, world_of
 from fsteer_lens.ground.checks import instance, options_of, whole
+from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.hooks.probes import SubspaceAblation
 from fsteer_lens.method.gates import OPEN
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.forms import GivenPrompts, Prompt, check_prompt
-from fsteer_lens.prompts.passes import Passes, PassOptions
+from fsteer_lens.prompts.passes import FormatOptions, Passes, PassOptions
 from fsteer_lens.run.generation import Generation, generate
 from fsteer_lens.steering.steering import FineSteer
 
@@ -40,13 +41,13 @@ class Explorer:
         pictured: Pictured,
         *,
         max_new_tokens: int,
-        chat: bool,
+        formatting: FormatOptions,
         title: str,
         unknown: Unknown | None,
         wrap: Wrap | None,
     ) -> None:
         self._subject, self._model, self._pictured = subject, model, pictured
-        self._options = {"max_new_tokens": max_new_tokens, "chat": chat}
+        self._options = {"max_new_tokens": max_new_tokens, **formatting}
         self._unknown, self._wrap, self._title = unknown, wrap, title
         self._settings = subject.start()
         self.error: BaseException | None = None
@@ -237,8 +238,9 @@ def explore(
             reader's own prompts. None: `tutor.unknown` for the tutor, else nothing is marked.
         wrap: makes model input of the reader's own prompt. None: `tutor.chat` for the tutor without `chat=True`, else
             the prompt is taken as it is.
-        options: `chat` (False), apply the tokenizer's chat template to string prompts; `batch_size` (16), prompts per
-            forward pass; `progress` (True), show a progress bar while the prompts are read.
+        options: `chat`, `chat_template_kwargs` and `prepend_bos` (as the steering was fitted), how prompts become
+            tokens, see `tokens.prompt_ids`; `batch_size` (16), prompts per forward pass; `progress` (True), show a
+            progress bar while the prompts are read.
 
     Raises:
         InputError: no FineSteer, no model, no prompts, a layer that is not steered, or options that do not fit.
@@ -253,6 +255,7 @@ def explore(
             raise InputError(name, expected="a function or None", got=repr(function))
     subject = Subject(steering, steering.layers[0] if layer is None else layer)
     groups = grouped(prompts, limit)
+    passes = passes.following(remembered(steering), model, [prompt for group in groups for prompt in group.prompts])
     steering.session_on(model)  # a steering of another model is refused before anything is read
     world = world_of(model)
     if world is not None:
@@ -263,7 +266,7 @@ def explore(
         model,
         read(subject, model, groups, passes),
         max_new_tokens=max_new_tokens,
-        chat=passes.chat,
+        formatting=passes.formatting,
         title=f"What does steering at layer {subject.layer} do?" if title is None else title,
         unknown=unknown,
         wrap=wrap,

@@ -142,7 +142,8 @@ def pictured(
 ) -> Pictured:
     """Compute what the gate makes of `queries` at every rank, and the experts of `routed`."""
     gate, experts, ranks = subject.gate, subject.experts, subject.ranks
-    scores, opened, thresholds = torch.zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.bool), None
+    scores, thresholds = torch.zeros(len(queries), 0, dtype=torch.float32, device="cpu"), None
+    opened = torch.zeros(len(queries), 0, dtype=torch.bool, device="cpu")
     name = "" if gate is None else gate.score_name
     if gate is not None:
         opened = gate.gates(queries)[:, : max(1, ranks)].ge(OPEN).cpu()
@@ -151,7 +152,7 @@ def pictured(
             scores, name = subject.leaves[0].subspace.energy_ratios(queries)[:, :ranks].cpu(), "energy ratio"
     if gate is not None and subject.has_threshold:
         at_ranks = [gate.at_rank(rank) for rank in range(1, ranks + 1)] or [gate]
-        thresholds = torch.tensor([one.threshold for one in at_ranks], dtype=torch.float64)
+        thresholds = torch.tensor([one.threshold for one in at_ranks], dtype=torch.float64, device="cpu")
     logits = experts.controller.logits(routed.to(experts.prototypes), experts.prototypes).cpu()
     above = gate is None or gate.opens_above
     return Pictured(groups, queries, scores, opened, thresholds, logits, ranks, name, above)

@@ -127,7 +127,7 @@ def _add_histogram(
     low, high = bounds
     width = (high - low) / BINS
     counts = torch.histc(values.double().cpu(), bins=BINS, min=low, max=high)
-    edges = torch.linspace(low, high, BINS + 1)
+    edges = torch.linspace(low, high, BINS + 1, dtype=torch.float32, device="cpu")
     figure.add_trace(
         go.Bar(
             x=plain((edges[1:] + edges[:-1]) / 2),

@@ -1,5 +1,6 @@
 """The rank of the gate's subspace under a slider."""
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +126,7 @@ def _stops(fitted: int, own: int) -> list[int]:
     """Every fitted rank, or 64 of them that get sparser upwards, with the gate's own among them."""
     if fitted <= MOST_RANKS:
         return list(range(1, fitted + 1))
-    spread = torch.logspace(0, torch.tensor(float(fitted)).log10().item(), MOST_RANKS).round().int().tolist()
+    spread = torch.logspace(0, math.log10(fitted), MOST_RANKS, dtype=torch.float32, device="cpu").round().int().tolist()
     return sorted({*spread, own})
 
 

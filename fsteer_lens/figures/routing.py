@@ -66,7 +66,7 @@ def expert_routing(
             raise InputError(name, expected=f"one for each of {n_prompts} prompts", got=len(given))
     names = ["prompts" if labels is None else str(label) for label in labels or [None] * n_prompts]
     order = sorted(range(n_prompts), key=lambda row: names[row])
-    ordered = alpha[torch.tensor(order, device=alpha.device)]
+    ordered = alpha[torch.tensor(order, dtype=torch.long, device=alpha.device)]
     strongest = ordered.nan_to_num(-1).argmax(dim=1).tolist()
     said = [hover_prompt(prompts[row]) if prompts is not None else f"prompt {row}" for row in order]
     hover = [

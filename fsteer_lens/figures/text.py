@@ -96,7 +96,7 @@ def token_scores(
 def _change(one: Trace, layer: int | None, n_tokens: int) -> Float[Tensor, " s"]:
     """Size of the change at each token of the only row, NaN where no forward pass went."""
     recorded = one.change[one.layer_of("change", layer)][0, :n_tokens].float()
-    change = torch.full((n_tokens,), math.nan)
+    change = torch.full((n_tokens,), math.nan, dtype=torch.float32, device=recorded.device)
     change[: len(recorded)] = recorded
     return change
 

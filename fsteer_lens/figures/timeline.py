@@ -120,6 +120,6 @@ def _lines(one: Trace, layer: int, n: int) -> list[Line]:
 
 def _filled(values: Float[Tensor, " known"], n: int) -> Float[Tensor, " n"]:
     """The first n values, with NaN for those that are missing."""
-    filled = torch.full((n,), math.nan)
+    filled = torch.full((n,), math.nan, dtype=torch.float32, device=values.device)
     filled[: len(values)] = values[:n].float()
     return filled

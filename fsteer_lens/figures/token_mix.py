@@ -84,7 +84,7 @@ def _acting(trace: Trace, layer: int | None, row: int, n_tokens: int) -> Float[T
     one = trace.row(row)
     weights = one.weights[layer]
     if weights.ndim == 3:  # a probe's: every token has its own
-        acting = torch.full((n_tokens, weights.shape[2]), torch.nan)
+        acting = torch.full((n_tokens, weights.shape[2]), torch.nan, dtype=torch.float32, device=weights.device)
         read = weights[0, :n_tokens].float()
         acting[: len(read)] = read
         return acting

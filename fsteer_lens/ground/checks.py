@@ -217,9 +217,14 @@ def normalised(owner: Any, **values: Any) -> None:
         object.__setattr__(owner, name, value)
 
 
-def options_of(owner: str, kind: type[Options], given: Mapping[str, Any]) -> Options:
-    """The dataclass of options that a function of that name was given by keyword; an unknown one is a TypeError."""
-    known = [item.name for item in fields(kind)]  # pyright: ignore[reportArgumentType]
+def options_of(
+    owner: str, kind: type[Options], given: Mapping[str, Any], takes: Iterable[str] | None = None
+) -> Options:
+    """The dataclass of options that a function of that name was given by keyword; an unknown one is a TypeError.
+
+    The function takes all fields of the dataclass, or those named in `takes`.
+    """
+    known = list(takes or (item.name for item in fields(kind)))  # pyright: ignore[reportArgumentType]
     unknown = [name for name in given if name not in known]
     if unknown:
         raise TypeError(f"{owner}() got an unexpected keyword argument {unknown[0]!r}; it takes {', '.join(known)}")

@@ -92,7 +92,7 @@ def resampled_means(values: Float[Tensor, " n"], *, seed: int = 0) -> Float[Tens
 
 def estimate_of(value: float, draws: Float[Tensor, " draws"]) -> Estimate:
     """A statistic with the 95 % percentile interval of its bootstrap draws."""
-    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype)).tolist()
+    low, high = draws.quantile(torch.tensor([0.025, 0.975], dtype=draws.dtype, device=draws.device)).tolist()
     return Estimate(value, (low, high))
 
 

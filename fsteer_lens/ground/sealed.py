@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Format:
         holds: what is in it, in words.
         writer: the call that writes it.
         classes: of the values that it may hold, by name.
+        older: what fields are in files that were written before there were such fields, by class.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Format:
     holds: str
     writer: str
     classes: Mapping[str, Any]
+    older: Mapping[type, Mapping[str, Any]] = field(default_factory=dict)
 
     def write(self, path: str | os.PathLike[str], tree: Any, tensors: Mapping[str, Tensor]) -> None:
         """Write a tree and the tensors that it refers to, atomically: an interrupted write leaves the old file whole.
@@ -166,7 +168,10 @@ class Format:
         if set(tree) == {"map"}:
             return {key: self.decode(item, tensors) for key, item in tree["map"]}
         parts = {name: self.decode(item, tensors) for name, item in tree["fields"].items()}
-        return self.classes[tree["class"]](**parts)
+        kind = self.classes[tree["class"]]
+        for older, fields_before in self.older.items():
+            parts = {**fields_before, **parts} if issubclass(kind, older) else parts
+        return kind(**parts)
 
 
 def _require_modest(content: bytes, problem: str) -> int:

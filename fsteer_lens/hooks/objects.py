@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, final
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from torch import Tensor
@@ -25,9 +25,11 @@ from fsteer_lens.errors import HookError, MismatchError, ShapeError
 from fsteer_lens.hooks.positions import View
 from fsteer_lens.hooks.session import Acted, Point, PointHook, Session, State
 from fsteer_lens.method.linalg import move
+from fsteer_lens.models.attaching import is_compiled, why_idle
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import DEFAULT_SITE, site_name
-from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint
+from fsteer_lens.prompts.formats import PromptFormat, merge_formats
+from fsteer_lens.reading.fingerprints import Fingerprint, require_model
 from fsteer_lens.trace.trace import Trace
 
 
@@ -55,7 +57,7 @@ class Handle:
     """What `.attach` returns: detaches exactly its own hooks, resets the position counters, holds the trace."""
 
     def __init__(self, model: SteerableModel, session: Session) -> None:
-        self._session = session
+        self._session, self._model = session, ref(model)
         self._hooks = session.added_to(model)
 
     @property
@@ -63,10 +65,11 @@ class Handle:
         """What the hooks have recorded of the latest prompt, as it stands: what comes later does not change it.
 
         Raises:
-            HookError: as `detach`.
+            HookError: as `detach`, or one of the hooks has not run.
         """
         if not self._hooks.in_place():
             raise _removed_by_others(self._session.hook_object)
+        _require_fired(self._session, self._model())
         return self._session.trace.copy()
 
     def reset(self) -> None:
@@ -86,14 +89,15 @@ class Handle:
             raise _removed_by_others(self._session.hook_object)
 
 
-def _require_fired(session: Session) -> None:
+def _require_fired(session: Session, model: SteerableModel | None = None) -> None:
     if session.unfired:
+        compiled = f" {why_idle(model)}" if model is not None and is_compiled(model) else ""
         raise HookError(
             f"{session.hook_object!r} never fired",
             expected="a forward pass through its layers with the hooks on",
             got=f"none through {', '.join(point.name for point in sorted(session.unfired))}",
             fix="Run the model inside the block, or with these fwd_hooks, and look at stop_at_layer; a Bridge ignores"
-            " fwd_hooks at names that it does not know, SAELens' Bridge these: use .on or .attach.",
+            " fwd_hooks at names that it does not know, SAELens' Bridge these: use .on or .attach." + compiled,
         )
 
 
@@ -169,10 +173,19 @@ class HookObject(ABC):
             added.remove()
         if not in_place:
             raise _removed_by_others(self)
-        _require_fired(session)
+        _require_fired(session, model)
 
     def attach(self, model: SteerableModel, prompt_lengths: Any = None, attention_mask: Any = None) -> Handle:
-        """Put the hooks on a model until `handle.detach()`; arguments and errors as in `on`."""
+        """Put the hooks on a model until `handle.detach()`; arguments as in `on`.
+
+        Raises:
+            MismatchError: fitted on another model.
+            SiteError: the model has no such layer.
+            HookError: the model is compiled, so that its hooks may or may not run, and nobody looks at every forward.
+                Elsewhere `handle.trace` raises where one of them has never run.
+        """
+        if is_compiled(model):
+            raise HookError(f"{self!r} cannot stay on this model", fix=why_idle(model))
         return Handle(model, self.session_on(model, prompt_lengths, attention_mask))
 
     def session_on(self, model: SteerableModel, prompt_lengths: Any = None, attention_mask: Any = None) -> Session:
@@ -199,9 +212,19 @@ class HookObject(ABC):
                     fix="Fit at these layers, or take the fingerprint off: replace(steering, fingerprint=None).",
                 )
             if link.fingerprint not in known:
-                link.fingerprint.require_match(fingerprint(model, sorted(link.fingerprint.probe), link.site))
+                require_model(link.fingerprint, model, link.site)
                 known.add(link.fingerprint)
         return Session(self, prompt_lengths, attention_mask)
+
+
+def remembered(*fitted: Any) -> PromptFormat:
+    """How the prompts became tokens that hook objects were fitted on; what is none of them remembers nothing.
+
+    Raises:
+        MismatchError: they contradict each other.
+    """
+    links = (link for one in fitted if isinstance(one, HookObject) for link in one.links)
+    return merge_formats(getattr(link, "prompt_format", None) for link in links)
 
 
 class Link(HookObject):
@@ -230,10 +253,12 @@ class Link(HookObject):
     Attributes:
         site: hook point within a layer, "hook_resid_pre" or "hook_resid_post".
         fingerprint: of the model that it was fitted on, checked when it is put on one; None fits any.
+        prompt_format: how the prompts became tokens that it was fitted on; what runs prompts follows it.
     """
 
     site: str = DEFAULT_SITE
     fingerprint: Fingerprint | None = None
+    prompt_format: PromptFormat | None = None
 
     @property
     def links(self) -> "tuple[Link, ...]":

@@ -4,7 +4,7 @@ A hook sees the prompt as [b, P, d] and then [b, 1, d] a token with a KV cache, 
 next prompt may follow at any time.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -47,8 +47,8 @@ class Positions:
     """
 
     def __init__(self, prompt_lengths: Tensor | None, attention_mask: Tensor | None) -> None:
-        self.lengths = None if prompt_lengths is None else torch.as_tensor(prompt_lengths).long()
-        self.mask = None if attention_mask is None else torch.as_tensor(attention_mask).bool()
+        self.lengths = None if prompt_lengths is None else _tensor(prompt_lengths).long()
+        self.mask = None if attention_mask is None else _tensor(attention_mask).bool()
         self.seen = 0
         self.query: Tensor
         self.first: Tensor
@@ -113,8 +113,8 @@ class Positions:
         return (found - stored).float().norm(dim=-1) <= tolerance * stored.float().norm(dim=-1)
 
     def _locate(self, rows: int, width: int, device: torch.device, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        first = torch.zeros(rows, dtype=torch.long)
-        last = torch.full((rows,), width - 1)
+        first = torch.zeros(rows, dtype=torch.long, device="cpu")
+        last = torch.full((rows,), width - 1, dtype=torch.long, device="cpu")
         if mask is not None:
             if mask.shape != (rows, width):
                 raise HookError(
@@ -143,6 +143,11 @@ class Positions:
                 )
             last = ends
         return last.to(device), first.to(device)
+
+
+def _tensor(values: Any) -> Tensor:
+    """A tensor as it is, or anything else as one on the CPU, whatever the default device."""
+    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
 
 
 def _usable(real: Tensor | None, rows: int, width: int, fresh: bool) -> bool:

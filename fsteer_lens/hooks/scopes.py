@@ -70,5 +70,5 @@ class Schedule:
 
     def at(self, steps: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """Factor at each step."""
-        table = torch.tensor(self.factors, device=steps.device)
+        table = torch.tensor(self.factors, dtype=torch.float32, device=steps.device)
         return table[steps.clamp(0, len(self.factors) - 1)]

@@ -176,8 +176,16 @@ class Session:
             )
         self.unfired.discard(point)
         view = self._positions[point].observe(activation, self._fresh, self._real)
-        place = self._points.index(point)
-        new_forward, self._place = place <= self._place, place
+        place, before = self._points.index(point), self._place
+        new_forward, self._place = place <= before, place
+        if not new_forward and place > before + 1:
+            skipped = ", ".join(one.name for one in self._points[before + 1 : place])
+            raise HookError(
+                f"this forward went from {self._points[before].name} to {point.name}",
+                expected=f"to run through {skipped} on the way",
+                got="nothing there",
+                fix="Has that hook point been replaced, or does the model skip the layer?",
+            )
         if new_forward:
             self._forward_is_fresh = view.fresh
             if view.fresh:

@@ -107,8 +107,8 @@ def train_controller(
         # torch.manual_seed would reseed the GPUs' generators as well
         torch.default_generator.manual_seed(training.seed)
         sizes = [(d_model, d_model)] * 3 + [(d_model, residual_basis.shape[1])]
-        layers = [torch.nn.Linear(*pair, dtype=h.dtype) for pair in sizes]
-        order = torch.randperm(n)
+        layers = [torch.nn.Linear(*pair, dtype=h.dtype, device="cpu") for pair in sizes]
+        order = torch.randperm(n, device="cpu")
     parameters = [p.to(h.device).detach().requires_grad_() for layer in layers for p in (layer.weight, layer.bias)]
     controller = Controller(*parameters)
     valid_rows, train_rows = order[:n_valid].to(h.device), order[n_valid:].to(h.device)
@@ -132,7 +132,8 @@ def train_controller(
             objective = loss(*train)
             objective.backward()
             torch.nn.utils.clip_grad_norm_(parameters, training.clip)
-            optimizer.step()
+            with torch.device("cpu"):  # where it counts its steps, whatever the default device
+                optimizer.step()
             advance(1)
             with torch.no_grad():
                 watched = float(loss(*watched_part))

@@ -170,7 +170,7 @@ class Experts:
         return move(self, device, dtype)
 
     def _off(self, device: torch.device) -> Bool[Tensor, " k"]:
-        return torch.tensor([not on for on in self.enabled], device=device)
+        return torch.tensor([not on for on in self.enabled], dtype=torch.bool, device=device)
 
     def _switched(self, enabled: tuple[bool, ...]) -> "Experts":
         return variant(self, enabled=self._switches(enabled))

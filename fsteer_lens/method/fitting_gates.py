@@ -196,8 +196,8 @@ def _fit_linear(rows: Float[Tensor, "n d"], others: Float[Tensor, "m d"], layer:
     centre, scale = both.mean(dim=0), both.std(dim=0).clamp(min=1e-12)
     model = LogisticRegression(C=1.0, class_weight="balanced", max_iter=5000)
     model.fit(((both - centre) / scale).numpy(), [1] * len(rows) + [0] * len(others))
-    weight = torch.as_tensor(model.coef_[0]) / scale
-    return LinearGate(weight.to(rows), float(torch.as_tensor(model.intercept_)[0] - weight @ centre), layer=layer)
+    weight = torch.from_numpy(model.coef_[0]) / scale
+    return LinearGate(weight.to(rows), float(torch.as_tensor(model.intercept_).item() - weight @ centre), layer=layer)
 
 
 def _fit_cosine(rows: Float[Tensor, "n d"], others: Float[Tensor, "m d"], layer: int | None) -> CosineGate:
@@ -212,7 +212,7 @@ def _fit_cosine(rows: Float[Tensor, "n d"], others: Float[Tensor, "m d"], layer:
     sides = []
     for above, beyond in ((True, torch.ge), (False, torch.lt)):
         hits, alarms = (beyond(scores, cuts.unsqueeze(1)).sum(dim=1) for scores in (wanted, unwanted))
-        f1 = 2 * hits / (hits + alarms + len(rows))
+        f1 = 2 * hits.float() / (hits + alarms + len(rows))
         sides.append((float(f1.max()), above, float(cuts[f1.argmax()])))
     _, above, cut = max(sides, key=lambda side: side[:2])
     return replace(gate, cut=cut, above=above)

@@ -1,4 +1,8 @@
-"""Putting hooks on a model and taking exactly these off again, one thread at a time."""
+"""Putting hooks on a model and taking exactly these off again, one thread at a time.
+
+A hook that does not run changes nothing and says nothing. So whatever this package runs with hooks on goes through
+`hooks_added`, which counts, on the CPU alone, that each of them ran once in that forward pass, and raises where not.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -6,9 +10,15 @@ from threading import Lock, RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch import Tensor
+
+from fsteer_lens.errors import HookError
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.padding import PaddingWatch, See
 from fsteer_lens.models.points import hook_point, standing
+
+NAMED = 3
+"""Hook points that a message names; there may be hundreds."""
 
 
 class AddedHooks:
@@ -61,17 +71,67 @@ class AddedHooks:
 
 @contextmanager
 def hooks_added(model: SteerableModel, hooks: Sequence[tuple[str, Any]]) -> Iterator[None]:
-    """Add hooks to a model and take away exactly these at the end, whatever happens in between.
+    """Add hooks for one forward pass and take away exactly these at its end, whatever happens in between.
 
     One thread at a time: another one that comes here with the same model waits until the first has taken its hooks
     away.
+
+    Raises:
+        HookError: the pass ended without an error, and one of the hooks has not run in it, or more than once.
     """
+    counted = [(name, _Counted(function)) for name, function in hooks]
     with lock_of(model):
-        added = AddedHooks(model, hooks)
+        added = AddedHooks(model, counted)
         try:
             yield
         finally:
             added.remove()
+    _require_ran(model, counted)
+
+
+def _require_ran(model: SteerableModel, counted: "Sequence[tuple[str, _Counted]]") -> None:
+    idle = [name for name, hook in counted if hook.runs == 0]
+    if idle:
+        raise HookError(
+            f"{len(idle)} of {len(counted)} hooks did not run in this forward pass",
+            expected="each of them once",
+            got=f"none at {_listed(idle)}",
+            fix=why_idle(model),
+        )
+    again = [name for name, hook in counted if hook.runs > 1]
+    if again:
+        raise HookError(
+            f"{len(again)} of {len(counted)} hooks ran more than once in this forward pass",
+            expected="each of them once, so that each position is edited once",
+            got=f"{max(hook.runs for _, hook in counted)} times at {_listed(again)}",
+            fix="A model that runs a layer several times for one token cannot be steered or read there; while hooks are"
+            " on for a pass no other thread may run the model.",
+        )
+
+
+def why_idle(model: SteerableModel) -> str:
+    """The likeliest reason why hooks on this model do not run, and what helps."""
+    if is_compiled(model):
+        return (
+            "The model, or a part of it, is compiled, and what is compiled ignores hooks: use the model as it was"
+            ' before torch.compile, or run this in `with torch.compiler.set_stance("force_eager"):`.'
+        )
+    return (
+        "Has something taken the hooks away meanwhile (reset_hooks), replaced these hook points, or does the model skip"
+        " these layers (layer drop, an early exit, a replaced forward)?"
+    )
+
+
+def is_compiled(model: SteerableModel) -> bool:
+    """Whether torch.compile has been at the model or at a part of it."""
+    modules: Any = getattr(model, "modules", tuple)()
+    marks = ("_compiled_call_impl", "_orig_mod")  # of module.compile(), and of what torch.compile(module) gives
+    return any(getattr(module, mark, None) is not None for module in modules for mark in marks)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more} more" if more > 0 else "")
 
 
 @contextmanager
@@ -102,6 +162,21 @@ def hooks_suspended(model: SteerableModel, which: Callable[[Any], bool] = lambda
 
 class OwnHook:
     """A hook function of this package: what `unsteered` takes off the model for a while."""
+
+
+class _Counted(OwnHook):
+    """A hook function that counts how often it has run; its repr is that of the function."""
+
+    def __init__(self, function: Any) -> None:
+        self.function, self.runs = function, 0
+
+    def __repr__(self) -> str:
+        return repr(self.function)
+
+    def __call__(self, activation: Tensor, hook: Any = None) -> Tensor | None:
+        edited = self.function(activation, hook=hook)
+        self.runs += 1  # not where it refused, as it does a forward of another thread
+        return edited
 
 
 def unsteered(model: SteerableModel) -> AbstractContextManager[None]:

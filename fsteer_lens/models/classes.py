@@ -24,10 +24,10 @@ class SteerableModel(Protocol):
 
 
 def available_kinds() -> tuple[Kind, ...]:
-    """Model classes that the installed TransformerLens has, the preferred one first."""
+    """Model classes that the installed TransformerLens has, the preferred one first: a Bridge decodes faster."""
     classes: dict[Kind, tuple[str, str]] = {
-        "hooked": ("transformer_lens", "HookedTransformer"),
         "bridge": ("transformer_lens.model_bridge", "TransformerBridge"),
+        "hooked": ("transformer_lens", "HookedTransformer"),
     }
 
     def is_there(module: str, name: str) -> bool:
@@ -44,24 +44,42 @@ def kind_of(model: SteerableModel) -> Kind:
     return "bridge" if hasattr(model, "original_model") else "hooked"
 
 
+def attention_window(model: SteerableModel) -> int:
+    """How many tokens the narrowest layer of a model sees; the whole context where none has a window."""
+    original = getattr(model, "original_model", None)
+    if original is None:
+        window = model.cfg.window_size if getattr(model.cfg, "use_local_attn", False) else None
+    else:
+        names = ("sliding_window", "window_size")  # the latter is GPT-Neo's
+        window = next((size for name in names if (size := getattr(original.config, name, None))), None)
+    return min(window or model.cfg.n_ctx, model.cfg.n_ctx)
+
+
 def require_decoder(model: SteerableModel) -> None:
     """Raise `InputError` unless the model is a decoder that reads left to right by attention alone.
 
     An encoder's last token knows what comes after it, and a model that carries a running state (Mamba, say) reads
     padding as text: both would be steered without an error, and wrongly.
     """
-    original = getattr(model, "original_model", None)
-    if original is None:
-        causal = getattr(model.cfg, "attention_dir", "causal") == "causal"
-        stateful = False
-    else:
-        causal = original.can_generate() and not original.config.is_encoder_decoder
-        stateful = getattr(original, "_is_stateful", False)
-    if not causal or stateful:
-        raise InputError(
-            "this model cannot be steered",
-            expected="a decoder that reads left to right by attention alone",
-            got=f"{type(model if original is None else original).__name__}, "
-            + ("which carries a running state" if stateful else "which is an encoder or has one"),
-            fix="Use a causal language model without recurrent layers.",
-        )
+    network = getattr(model, "original_model", None)
+    if network is not None:
+        require_decoding(network)
+    elif getattr(model.cfg, "attention_dir", "causal") != "causal":
+        raise _cannot_be_steered(f"{type(model).__name__}, which is an encoder")
+
+
+def require_decoding(network: Any) -> None:
+    """The same of a Hugging Face model."""
+    if getattr(network, "_is_stateful", False):
+        raise _cannot_be_steered(f"{type(network).__name__}, which carries a running state")
+    if network.config.is_encoder_decoder or not network.can_generate():
+        raise _cannot_be_steered(f"{type(network).__name__}, which is an encoder, has one, or has no head for tokens")
+
+
+def _cannot_be_steered(got: str) -> InputError:
+    return InputError(
+        "this model cannot be steered",
+        expected="a decoder that reads left to right by attention alone",
+        got=got,
+        fix="Use a causal language model without recurrent layers, as AutoModelForCausalLM loads it.",
+    )

@@ -1,32 +1,58 @@
-"""From a Hugging Face model in memory to one of TransformerLens."""
+"""From a Hugging Face model in memory to one of TransformerLens, which is checked to be the same model."""
 
 import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from fsteer_lens.errors import InputError, MissingDependencyError
+import torch
+
+from fsteer_lens.errors import FsteerError, InputError, MissingDependencyError
 from fsteer_lens.ground.checks import choice
-from fsteer_lens.models.classes import CLASS_NAMES, Kind, SteerableModel, available_kinds, require_decoder
+from fsteer_lens.ground.foreign import told
+from fsteer_lens.models.adapters import merged, refuse_unmergeable
+from fsteer_lens.models.agreement import context_of, probe, require_agreement
+from fsteer_lens.models.classes import CLASS_NAMES, Kind, SteerableModel, available_kinds, require_decoding
+from fsteer_lens.models.devices import device_of, device_of_weights
+from fsteer_lens.models.mending import with_kv_cache
+from fsteer_lens.models.wrappers import require_weights, unwrapped
 
 
 def from_hf(hf_model: Any, tokenizer: Any, kind: Kind | None = None, process: bool = False) -> SteerableModel:
     """Make a TransformerLens model from a Hugging Face model and tokenizer that are already in memory.
 
     Works offline and keeps the tokenizer as it is given. The given `hf_model` must not be used afterwards: a
-    Bridge rewires it in place.
+    Bridge rewires it in place. What `torch.compile` made of it is undone, and PEFT adapters that act are merged into
+    its weights. The log-probabilities of a few tokens, taken before, must then come out of the converted model too: in
+    a single row and in a left-padded pair, with and without a KV cache.
 
     Args:
-        hf_model: a transformers causal language model.
+        hf_model: a transformers causal language model, or a PeftModel around one.
         tokenizer: its tokenizer.
-        kind: "hooked" or "bridge"; None takes HookedTransformer where the installed TransformerLens has it.
+        kind: "hooked" or "bridge"; None takes TransformerBridge, which decodes three to four times as fast.
         process: fold LayerNorm and centre the writing weights, as `HookedTransformer.from_pretrained` does. Gates and
             experts that were fitted without it do not fit a processed LayerNorm model.
 
     Raises:
-        MissingDependencyError: the installed TransformerLens lacks the class.
-        InputError: TransformerLens cannot convert this architecture, or it is none that can be steered.
+        MissingDependencyError: the installed TransformerLens lacks the class, or cannot leave weights on disk.
+        InputError: TransformerLens cannot convert this architecture, or makes another model of it, with what differs
+            and by how many nats; a model that cannot be steered, has no weights, or an adapter that cannot be merged.
+        NonFiniteError: the model says NaN before it is converted.
     """
+    kind = _kind(kind)
+    network = unwrapped(hf_model)
+    refuse_unmergeable(hf_model)
+    require_decoding(network)
+    require_weights(network, kind)
+    hf_model.eval()
+    asked = probe(hf_model, network)
+    network = merged(network, hf_model)
+    model = _converted(network, tokenizer, kind, process)
+    require_agreement(model, asked)
+    return model
+
+
+def _kind(kind: Kind | None) -> Kind:
     kinds = available_kinds()
     kind = kind or kinds[0]
     choice("kind", kind, ("hooked", "bridge"))
@@ -36,19 +62,23 @@ def from_hf(hf_model: Any, tokenizer: Any, kind: Kind | None = None, process: bo
             got=f"kinds {kinds}",
             fix='Use kind="bridge", or pip install "transformer-lens<4" for HookedTransformer.',
         )
-    hf_model.eval()
-    if not hf_model.config.architectures:  # not set on a model that was made from its configuration
-        hf_model.config.architectures = [type(hf_model).__name__]
+    return kind
+
+
+def _converted(network: Any, tokenizer: Any, kind: Kind, process: bool) -> Any:
+    if not network.config.architectures:  # not set on a model that was made from its configuration
+        network.config.architectures = [type(network).__name__]
     convert = _hooked if kind == "hooked" else _bridge
     try:
-        model = convert(hf_model, tokenizer, process)
-    except (NotImplementedError, ValueError, KeyError, AttributeError, TypeError) as error:
+        model = convert(network, tokenizer, process)
+    except (FsteerError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # whatever TransformerLens raises where a configuration or weight is not as it expects
         raise InputError(
-            f"TransformerLens cannot convert {type(hf_model).__name__} to {CLASS_NAMES[kind]}",
-            got=f"{type(error).__name__}: {str(error)[:200]}",
+            f"TransformerLens cannot convert {type(network).__name__} to {CLASS_NAMES[kind]}",
+            got=told(error),
             fix='Use kind="bridge".' if kind == "hooked" else "TransformerLens' documentation lists what it knows.",
         ) from error
-    require_decoder(model)
     # Both classes load it anew from its name and lose what was changed in memory, the Bridge's setter as well.
     setattr(model, "tokenizer" if kind == "hooked" else "_tokenizer", tokenizer)
     model.cfg.tokenizer_prepends_bos = _tokenizer_prepends_bos(tokenizer)
@@ -62,7 +92,6 @@ def _hooked(hf_model: Any, tokenizer: Any, process: bool) -> Any:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.loading_from_pretrained import convert_hf_model_config, get_pretrained_state_dict
 
-    parameter = next(hf_model.parameters())
     with tempfile.TemporaryDirectory(prefix="config") as folder:
         hf_model.config.save_pretrained(folder)
         config = json.loads((Path(folder) / "config.json").read_text())
@@ -73,13 +102,21 @@ def _hooked(hf_model: Any, tokenizer: Any, process: bool) -> Any:
         settings = _gemma2_settings(hf_model.config) if gemma2 else convert_hf_model_config(folder)
         for unused in ("tokenizer_name", "quantization_method", "dtype"):
             settings.pop(unused, None)
-        cfg = HookedTransformerConfig(**settings, device=str(parameter.device), dtype=parameter.dtype)
-        state = get_pretrained_state_dict(folder, cfg, hf_model=hf_model, dtype=parameter.dtype)
+        device = str(device_of_weights(hf_model))
+        cfg = HookedTransformerConfig(**settings, device=device, dtype=hf_model.dtype)
+        state = get_pretrained_state_dict(folder, cfg, hf_model=hf_model, dtype=hf_model.dtype)
+    cfg.n_ctx = min(cfg.n_ctx, _longest(hf_model.config, cfg))
     model = HookedTransformer(cfg)
     model.load_and_process_state_dict(
         state, fold_ln=process, center_writing_weights=process, center_unembed=process, fold_value_biases=process
     )
     return model
+
+
+def _longest(config: Any, cfg: Any) -> int:
+    """The longest text: that of the configuration, or the sliding window where TransformerLens leaves it out."""
+    window = config.sliding_window if "sliding_attention" in (getattr(config, "layer_types", None) or ()) else None
+    return min(context_of(config) or cfg.n_ctx, cfg.n_ctx if cfg.use_local_attn or window is None else window)
 
 
 def _gemma2_settings(config: Any) -> dict[str, Any]:
@@ -117,14 +154,15 @@ def _bridge(hf_model: Any, tokenizer: Any, process: bool) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     name = hf_model.config._name_or_path or type(hf_model).__name__
-    parameter = next(hf_model.parameters())
+    device = str(device_of_weights(hf_model))
     hf_model.set_attn_implementation("eager")
     model = TransformerBridge.boot_transformers(
-        name, hf_model=hf_model, tokenizer=tokenizer, device=str(parameter.device), dtype=parameter.dtype
+        name, hf_model=hf_model, tokenizer=tokenizer, device=device, dtype=hf_model.dtype
     )
+    model.cfg.device = str(device_of(model))  # not that of the first weight, which may be on disk
     if process:
         model.enable_compatibility_mode()
-    return model
+    return with_kv_cache(model)
 
 
 def _tokenizer_prepends_bos(tokenizer: Any) -> bool:

@@ -1,6 +1,7 @@
 """Forward passes, the same for both model classes."""
 
 from collections.abc import Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -43,17 +44,23 @@ class Forward:
             tokens, attention_mask=self.mask.long(), past_key_values=self._cache, use_cache=True, **options
         )
 
-    def fork(self, times: int) -> None:
-        """Go on with every row `times` times: of two rows, twice, come a, a, b, b."""
+    def fork(self, times: int) -> "Forward":
+        """Passes that go on from here with every row `times` times: of two rows, twice, come a, a, b, b.
+
+        These here stay where they are, and can be forked again.
+        """
         assert self.tokens is not None and self.mask is not None and self._cache is not None
-        self.tokens, self.mask = (rows.repeat_interleave(times, dim=0) for rows in (self.tokens, self.mask))
+        other = Forward(self.model, cache=True, layers=self.layers)
+        other.tokens, other.mask = (rows.repeat_interleave(times, dim=0) for rows in (self.tokens, self.mask))
+        other._cache = cache = deepcopy(self._cache)
         if self.kind == "bridge":
-            self._cache.batch_repeat_interleave(times)
-            return
-        self._cache.previous_attention_mask = self._cache.previous_attention_mask.repeat_interleave(times, dim=0)
-        for entry in self._cache.entries:
+            cache.batch_repeat_interleave(times)
+            return other
+        cache.previous_attention_mask = cache.previous_attention_mask.repeat_interleave(times, dim=0)
+        for entry in cache.entries:
             entry.past_keys = entry.past_keys.repeat_interleave(times, dim=0)
             entry.past_values = entry.past_values.repeat_interleave(times, dim=0)
+        return other
 
     def _new_cache(self, batch_size: int) -> Any:
         if self.kind == "hooked":

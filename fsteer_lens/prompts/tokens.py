@@ -4,9 +4,9 @@ TransformerLens' two classes differ in when they put a beginning-of-sequence tok
 to a tokenizer in memory; so the package tokenises by itself, the same way for both.
 """
 
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 from fsteer_lens.errors import ContextLengthError, InputError, TokenizerError
 from fsteer_lens.ground.checks import clean_text, optional
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.forms import GivenPrompt, as_prompt, prompt_text
+from fsteer_lens.models.devices import device_of
+from fsteer_lens.prompts.chat import NO_ARGUMENTS, ChatTemplate, canonical_arguments
+from fsteer_lens.prompts.forms import GivenPrompt, Prompt, as_prompt, prompt_text
 
 
 def require_tokenizer(model: SteerableModel) -> Any:
@@ -29,40 +31,92 @@ def require_tokenizer(model: SteerableModel) -> Any:
 
 
 def prompt_ids(
-    model: SteerableModel, prompt: GivenPrompt, *, chat: bool = False, context: str | None = None
+    model: SteerableModel,
+    prompt: GivenPrompt,
+    *,
+    chat: bool = False,
+    context: str | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    prepend_bos: bool | None = None,
 ) -> list[int]:
     """Token ids of a prompt, ready for the model.
 
-    A string is tokenised and, where the tokenizer has a beginning-of-sequence token, gets exactly one of it in front.
+    A string is tokenised, with a beginning-of-sequence token in front where the tokenizer itself puts one, never two.
     Messages, and with `chat=True` strings as well, go through the tokenizer's chat template, which decides about that
-    token itself. Ids are taken as they are.
+    token itself; a last message of the assistant is continued, not closed. A string that the template was put around
+    before is not put through it again. Ids are taken as they are.
 
     Args:
         model: whose tokenizer and context length count.
         prompt: string, messages or ids, also as an array.
         chat: send a string as the user's turn through the chat template.
-        context: text put before a string verbatim; in a chat, the system message, or the opening of the user turn
-            where the template refuses a system message.
+        context: text put before a string verbatim. In a chat it goes in front of the prompt's own system message;
+            where there is none it is the system message, in the place of the template's default one; where the
+            template refuses a system message it opens the user turn.
+        chat_template_kwargs: further arguments of the chat template, such as `{"enable_thinking": False}` or `tools`.
+        prepend_bos: put a beginning-of-sequence token in front of a string (True) or not (False) that is not put
+            through the template; None does as the tokenizer does.
 
     Raises:
-        TokenizerError: no tokenizer, or no chat template where one is needed.
+        TokenizerError: no tokenizer, no chat template where one is needed, one that drops what was said or does not
+            take such turns, or prepend_bos=True without such a token.
         ContextLengthError: longer than the model's context.
-        InputError: no prompt, a text with NUL or half a character (a lone surrogate), or a context with token ids.
+        InputError: no prompt, a text with NUL or half a character (a lone surrogate), a context with token ids, or
+            arguments that the chat template does not know.
     """
-    prompt, context = as_prompt(prompt), optional(clean_text, "context", context)
-    if isinstance(prompt, str) and not chat:
-        ids = text_ids(require_tokenizer(model), (context or "") + prompt)
-    elif isinstance(prompt, str) or isinstance(prompt[0], Mapping):
-        turns: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-        ids = _chat_ids(require_tokenizer(model), turns, context)
-    elif context is not None:
-        raise InputError("a prompt of token ids takes no context", fix="Give the prompt as text, or two prompts.")
-    else:
-        ids = [int(token) for token in prompt]  # pyright: ignore[reportArgumentType]
-        if min(ids) < 0 or max(ids) >= model.cfg.d_vocab:
-            raise InputError("token ids", expected=f"ids in 0..{model.cfg.d_vocab - 1}", got=[min(ids), max(ids)])
-    require_fits(model, len(ids), f"prompt {prompt_text(prompt)[:40]!r}")
-    return ids
+    return Tokenisation(model, chat, canonical_arguments(chat_template_kwargs), prepend_bos).ids(prompt, context)
+
+
+@dataclass(frozen=True, eq=False)
+class Tokenisation:
+    """How prompts of one kind become token ids; arguments as in `prompt_ids`, those of the template as JSON."""
+
+    model: SteerableModel
+    chat: bool = False
+    arguments: str = NO_ARGUMENTS
+    prepend_bos: bool | None = None
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The tokenizer's chat template."""
+        return ChatTemplate(require_tokenizer(self.model), self.arguments)
+
+    def ids(self, prompt: GivenPrompt, context: str | None = None) -> list[int]:
+        """Token ids of a prompt; errors as in `prompt_ids`."""
+        prompt, context = as_prompt(prompt), optional(clean_text, "context", context)
+        if self._goes_through_template(prompt):
+            turns: Any = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+            text = self.template.text(turns, context)
+            ids = list(require_tokenizer(self.model)(text, add_special_tokens=False).input_ids)
+        elif isinstance(prompt, str):
+            if self.arguments != NO_ARGUMENTS and not self.chat:
+                fix = "Pass chat=True, or leave it out."
+                raise InputError("chat_template_kwargs have no effect on a plain string", got="chat=False", fix=fix)
+            ids = text_ids(require_tokenizer(self.model), (context or "") + prompt, self.prepend_bos)
+        elif context is not None:
+            raise InputError("a prompt of token ids takes no context", fix="Give the prompt as text, or two prompts.")
+        else:
+            ids = [int(token) for token in prompt]  # pyright: ignore[reportArgumentType]
+            most = self.model.cfg.d_vocab - 1
+            if min(ids) < 0 or max(ids) > most:
+                raise InputError("token ids", expected=f"ids in 0..{most}", got=[min(ids), max(ids)])
+        require_fits(self.model, len(ids), f"prompt {prompt_text(prompt)[:40]!r}")
+        return ids
+
+    def is_chat(self, prompt: Prompt) -> bool | None:
+        """Whether a prompt is put through the chat template; None where somebody may have done so, as in token ids."""
+        prompt = as_prompt(prompt)
+        if self._goes_through_template(prompt):
+            return True
+        return False if isinstance(prompt, str) and not self._is_rendered(prompt) else None
+
+    def _goes_through_template(self, prompt: Prompt) -> bool:
+        if isinstance(prompt, str):
+            return self.chat and not self.template.holds(prompt)
+        return isinstance(prompt[0], Mapping)
+
+    def _is_rendered(self, text: str) -> bool:
+        return bool(getattr(require_tokenizer(self.model), "chat_template", None)) and self.template.holds(text)
 
 
 def answer_ids(model: SteerableModel, answer: str) -> list[int]:
@@ -81,34 +135,29 @@ def require_fits(model: SteerableModel, length: int, what: str) -> None:
         )
 
 
-def text_ids(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a text, with exactly one beginning-of-sequence token in front where the tokenizer has one."""
+def text_ids(tokenizer: Any, text: str, prepend_bos: bool | None = None) -> list[int]:
+    """Token ids of a text.
+
+    Args:
+        tokenizer: of a model.
+        text: what to tokenise.
+        prepend_bos: put a beginning-of-sequence token in front, unless the text begins with it; None does so where the
+            tokenizer does.
+
+    Raises:
+        TokenizerError: prepend_bos=True, and the tokenizer has no such token.
+    """
     ids = list(tokenizer(text, add_special_tokens=False).input_ids)
     bos = tokenizer.bos_token_id
-    return ids if bos is None or ids[:1] == [bos] else [bos, *ids]
+    wanted = prepends_bos(tokenizer) if prepend_bos is None else prepend_bos
+    if wanted and bos is None:
+        raise TokenizerError("prepend_bos=True", expected="a tokenizer with a beginning-of-sequence token", got="none")
+    return [bos, *ids] if wanted and ids[:1] != [bos] else ids
 
 
-def _chat_ids(tokenizer: Any, turns: list[Mapping[str, str]], context: str | None) -> list[int]:
-    from jinja2 import TemplateError
-
-    if not getattr(tokenizer, "chat_template", None):
-        raise TokenizerError(
-            "the tokenizer has no chat template",
-            fix="Pass text prompts with chat=False, or set tokenizer.chat_template.",
-        )
-
-    def render(messages: list[Any]) -> list[int]:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return list(tokenizer(text, add_special_tokens=False).input_ids)
-
-    if context is None:
-        return render(list(turns))
-    try:
-        return render([{"role": "system", "content": context}, *turns])
-    except TemplateError:
-        warnings.warn("the chat template takes no system message; the context opens the user turn", stacklevel=3)
-        first = {**turns[0], "content": f"{context}\n\n{turns[0]['content']}"}
-        return render([first, *turns[1:]])
+def prepends_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts a beginning-of-sequence token in front of a text by itself."""
+    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
 
 
 def stop_ids(model: SteerableModel) -> frozenset[int]:
@@ -119,9 +168,7 @@ def stop_ids(model: SteerableModel) -> frozenset[int]:
     configured = getattr(config, "eos_token_id", None)
     ids.update(configured if isinstance(configured, list) else [configured])
     if getattr(tokenizer, "chat_template", None):
-        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-        tail = tokenizer(text[text.rindex("b") + 1 :], add_special_tokens=False).input_ids
+        tail = tokenizer(ChatTemplate(tokenizer).end_of_turn(), add_special_tokens=False).input_ids
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         ids.update([token for token in tail if token in special][:1])
     return frozenset(token for token in ids if token is not None)
@@ -198,9 +245,9 @@ def pad(model: SteerableModel, rows: Sequence[Sequence[int]], side: Literal["lef
                 got="none",
                 fix="Set tokenizer.pad_token to a token that prompts do not use, or pass batch_size=1.",
             )
-    tokens = torch.full((len(rows), longest), filler)
-    mask = torch.zeros((len(rows), longest), dtype=torch.bool)
+    tokens = torch.full((len(rows), longest), filler, dtype=torch.long, device="cpu")
+    mask = torch.zeros((len(rows), longest), dtype=torch.bool, device="cpu")
     for index, row in enumerate(rows):
         cut = slice(0, len(row)) if side == "right" else slice(longest - len(row), longest)
-        tokens[index, cut], mask[index, cut] = torch.tensor(row), True
-    return Batch(tokens.to(model.cfg.device), mask.to(model.cfg.device))
+        tokens[index, cut], mask[index, cut] = torch.tensor(row, dtype=torch.long, device="cpu"), True
+    return Batch(tokens.to(device_of(model)), mask.to(device_of(model)))

@@ -15,9 +15,10 @@ from fsteer_lens.method.linalg import move, require_shapes
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import DEFAULT_SITE, SITES
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
+from fsteer_lens.prompts.formats import PromptFormat, format_of
 from fsteer_lens.prompts.forms import GivenPrompts, Prompt, prompt_text, prompts_of
 from fsteer_lens.prompts.passes import Passes
-from fsteer_lens.prompts.tokens import answer_ids, prompt_ids, require_fits
+from fsteer_lens.prompts.tokens import answer_ids, require_fits
 from fsteer_lens.reading import stored
 from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint, require_same_model
 from fsteer_lens.reading.reader import Reader
@@ -47,6 +48,7 @@ class Activations:
         shift: how the shifts were taken.
         fingerprint: of the model; None where they were made by hand. What is fitted to these asks for `model=` when it
             is saved.
+        prompt_format: how the prompts became tokens; None is unknown.
 
     Raises:
         ShapeError, NonFiniteError: no finite floating matrix, no row, or shifts of another shape than the queries.
@@ -62,6 +64,7 @@ class Activations:
     site: str = DEFAULT_SITE
     shift: Shift | None = None
     fingerprint: Fingerprint | None = None
+    prompt_format: PromptFormat | None = None
 
     def __post_init__(self) -> None:
         given = {} if self.shifts is None else {"shifts": (self.shifts, "n d")}
@@ -70,6 +73,7 @@ class Activations:
         if not n:
             raise ShapeError("activations", expected="at least one row", got="none")
         optional(instance, "fingerprint", self.fingerprint, Fingerprint, "a Fingerprint or None")
+        optional(instance, "prompt_format", self.prompt_format, PromptFormat, "a PromptFormat or None")
         normalised(
             self,
             queries=self.queries.contiguous(),
@@ -169,7 +173,9 @@ def collect(
     *,
     layer: SupportsIndex,
     shift: Shift = ...,
-    chat: bool = ...,
+    chat: bool | None = ...,
+    chat_template_kwargs: Mapping[str, Any] | None = ...,
+    prepend_bos: bool | None = ...,
     batch_size: int = ...,
     progress: bool = ...,
 ) -> Activations: ...
@@ -180,7 +186,9 @@ def collect(
     *,
     layer: Iterable[SupportsIndex],
     shift: Shift = ...,
-    chat: bool = ...,
+    chat: bool | None = ...,
+    chat_template_kwargs: Mapping[str, Any] | None = ...,
+    prepend_bos: bool | None = ...,
     batch_size: int = ...,
     progress: bool = ...,
 ) -> dict[int, Activations]: ...
@@ -190,7 +198,9 @@ def collect(
     *,
     layer: SupportsIndex | Iterable[SupportsIndex],
     shift: Shift = "response_mean",
-    chat: bool = False,
+    chat: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    prepend_bos: bool | None = None,
     batch_size: int = 16,
     progress: bool = True,
 ) -> Activations | dict[int, Activations]:
@@ -207,9 +217,14 @@ def collect(
             set-up for truthfulness). "last_prompt": the prompt with and without its context, both at the last prompt
             token; every contrast needs a context.
         chat: apply the chat template to string prompts; see `tokens.prompt_ids`.
+        chat_template_kwargs: further arguments of the chat template, such as `{"enable_thinking": False}`.
+        prepend_bos: put a beginning-of-sequence token in front of plain strings; None does as the tokenizer does.
         batch_size: rows per forward pass, at most: on a CPU rows of about one length only share it. Of shift
             "response_mean" it counts prompts; their answers follow, twice as many.
         progress: show a progress bar.
+
+    Returns:
+        Activations, which remember how the prompts became tokens: a steering that is fitted to them is run that way.
 
     Raises:
         DataError: no contrasts, a missing context, or two sides that are the same.
@@ -219,12 +234,13 @@ def collect(
     """
     contrasts = ContrastSet(contrasts)
     choice("shift", shift, SHIFTS)
-    passes = Passes(chat, batch_size, progress)
+    passes = Passes(chat, batch_size, progress, chat_template_kwargs, prepend_bos)
+    tokenisation = passes.tokenisation(model)
     _require_some(contrasts, "contrast set")
     prompts: list[list[int]] = []
     sides: list[list[list[int]]] = []
     for number, contrast in enumerate(contrasts):
-        prompt = prompt_ids(model, contrast.prompt, chat=chat)
+        prompt = tokenisation.ids(contrast.prompt)
         where = f"contrast {number}, prompt {prompt_text(contrast.prompt)[:40]!r}"
         if shift == "last_prompt":
             if contrast.context is None:
@@ -233,7 +249,7 @@ def collect(
                     expected="context= text that switches the preferred behaviour on",
                     fix="Give every contrast a context, or use shift='response_mean'.",
                 )
-            pair = [prompt_ids(model, contrast.prompt, chat=chat, context=contrast.context), prompt]
+            pair = [tokenisation.ids(contrast.prompt, contrast.context), prompt]
         else:
             pair = [answer_ids(model, text) for text in (contrast.preferred, contrast.undesired)]
             if pair[0] == pair[1]:
@@ -244,9 +260,9 @@ def collect(
     with passes.bar(len(contrasts) * (1 + (shift == "last_prompt")), READING) as advance:
         reader = Reader(model, layer, batch_size=passes.batch_size, advance=advance)
         if shift == "last_prompt":
-            last = reader.last([ids for pair in sides for ids in pair])
-            queries = {key: value[1::2].contiguous() for key, value in last.items()}
-            shifts = {key: value[0::2] - value[1::2] for key, value in last.items()}
+            preferred = reader.last([with_context for with_context, _ in sides])
+            queries = reader.last(prompts)
+            shifts = {layer: preferred[layer] - queries[layer] for layer in queries}
         else:
             queries, means = reader.answers(prompts, sides)
             shifts = {key: value[:, 0] - value[:, 1] for key, value in means.items()}
@@ -258,6 +274,7 @@ def collect(
         [contrast.group for contrast in contrasts],
         contrasts.prompts,
         shift,
+        format_of(tokenisation, contrasts.prompts),
     )
     return result if is_several(layer) else result[reader.layers[0]]
 
@@ -269,7 +286,9 @@ def collect_queries(
     *,
     layer: SupportsIndex,
     labels: Iterable[Any] | None = ...,
-    chat: bool = ...,
+    chat: bool | None = ...,
+    chat_template_kwargs: Mapping[str, Any] | None = ...,
+    prepend_bos: bool | None = ...,
     batch_size: int = ...,
     progress: bool = ...,
 ) -> Activations: ...
@@ -280,7 +299,9 @@ def collect_queries(
     *,
     layer: Iterable[SupportsIndex],
     labels: Iterable[Any] | None = ...,
-    chat: bool = ...,
+    chat: bool | None = ...,
+    chat_template_kwargs: Mapping[str, Any] | None = ...,
+    prepend_bos: bool | None = ...,
     batch_size: int = ...,
     progress: bool = ...,
 ) -> dict[int, Activations]: ...
@@ -290,7 +311,9 @@ def collect_queries(
     *,
     layer: SupportsIndex | Iterable[SupportsIndex],
     labels: Iterable[Any] | None = None,
-    chat: bool = False,
+    chat: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    prepend_bos: bool | None = None,
     batch_size: int = 16,
     progress: bool = True,
 ) -> Activations | dict[int, Activations]:
@@ -298,11 +321,12 @@ def collect_queries(
     prompts = prompts_of(prompts, least=0)
     _require_some(prompts, "prompts")
     names = one_a_row("labels", labels, len(prompts))
-    passes = Passes(chat, batch_size, progress)
+    passes = Passes(chat, batch_size, progress, chat_template_kwargs, prepend_bos)
     with passes.bar(len(prompts), READING) as advance:
         reader = Reader(model, layer, batch_size=passes.batch_size, advance=advance)
         at_query = reader.last(passes.ids(model, prompts))
-    result = _package(model, at_query, None, names, [None] * len(prompts), prompts, None)
+    known = format_of(passes.tokenisation(model), prompts)
+    result = _package(model, at_query, None, names, [None] * len(prompts), prompts, None, known)
     return result if is_several(layer) else result[reader.layers[0]]
 
 
@@ -319,6 +343,7 @@ def _package(
     groups: Sequence[str | None],
     prompts: Sequence[Prompt],
     shift: Shift | None,
+    prompt_format: PromptFormat,
 ) -> dict[int, Activations]:
     taken = fingerprint(model, sorted(queries))
     result = {}
@@ -342,5 +367,6 @@ def _package(
             site=DEFAULT_SITE,
             shift=shift,
             fingerprint=taken.at_layer(layer),
+            prompt_format=prompt_format,
         )
     return result

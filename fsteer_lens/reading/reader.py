@@ -2,13 +2,14 @@
 
 Rows are run once for any number of layers, up to the last of them, with every hook of this package taken off for that
 time: what is read is the unsteered stream, whatever is attached. Of each activation only what is asked for is kept, the
-last token of a row, the mean over an answer, or all of it. A prompt with two answers is run once, and both go on from
-its KV cache.
+last token of a row, the mean over an answer, or all of it. What all rows begin with, such as the system message of a
+chat, is run once, and so is a prompt with two answers: what follows goes on from the KV cache.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from typing import Any, SupportsIndex
 
 import torch
@@ -17,13 +18,17 @@ from torch import Tensor
 
 from fsteer_lens.ground.checks import whole
 from fsteer_lens.models.attaching import hooks_added, hooks_suspended, unsteered
-from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.classes import SteerableModel, attention_window
+from fsteer_lens.models.devices import device_of
 from fsteer_lens.models.forward import Forward, run_up_to
 from fsteer_lens.models.points import DEFAULT_SITE, Point, layers_of, site_name
 from fsteer_lens.prompts.tokens import Batch, pad
 
 PADDING = 0.125
 """Share of padding, beside the tokens of its rows one by one, from which on a smaller batch is faster on a CPU."""
+
+SHARED = 8
+"""Tokens that all rows must have in common at their beginning for it to be worth while to run these apart."""
 
 Keep = Callable[[Tensor], Tensor]
 """What to keep of an activation, [b s d]."""
@@ -96,10 +101,16 @@ class Reader:
     def last(self, rows: Sequence[Sequence[int]]) -> dict[int, Float[Tensor, "n d"]]:
         """Activation at the last token of each row, per layer, on the CPU."""
         found = self._room(len(rows))
-        for chosen in self._batches([(len(row), 0) for row in rows]):
-            batch = pad(self._model, [rows[index] for index in chosen], "right")
+        start, rests = self._begun(rows)
+        kept: dict[Point, Tensor] = {}
+        last = torch.tensor([0], dtype=torch.long, device="cpu")
+        hooks = _hooks(self._model, self._points, lambda point, h: kept.update({point: at(h, last).float()}))
+        for chosen in self._batches([(len(rest), 0) for rest in rests], self._length(start)):
+            batch = pad(self._model, [rests[index] for index in chosen], "right")
             last = batch.mask.sum(dim=1) - 1
-            self._store(found, chosen, read(self._model, batch, self._points, lambda h, last=last: at(h, last)))
+            with unsteered(self._model), hooks_added(self._model, hooks):
+                self._go_on(start, len(chosen))(batch.tokens, batch.mask)
+            self._store(found, chosen, kept)
         return found
 
     def answers(
@@ -110,31 +121,66 @@ class Reader:
         A prompt is run once, padded on the left; both of its answers go on from there, padded on the right.
         """
         queries, means = self._room(len(prompts)), self._room(len(prompts), 2)
-        sizes = [(len(prompt), max(map(len, pair))) for prompt, pair in zip(prompts, answers, strict=True)]
+        start, rests = self._begun(prompts, max((len(one) for pair in answers for one in pair), default=0))
+        sizes = [(len(rest), max(map(len, pair))) for rest, pair in zip(rests, answers, strict=True)]
         kept: dict[Point, Tensor] = {}
         keep: Keep = _last
         hooks = _hooks(self._model, self._points, lambda point, h: kept.update({point: keep(h).float()}))
-        for chosen in self._batches(sizes):
-            prompt = pad(self._model, [prompts[index] for index in chosen], "left")
+        for chosen in self._batches(sizes, self._length(start)):
+            prompt = pad(self._model, [rests[index] for index in chosen], "left")
             both = [list(answer) for index in chosen for answer in answers[index]]
-            lengths = torch.tensor([len(answer) for answer in both])
+            lengths = torch.tensor([len(answer) for answer in both], dtype=torch.long, device="cpu")
             longest = int(lengths.max())
             # what a pad holds is not seen, and one prompt alone must do without a pad token
             tokens = pad(self._model, [answer + [0] * (longest - len(answer)) for answer in both], "right").tokens
-            mask = (torch.arange(longest) < lengths.unsqueeze(1)).to(tokens.device)
-            forward = Forward(self._model, cache=True, layers=max(self.layers) + 1)
-            with unsteered(self._model), hooks_added(self._model, hooks):
+            mask = (torch.arange(longest, device="cpu") < lengths.unsqueeze(1)).to(tokens.device)
+            with unsteered(self._model):
                 keep = _last
-                forward(prompt.tokens, prompt.mask)
+                forward = self._go_on(start, len(chosen), cache=True)
+                with hooks_added(self._model, hooks):
+                    forward(prompt.tokens, prompt.mask)
                 self._store(queries, chosen, kept, done=0)
-                forward.fork(2)
                 keep = partial(_mean_of_pairs, mask=mask)
-                forward(tokens, mask)
+                with hooks_added(self._model, hooks):
+                    forward.fork(2)(tokens, mask)
                 self._store(means, chosen, kept)
         return queries, means
 
+    def _begun(
+        self, rows: Sequence[Sequence[int]], longest_answer: int = 0
+    ) -> tuple[Forward | None, Sequence[Sequence[int]]]:
+        """A pass over what all rows begin with, None where that is little, and what is left of each of them.
+
+        Padding comes between the two, and takes up room in an attention window: so all of a row has to fit into one.
+        """
+        ordered = sorted(map(list, rows))
+        longest = min(map(len, rows), default=1) - 1  # of every row something is left
+        alike = (one == other for one, other in zip(ordered[0][:longest], ordered[-1], strict=False)) if rows else ()
+        shared = sum(takewhile(bool, alike))
+        fits = max(map(len, rows), default=0) + longest_answer <= attention_window(self._model)
+        if len(rows) < 2 or shared < SHARED or not fits:
+            return None, rows
+        start = self._go_on(None, 1, cache=True)
+        tokens = pad(self._model, [rows[0][:shared]], "right")
+        with unsteered(self._model):
+            start(tokens.tokens, tokens.mask)
+        return start, [row[shared:] for row in rows]
+
+    def _go_on(self, start: Forward | None, times: int, cache: bool = False) -> Forward:
+        """Passes of so many rows, up to the last layer that is read, that go on from `start`."""
+        if start is not None:
+            return start.fork(times)
+        return Forward(self._model, cache=cache, layers=max(self.layers) + 1)
+
+    @staticmethod
+    def _length(start: Forward | None) -> int:
+        return 0 if start is None or start.tokens is None else start.tokens.shape[1]
+
     def _room(self, *shape: int) -> dict[int, Tensor]:
-        return {layer: torch.empty(*shape, self._model.cfg.d_model) for layer in self.layers}
+        return {
+            layer: torch.empty(*shape, self._model.cfg.d_model, dtype=torch.float32, device="cpu")
+            for layer in self.layers
+        }
 
     def _store(
         self, room: Mapping[int, Tensor], rows: Sequence[int], kept: Mapping[Point, Tensor], done: int | None = None
@@ -143,22 +189,22 @@ class Reader:
             room[point.layer][rows] = kept[point].cpu()
         self._advance(len(rows) if done is None else done)
 
-    def _batches(self, sizes: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
+    def _batches(self, sizes: Sequence[tuple[int, int]], before: int) -> Iterator[list[int]]:
         """Numbers of rows of about one length: at most `batch_size` at once, within the context, with little padding.
 
-        `sizes` are the length of each prompt and that of the longer of its two answers, 0 without answers.
+        `sizes` are the length of each prompt and that of the longer of its two answers, 0 without answers; `before` is
+        the number of tokens that come before all of them.
         """
         cfg = self._model.cfg
-        allowed = 1 + PADDING if torch.device(cfg.device).type == "cpu" else math.inf
+        allowed = 1 + PADDING if device_of(self._model).type == "cpu" else math.inf
         chosen: list[int] = []
         real = longest = 0
         for index in sorted(range(len(sizes)), key=lambda index: sizes[index]):
             prompt, answer = sizes[index]
             widest, added = max(longest, answer), prompt + 2 * answer
             padded = (len(chosen) + 1) * (prompt + 2 * widest)
-            if chosen and (
-                len(chosen) == self._batch_size or prompt + widest > cfg.n_ctx or padded > allowed * (real + added)
-            ):
+            fits = before + prompt + widest <= cfg.n_ctx and padded <= allowed * (real + added)
+            if chosen and (len(chosen) == self._batch_size or not fits):
                 yield chosen
                 chosen, real, widest = [], 0, answer
             chosen.append(index)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import FileFormatError, InputError
 from fsteer_lens.ground.sealed import Format
+from fsteer_lens.prompts.formats import PromptFormat
 from fsteer_lens.reading.fingerprints import Fingerprint
 
 TEXTS = ("labels", "groups")
@@ -33,7 +34,7 @@ FORMAT = Format(
     1,
     "activations",
     "Activations.save",
-    {one.__name__: one for one in (Fingerprint, Texts)},
+    {one.__name__: one for one in (Fingerprint, PromptFormat, Texts)},
 )
 
 

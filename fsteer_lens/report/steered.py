@@ -11,6 +11,7 @@ from fsteer_lens import effects, figures
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import instance, options_of, seed_of, switch, whole
 from fsteer_lens.ground.estimates import Proportion, bootstrap
+from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.gates import OPEN
 from fsteer_lens.method.subspace_gates import subspace_leaves
 from fsteer_lens.models.classes import SteerableModel
@@ -77,8 +78,9 @@ def steering_report(
         seed: of the bootstrap intervals; texts are greedy.
         examples: prompts to show side by side; all of them are in a table further down.
         sweep: measure ten strengths too, by teacher forcing; needs general prompts.
-        options: `chat` (False), send string prompts through the chat template; `batch_size` (16), rows per forward
-            pass; `progress` (True), show progress bars.
+        options: `chat`, `chat_template_kwargs` and `prepend_bos` (as the steering was fitted), how prompts become
+            tokens, see `tokens.prompt_ids`; `batch_size` (16), rows per forward pass; `progress` (True), show progress
+            bars.
 
     Returns:
         The page; `.write(path)` writes it.
@@ -101,6 +103,7 @@ def steering_report(
     while others in labels:
         others += " (to be left alone)"
     groups = labels + [others] * len(general)
+    passes = passes.following(remembered(steering), model, prompts)
     made = generate(model, prompts, steering, max_new_tokens=max_new_tokens, compare=True, **passes.options)
     report = Report(title)
     columns, rows = _table(model, steering, contrasts, made, groups, passes, seed)
@@ -126,7 +129,7 @@ def steering_report(
         found = effects.strength_sweep(model, methods, contrasts, general, seed=seed, **passes.options)
         report.add_heading("How much: strength").add_figure(figures.strength_sweep(found), CAPTIONS["strength"])
     _add_texts(report, made, groups)
-    settings = {"answers": f"greedy, at most {max_new_tokens} tokens", "chat template": passes.chat, "seed": seed}
+    settings = {"answers": f"greedy, at most {max_new_tokens} tokens", "chat template": bool(passes.chat), "seed": seed}
     add_settings(report, [*machine_rows(), *([k, str(v)] for k, v in settings.items()), *steering_rows(steering)])
     return report
 
@@ -167,10 +170,7 @@ def _table(
     seed: int,
 ) -> tuple[list[str], list[list[str]]]:
     """A row per group of prompts; shares with Wilson intervals, means with bootstrap intervals, 95 % each."""
-    margins = [
-        effects.answer_margin(model, one, contrasts, chat=passes.chat, batch_size=passes.batch_size)
-        for one in (None, steering)
-    ]
+    margins = [effects.answer_margin(model, one, contrasts, **passes.batching) for one in (None, steering)]
     rows = []
     for group in dict.fromkeys(groups):
         own = [index for index, name in enumerate(groups) if name == group]
@@ -243,9 +243,7 @@ def _add_gate(
     cut = first.subspace.at_rank(gate.ranks)
     report.add_figure(figures.scree(cut, by_rank, rank=min(first.rank, gate.ranks)), CAPTIONS["scree"])
     if single:
-        found = effects.explain_gate(
-            model, steering, prompts[example], layer=layer, chat=passes.chat, batch_size=passes.batch_size
-        )
+        found = effects.explain_gate(model, steering, prompts[example], layer=layer, **passes.batching)
         report.add_figure(figures.token_scores(found), CAPTIONS["carried"])
 
 
@@ -283,7 +281,7 @@ def _add_generation(
     report.add_heading("Inside generation")
     for layer in steering.layers:
         report.add_figure(figures.trace_timeline(item.trace, layer=layer), CAPTIONS["timeline"])
-    path = effects.propagation(model, steering, item.prompt, item.tokens, chat=passes.chat)
+    path = effects.propagation(model, steering, item.prompt, item.tokens, **passes.formatting)
     report.add_figure(figures.layer_position(path), CAPTIONS["position"])
     report.add_figure(figures.logprob_change(made.trace), CAPTIONS["logprobs"])
 

@@ -12,7 +12,8 @@ from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import lock_of
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.forward import Forward
-from fsteer_lens.prompts.tokens import Batch
+from fsteer_lens.prompts.tokens import Batch, require_tokenizer
+from fsteer_lens.run.overflow import blown_up, undefined
 from fsteer_lens.run.sampling import Sampling
 from fsteer_lens.run.stopping import Stop
 
@@ -48,6 +49,10 @@ def decode(
     """Decode left-padded prompts token by token until every row has ended; hooks are on only inside a step.
 
     `numbers` are those of the rows among all prompts: each draws from a generator of its own.
+
+    Raises:
+        NonFiniteError: logits of a row that still runs are NaN or infinite.
+        HookError: a hook did not run in one of the steps.
     """
     forward = Forward(model, cache=rules.cache)
     generators = rules.sampling.generators(numbers)
@@ -58,8 +63,15 @@ def decode(
         with torch.no_grad(), lock_of(model) if session is None else session.step(model, fresh=number == 0):
             logits = forward(tokens, mask)[:, -1].float()
         chosen = rules.sampling.choose(logits, generators)
+        wrong = undefined(logits) & alive
+        picked, bad = torch.stack([chosen, wrong.long()]).tolist()  # both at once: every transfer waits for the device
+        if any(bad):
+            row = bad.index(1)
+            what = f"logits at step {number} of row {numbers[row]},"
+            said = require_tokenizer(model).decode(batch.tokens[row][batch.mask[row]].tolist())
+            raise blown_up(what, model, said, None if session is None else session.hook_object, sum(bad))
         yield Step(chosen, logits.log_softmax(dim=-1), alive)
-        for row, token in zip(generated, chosen.tolist(), strict=True):
+        for row, token in zip(generated, picked, strict=True):
             row.append(token)
         alive = alive & ~rules.stop.rows(chosen, generated)
         if not bool(alive.any()):

@@ -14,18 +14,17 @@ import torch
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import switch, whole
-from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.hooks.objects import HookObject, remembered
 from fsteer_lens.hooks.opening import Read, open_session
 from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.forms import GivenPrompt, GivenPrompts, Prompt, one_or_more
-from fsteer_lens.prompts.passes import Passes
+from fsteer_lens.prompts.forms import GivenPrompt, GivenPrompts, Prompt, as_prompt, one_or_more
+from fsteer_lens.prompts.passes import FormatOptions, Passes
 from fsteer_lens.prompts.tokens import (
     Batch,
     Detokenizer,
     pad,
-    prompt_ids,
     require_fits,
     require_tokenizer,
     texts_of_top,
@@ -122,6 +121,10 @@ class StepRecord:
     parts: tuple[tuple[Mapping[int, float], Mapping[int, float]], ...] = ()
 
 
+class StreamOptions(SamplingOptions, FormatOptions, total=False):
+    """What `stream` takes by name beside its own arguments."""
+
+
 def generate(
     model: SteerableModel,
     prompts: GivenPrompt | GivenPrompts,
@@ -129,7 +132,9 @@ def generate(
     *,
     max_new_tokens: int = 64,
     stop: Sequence[int | str] | None = None,
-    chat: bool = False,
+    chat: bool | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    prepend_bos: bool | None = None,
     do_sample: bool = False,
     temperature: float | None = None,
     top_k: int | None = None,
@@ -149,9 +154,14 @@ def generate(
             `tokens.prompt_ids` for how they become tokens.
         steering: what to put on the model: a steering, a probe, an ablation or a chain; None generates without.
         max_new_tokens: tokens to generate at most.
-        stop: token ids and texts that end an answer; None takes the model's end-of-sequence ids and the chat
-            template's end of turn.
-        chat: send string prompts as the user's turn through the chat template.
+        stop: token ids and texts that end an answer as well, beside the model's end-of-sequence ids and the chat
+            template's end of turn, which always do.
+        chat: send string prompts as the user's turn through the chat template, or not; None: as the steering was
+            fitted, else not. A chat whose last message is the assistant's is continued there.
+        chat_template_kwargs: further arguments of the chat template, such as `{"enable_thinking": False}` or `tools`;
+            None: as the steering was fitted.
+        prepend_bos: put a beginning-of-sequence token in front of plain strings; None: as the steering was fitted, else
+            as the tokenizer does.
         do_sample, temperature, top_k, top_p, seed: draw tokens instead of taking the most probable one. Each prompt
             draws from a generator of its own, so that batching does not change the draws.
         batch_size: rows per forward pass; a compared prompt counts twice.
@@ -167,10 +177,15 @@ def generate(
     Raises:
         InputError: no prompts, options that contradict each other or have no effect.
         ContextLengthError: a prompt with its new tokens does not fit into the context.
-        MismatchError: the steering was fitted on another model.
+        MismatchError: the steering was fitted on another model, or on prompts that became tokens in another way.
+        TokenizerError: the chat template does not take these turns, or drops what was said.
+        NonFiniteError: the model's numbers blow up; names the step and the row.
+        HookError: the steering's hooks do not run.
     """
     many = one_or_more(prompts)
-    passes, max_new_tokens = Passes(chat, batch_size, progress), whole("max_new_tokens", max_new_tokens, 1)
+    passes = Passes(chat, batch_size, progress, chat_template_kwargs, prepend_bos)
+    passes = passes.following(remembered(steering), model, many)
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     if switch("compare", compare) and steering is None:
         raise InputError("compare=True without a steering has nothing to compare", fix="Give steering=.")
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
@@ -198,19 +213,21 @@ def stream(
     *,
     max_new_tokens: int = 64,
     stop: Sequence[int | str] | None = None,
-    chat: bool = False,
     read: Read | None = None,
     use_past_kv_cache: bool = True,
-    **sampling: Unpack[SamplingOptions],
+    **options: Unpack[StreamOptions],
 ) -> Iterator[tuple[str, StepRecord]]:
     """Generate one text token by token, yielding (text that the token adds, step record); the tokens of `generate`.
 
-    Arguments and errors as in `generate`; `sampling` are do_sample, temperature, top_k, top_p and seed. The hooks are
-    on the model only while it computes a token.
+    Arguments and errors as in `generate`; `options` are chat, chat_template_kwargs and prepend_bos, and do_sample,
+    temperature, top_k, top_p and seed. The hooks are on the model only while it computes a token.
     """
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
-    drawing = Sampling.of(sampling)
-    ids = prompt_ids(model, prompt, chat=chat)
+    given: dict[str, Any] = dict(options)
+    passes = Passes(**{name: given.pop(name) for name in FormatOptions.__annotations__ if name in given})
+    drawing = Sampling.of(given)
+    asked = [as_prompt(prompt)]
+    (ids,) = passes.following(remembered(steering), model, asked).ids(model, asked)
     require_fits(model, len(ids) + max_new_tokens, f"the prompt with {max_new_tokens} new tokens")
     batch = pad(model, [ids], "left")
     session = _session(model, batch, steering, read)

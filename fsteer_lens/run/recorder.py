@@ -72,7 +72,8 @@ class Recorder:
             **kept,
             texts=tuple(token_texts(self._model, row, before) for row, before in answers),
             top_texts=texts_of_top(tokenizer, kept["top_ids"]),
-            special=torch.isin(kept["tokens"], torch.tensor(tokenizer.all_special_ids)) & alive,
+            special=torch.isin(kept["tokens"], torch.tensor(tokenizer.all_special_ids, dtype=torch.long, device="cpu"))
+            & alive,
             baseline_top_texts=None if base is None else texts_of_top(tokenizer, base),
         )
 
@@ -81,7 +82,7 @@ class Recorder:
         bos = require_tokenizer(self._model).bos_token_id
         return replace(
             trace.cpu(),
-            bos=torch.tensor([row[0] == bos for row in self._prompts]),
+            bos=torch.tensor([row[0] == bos for row in self._prompts], dtype=torch.bool, device="cpu"),
             prompts=tuple(token_texts(self._model, row) for row in self._prompts),
             steps=self.steps(),
         )

@@ -11,6 +11,10 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import finite, normalised, optional, switch, whole
+from fsteer_lens.run.overflow import undefined
+
+LEAST_TEMPERATURE = 1e-30
+"""Smaller ones are 0 in float32."""
 
 
 class SamplingOptions(TypedDict, total=False):
@@ -29,7 +33,7 @@ class Sampling:
 
     Attributes:
         do_sample: draw from the distribution; otherwise take the most probable token.
-        temperature: divides the logits, > 0.
+        temperature: divides the logits, > 1e-30.
         top_k: keep this many of the most probable tokens.
         top_p: keep the smallest set of tokens with this much probability, in (0, 1].
         seed: of the draws; None takes a random one.
@@ -49,13 +53,15 @@ class Sampling:
             raise InputError(f"{', '.join(unused)} without effect", fix="Pass do_sample=True as well.")
         normalised(
             self,
-            temperature=optional(finite, "temperature", self.temperature, above=0, fix="Or do_sample=False."),
+            temperature=optional(
+                finite, "temperature", self.temperature, above=LEAST_TEMPERATURE, fix="Or do_sample=False."
+            ),
             top_k=optional(whole, "top_k", self.top_k, 1),
             top_p=optional(finite, "top_p", self.top_p, most=1, above=0),
             seed=optional(whole, "seed", self.seed),
         )
         if self.do_sample and self.seed is None:
-            normalised(self, seed=torch.Generator().seed())
+            normalised(self, seed=torch.Generator("cpu").seed())
 
     @classmethod
     def of(cls, options: Mapping[str, Any]) -> "Sampling":
@@ -74,14 +80,16 @@ class Sampling:
         """One generator per row number, so that a row draws the same in any batch; none where nothing is drawn."""
         if not self.do_sample:
             return []
-        return [torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{row}".encode())) for row in rows]
+        return [torch.Generator("cpu").manual_seed(zlib.crc32(f"{self.seed}/{row}".encode())) for row in rows]
 
     def choose(self, logits: Float[Tensor, "b vocab"], generators: Sequence[torch.Generator]) -> Int[Tensor, " b"]:
-        """The next token of every row."""
+        """The next token of every row; any, where a row's logits are no distribution."""
         if not self.do_sample:
             return logits.argmax(dim=-1)
-        ordered, ids = (logits.float() / (self.temperature or 1.0)).sort(dim=-1, descending=True)
-        probabilities = ordered.softmax(dim=-1)
+        ordered, ids = logits.float().sort(dim=-1, descending=True)
+        below = ordered - ordered[:, :1]  # so that no temperature makes them infinite, but for −inf
+        probabilities = (below / (1.0 if self.temperature is None else self.temperature)).softmax(dim=-1)
+        probabilities[undefined(logits)] = 1
         if self.top_k is not None:
             probabilities[:, self.top_k :] = 0
         if self.top_p is not None:

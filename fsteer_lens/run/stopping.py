@@ -1,4 +1,4 @@
-"""What ends an answer."""
+"""What ends an answer: the ends of the model, and those that are asked for beside them."""
 
 from collections.abc import Sequence
 
@@ -9,20 +9,23 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import is_whole, several
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.devices import device_of
 from fsteer_lens.prompts.tokens import stop_ids, token_texts
 
 
 class Stop:
-    """Which tokens, or which texts, end a row."""
+    """Which tokens, or which texts, end a row: the model's own ends, and those in `stop`.
+
+    A model that has said its end of sequence has finished; what it would say after that is no answer any more.
+    """
 
     def __init__(self, model: SteerableModel, stop: Sequence[int | str] | None) -> None:
-        given: Sequence[int | str] = sorted(stop_ids(model)) if stop is None else stop
-        given = several("stop", given, "a list of token ids and non-empty texts")
+        given = [] if stop is None else several("stop", stop, "a list of token ids and non-empty texts")
         self.texts = tuple(item for item in given if isinstance(item, str))
         ids = [int(item) for item in given if is_whole(item)]
         if "" in self.texts or len(ids) + len(self.texts) < len(given):
             raise InputError("stop", expected="a list of token ids and non-empty texts", got=repr(stop))
-        self.ids = torch.tensor(sorted(ids), dtype=torch.long, device=model.cfg.device)
+        self.ids = torch.tensor(sorted({*ids, *stop_ids(model)}), dtype=torch.long, device=device_of(model))
         self._model = model
 
     def rows(self, chosen: Int[Tensor, " b"], generated: Sequence[Sequence[int]]) -> Bool[Tensor, " b"]:
@@ -31,7 +34,7 @@ class Stop:
         if self.texts:
             texts = ["".join(token_texts(self._model, row)) for row in generated]
             hits = [any(stop in text for stop in self.texts) for text in texts]
-            ended |= torch.tensor(hits, device=ended.device)
+            ended |= torch.tensor(hits, dtype=torch.bool, device=ended.device)
         return ended
 
     def cut(self, text: str) -> str:

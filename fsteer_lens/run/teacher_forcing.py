@@ -1,5 +1,6 @@
 """Teacher-forced passes: what steering does to the probabilities of answers that are given, not generated."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.errors import InputError
+from fsteer_lens.errors import InputError, NonFiniteError
 from fsteer_lens.ground.checks import several, whole
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.hooks.opening import open_session
@@ -17,7 +18,9 @@ from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
-from fsteer_lens.prompts.tokens import Batch, answer_ids, pad, prompt_ids, require_fits
+from fsteer_lens.prompts.passes import Passes
+from fsteer_lens.prompts.tokens import Batch, answer_ids, pad, require_fits, require_tokenizer
+from fsteer_lens.run.overflow import blown_up, undefined
 from fsteer_lens.run.unsteered import CHUNK_NUMBERS, divergence
 
 Advance = Callable[[int], None]
@@ -40,8 +43,7 @@ def answered(
     model: SteerableModel,
     prompts: GivenPrompts,
     answers: Iterable[str | Sequence[int]] | None,
-    *,
-    chat: bool = False,
+    passes: Passes,
 ) -> list[Answered]:
     """Prompts with their answers as ids; an answer is text or ids, and None for all of them asks for no answer.
 
@@ -54,9 +56,9 @@ def answered(
     given = [()] * len(asked) if answers is None else several("answers", answers, told)
     if len(given) != len(asked):
         raise InputError("answers", expected=told, got=len(given))
-    rows = []
+    rows, tokenisation = [], passes.tokenisation(model)
     for number, (prompt, answer) in enumerate(zip(asked, given, strict=True)):
-        row = Answered(tuple(prompt_ids(model, prompt, chat=chat)), _answer_ids(model, answer, f"answer {number}"))
+        row = Answered(tuple(tokenisation.ids(prompt)), _answer_ids(model, answer, f"answer {number}"))
         if answers is not None and not row.answer:
             raise InputError(f"answer {number}", expected="at least one token", got="none")
         require_fits(model, len(row.prompt) + len(row.answer), f"prompt {number} with its answer")
@@ -75,7 +77,7 @@ def answer_logprobs(
     model: SteerableModel, rows: Sequence[Answered], hook_object: HookObject | None, *, batch_size: int = 16
 ) -> list[Float[Tensor, " tokens"]]:
     """Log-probability of every token of each answer, in nats, under a hook object, or None for the bare model."""
-    found: list[Tensor] = [torch.empty(0)] * len(rows)
+    found: list[Tensor] = [torch.empty(0, dtype=torch.float32, device="cpu")] * len(rows)
     for index, logits in each_answer(model, rows, hook_object, batch_size=batch_size):
         found[index] = known_logprobs(logits, rows[index].answer).cpu()
     return found
@@ -99,7 +101,7 @@ def each_answer(
 
 def known_logprobs(logits: Float[Tensor, "n vocab"], tokens: Sequence[int]) -> Float[Tensor, " n"]:
     """Log-probability of each of these tokens, in nats."""
-    targets = torch.tensor(tokens, device=logits.device).unsqueeze(1)
+    targets = torch.tensor(tokens, dtype=torch.long, device=logits.device).unsqueeze(1)
     return logits.float().log_softmax(dim=-1).gather(1, targets).squeeze(1)
 
 
@@ -110,21 +112,30 @@ def answer_divergences(
     *,
     batch_size: int = 16,
     advance: Advance = lambda steps: None,
+    beyond: bool = False,
 ) -> list[list[Float[Tensor, " tokens"]]]:
     """KL(steered ‖ unsteered) of the next-token distributions at every token of each answer, in nats.
 
     One list per hook object, of one tensor per row; a row without an answer has one number, for its first token. One
     unsteered pass serves all hook objects. The query activation of a row is that of its prompt alone. `advance` is
-    told how many rows are done.
+    told how many rows are done. With `beyond` a hook object under which the model's numbers blow up is infinitely far
+    from the unsteered model, on every row of the batch in which they do; otherwise that raises.
     """
-    found: list[list[Tensor]] = [[torch.empty(0)] * len(rows) for _ in hook_objects]
+    found: list[list[Tensor]] = [[torch.empty(0, dtype=torch.float32, device="cpu")] * len(rows) for _ in hook_objects]
     for chosen, batch in batches(model, rows, batch_size):
         group = [rows[index] for index in chosen]
         base = answer_logits(model, batch, group, None)
         for number, hook_object in enumerate(hook_objects):
-            steered = answer_logits(model, batch, group, session_for(model, batch, group, hook_object))
-            for index, one, other in zip(chosen, steered, base, strict=True):
-                found[number][index] = divergences(one, other)
+            try:
+                steered = answer_logits(model, batch, group, session_for(model, batch, group, hook_object))
+            except NonFiniteError:
+                if not beyond:
+                    raise
+                apart = [torch.full((len(one),), math.inf, dtype=torch.float32, device="cpu") for one in base]
+            else:
+                apart = [divergences(*pair) for pair in zip(steered, base, strict=True)]
+            for index, one in zip(chosen, apart, strict=True):
+                found[number][index] = one
         advance(len(chosen))
     return found
 
@@ -140,20 +151,34 @@ def batches(model: SteerableModel, rows: Sequence[Answered], batch_size: int) ->
 
 def session_for(model: SteerableModel, batch: Batch, rows: Sequence[Answered], hook_object: HookObject) -> Session:
     """A session for one batch of prompts with answers."""
-    return open_session(model, batch, hook_object, torch.tensor([len(row.prompt) for row in rows]))
+    return open_session(
+        model, batch, hook_object, torch.tensor([len(row.prompt) for row in rows], dtype=torch.long, device="cpu")
+    )
 
 
 @torch.no_grad()
 def answer_logits(
     model: SteerableModel, batch: Batch, rows: Sequence[Answered], session: Session | None
 ) -> list[Float[Tensor, "tokens vocab"]]:
-    """Raw logits that predict the tokens of each answer; without a session those of the unsteered model."""
+    """Raw logits that predict the tokens of each answer; without a session those of the unsteered model.
+
+    Raises:
+        NonFiniteError: some of them are NaN or infinite.
+        HookError: a hook of the session did not run.
+    """
     with unsteered(model), nullcontext() if session is None else session.step(model, fresh=True):
         whole = model(batch.tokens, attention_mask=batch.mask.long(), return_type="logits")
     starts = [len(row.prompt) - 1 for row in rows]
-    return [
+    found = [
         logits[start : start + max(1, len(row.answer))] for logits, start, row in zip(whole, starts, rows, strict=True)
     ]
+    wrong = [undefined(logits) for logits in found]
+    if bool(torch.cat(wrong).any()):
+        first, *more = [row for row, places in enumerate(wrong) if bool(places.any())]
+        place, said = int(wrong[first].nonzero()[0]), require_tokenizer(model).decode(list(rows[first].prompt))
+        hook_object = None if session is None else session.hook_object
+        raise blown_up(f"logits of token {place} of the answer,", model, said, hook_object, 1 + len(more))
+    return found
 
 
 def divergences(

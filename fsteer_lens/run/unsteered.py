@@ -9,8 +9,9 @@ from torch import Tensor
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.forward import Forward
-from fsteer_lens.prompts.tokens import Batch
+from fsteer_lens.prompts.tokens import Batch, require_tokenizer
 from fsteer_lens.run.decoding import Step
+from fsteer_lens.run.overflow import blown_up, undefined
 
 CHUNK_NUMBERS = 2**25
 """Log-probabilities that are held at a time, over rows, steps and vocabulary: 128 MiB in float32."""
@@ -45,10 +46,18 @@ class Unsteered:
         with unsteered(self._model):
             logits = self._forward(tokens, mask)[:, -len(chunk) :]
         self._tokens, self._mask = last, torch.ones_like(last, dtype=torch.bool)
+        wrong = undefined(logits) & torch.stack([step.alive for step in chunk], dim=1)
+        if bool(wrong.any()):
+            row = int(wrong.any(dim=1).nonzero()[0])
+            said = require_tokenizer(self._model).decode(tokens[row][mask[row]].tolist())
+            what = "logits of the unsteered model after the steered text,"
+            raise blown_up(what, self._model, said, None, int(wrong.any(dim=1).sum()))
         for index in range(len(chunk)):
             yield logits[:, index].float().log_softmax(dim=-1)
 
 
 def divergence(logprobs: Float[Tensor, "*batch vocab"], base: Float[Tensor, "*batch vocab"]) -> Float[Tensor, "*batch"]:
     """KL(p ‖ q) of two next-token distributions given by their log-probabilities, in nats."""
-    return (logprobs.exp() * (logprobs - base)).sum(dim=-1).clamp(min=0)
+    probabilities = logprobs.exp()
+    terms = probabilities * (logprobs - base)
+    return terms.masked_fill_(probabilities == 0, 0).sum(dim=-1).clamp(min=0)  # 0 log 0 is 0, not NaN

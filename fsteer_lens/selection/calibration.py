@@ -9,6 +9,7 @@ import torch
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import finite, options_of
+from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
@@ -65,8 +66,9 @@ def calibrate(
 
     The cost is a quantile, over all tokens of fixed reference answers, of KL(steered ‖ unsteered) of the next-token
     distributions. Strengths are tried in rounds, each between the largest that stayed within the budget and the
-    smallest that did not; so every smaller strength that was tried is within the budget too. Two methods that are
-    calibrated on the same prompts to the same budget can be compared at equal cost.
+    smallest that did not; so every smaller strength that was tried is within the budget too. A strength at which the
+    model's numbers blow up on any of the prompts costs more than any budget. Two methods that are calibrated on the
+    same prompts to the same budget can be compared at equal cost.
 
     Args:
         steering: a FineSteer or a baseline; its present strength does not matter.
@@ -77,11 +79,14 @@ def calibrate(
         quantile: which quantile of the divergences counts.
         max_strength: the largest strength to try.
         max_new_tokens: length of the reference answers that are generated.
-        options: `chat` (False), send string prompts through the chat template; `batch_size` (16), rows per forward
-            pass; `progress` (True), show a progress bar.
+        options: `chat`, `chat_template_kwargs` and `prepend_bos` (as the steering was fitted), how prompts become
+            tokens, see `tokens.prompt_ids`; `batch_size` (16), rows per forward pass; `progress` (True), show a
+            progress bar.
 
     Raises:
         InputError: no prompts, options out of range, or a steering that only monitors.
+        NonFiniteError: the unsteered model's numbers blow up.
+        HookError: the hooks do not run on this model.
         ContextLengthError: a prompt with its answer does not fit into the context.
         MismatchError: the steering was fitted on another model.
     """
@@ -91,19 +96,21 @@ def calibrate(
     if not isinstance(steering, Steering) or steering.monitor:
         raise InputError("calibrate", expected="a steering that acts", got=repr(steering))
     asked = prompts_of(prompts)
+    passes = passes.following(remembered(steering), model, asked)
     ids: Any = answers
     if answers is None:
-        answered(model, asked, None, chat=passes.chat)  # raises before anything is generated
+        answered(model, asked, None, passes)  # raises before anything is generated
         with unsteered(model):
             made = generate(model, asked, max_new_tokens=max_new_tokens, **passes.options)
         ids = [one.tokens for one in made]
-    rows = answered(model, asked, ids, chat=passes.chat)
+    rows = answered(model, asked, ids, passes)
 
     def costs(strengths: Sequence[float]) -> list[float]:
         variants = [steering.with_strength(strength) for strength in strengths]
-        found = answer_divergences(model, rows, variants, batch_size=passes.batch_size, advance=advance)
+        found = answer_divergences(model, rows, variants, batch_size=passes.batch_size, advance=advance, beyond=True)
         tokens = torch.stack([torch.cat(parts) for parts in found])
-        return tokens.nan_to_num(nan=math.inf).quantile(quantile, dim=1, interpolation="higher").tolist()
+        cost = tokens.quantile(quantile, dim=1, interpolation="higher")
+        return cost.masked_fill(tokens.isinf().any(dim=1), math.inf).tolist()
 
     within, beyond = 0.0, math.inf
     curve = {0.0: 0.0}

@@ -114,9 +114,9 @@ class _Searching(Measuring):
         if self.utility is not None:
             return one_each("utility", self.utility(model, steering, items), len(items))
         if steering is None:
-            return torch.zeros(len(items))
+            return torch.zeros(len(items), dtype=torch.float32, device="cpu")
         prompts = [_prompt(item) for item in items]
-        return -general_divergence(model, steering, prompts, chat=self.chat, batch_size=self.batch_size)
+        return -general_divergence(model, steering, prompts, **self.batching)
 
 
 def search(
@@ -148,8 +148,9 @@ def search(
             token. `utility` (None), a number per general item; None takes −KL(steered ‖ unsteered) at the first token
             of the answer, in nats. `shift` ("response_mean") as in `collect`. `resume` (None), a file that every
             finished trial is added to at once; where it exists already, its trials are not run again. It must come from
-            the same search: same model, data, shift, and functions of the same names. `chat` (False) and `batch_size`
-            (16) as in `collect`; `progress` (True), show a progress bar.
+            the same search: same model, data, shift, and functions of the same names. `chat`,
+            `chat_template_kwargs`, `prepend_bos` and `batch_size` (16) as in `collect`; `progress` (True), show a
+            progress bar.
 
     Raises:
         InputError: an empty grid, a negative budget, data that are no splits, no setting within the budget, a method
@@ -182,7 +183,7 @@ def search(
         raise DataError("search data", expected="test and general_test, or neither", got="one of them")
     make = method or _fit_default
     names = (run.effect_name, run.utility_name)
-    known_by = [*names, name_of(make, ""), run.shift, str(run.chat)]
+    known_by = [*names, name_of(make, ""), run.shift, str(run.formatting)]
     journal = _Journal(run.resume, _identity(model, chosen_layers, data, known_by))
     trained = collect(model, data.train, layer=chosen_layers, shift=run.shift, **run.options)
     prompts = [_prompt(item) for item in data.general_train]

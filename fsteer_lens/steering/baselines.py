@@ -286,4 +286,4 @@ def _shifts(activations: Activations) -> Float[Tensor, "n d"]:
 
 def _about(activations: Activations) -> dict[str, Any]:
     """Where the activations come from, as fields of a steering."""
-    return {name: getattr(activations, name) for name in ("layer", "shift", "site", "fingerprint")}
+    return {name: getattr(activations, name) for name in ("layer", "shift", "site", "fingerprint", "prompt_format")}

@@ -11,6 +11,7 @@ from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.fitting_experts import fit_experts
 from fsteer_lens.method.fitting_gates import SUBSPACE_KINDS, GateOptions, Kind, fit_gate
 from fsteer_lens.method.gates import Gate
+from fsteer_lens.prompts.formats import merge_formats
 from fsteer_lens.reading.activations import Activations
 from fsteer_lens.reading.fingerprints import Fingerprint, merge_fingerprints, require_same_model
 from fsteer_lens.steering.steering import FineSteer
@@ -116,6 +117,7 @@ def fit(
         shift=first.shift,
         site=first.site,
         fingerprint=_fingerprint_of(list(layers.values())),
+        prompt_format=merge_formats(own.prompt_format for own in layers.values()),
     )
 
 
@@ -142,3 +144,4 @@ def _require_same(own: Activations, others: Activations) -> None:
             fix="Collect both at the same layer.",
         )
     require_same_model(own.fingerprint, others.fingerprint, "general activations")
+    merge_formats([own.prompt_format, others.prompt_format])

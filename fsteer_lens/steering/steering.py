@@ -26,6 +26,7 @@ from fsteer_lens.hooks.session import State
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.gates import Gate, require_gate
 from fsteer_lens.models.points import DEFAULT_SITE
+from fsteer_lens.prompts.formats import PromptFormat
 from fsteer_lens.reading.fingerprints import Fingerprint
 
 Own = TypeVar("Own", bound="Steering")
@@ -78,6 +79,8 @@ class Steering(Link):
         shift: how the shifts were taken that this was fitted on.
         site: hook point within a layer.
         fingerprint: of the model it was fitted on; checked when it is put on a model.
+        prompt_format: how the prompts became tokens that it was fitted on: chat template or not. What runs prompts
+            follows it where nothing else is asked for, and refuses what contradicts it.
     """
 
     layer: int | None = None
@@ -90,6 +93,7 @@ class Steering(Link):
     shift: str | None = None
     site: str = DEFAULT_SITE
     fingerprint: Fingerprint | None = None
+    prompt_format: PromptFormat | None = None
 
     def __post_init__(self) -> None:
         if self.scope is None:
@@ -105,6 +109,7 @@ class Steering(Link):
         )
         optional(instance, "schedule", self.schedule, Schedule, "a Schedule or None")
         optional(instance, "fingerprint", self.fingerprint, Fingerprint, "a Fingerprint or None")
+        optional(instance, "prompt_format", self.prompt_format, PromptFormat, "a PromptFormat or None")
         if self.refresh == "step" and self.scope == "prompt":
             raise InputError(
                 'refresh="step" has no effect with scope="prompt"',

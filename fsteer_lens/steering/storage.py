@@ -21,9 +21,10 @@ from fsteer_lens.method.linear_gates import CosineGate, LinearGate
 from fsteer_lens.method.subspace import Subspace
 from fsteer_lens.method.subspace_gates import CalibrationRange, EnergyGate, LogisticGate, QuantileGate, ThresholdGate
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint
+from fsteer_lens.prompts.formats import PromptFormat
+from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint, require_model
 from fsteer_lens.steering.baselines import MeanShift, NearestCentroid, NullSpaceSteering, PcaDirection
-from fsteer_lens.steering.steering import FineSteer
+from fsteer_lens.steering.steering import FineSteer, Steering
 
 CLASSES: Mapping[str, Any] = {
     cls.__name__: cls
@@ -48,6 +49,7 @@ CLASSES: Mapping[str, Any] = {
         NotGate,
         NullSpaceSteering,
         PcaDirection,
+        PromptFormat,
         QuantileGate,
         Schedule,
         Subspace,
@@ -58,7 +60,11 @@ CLASSES: Mapping[str, Any] = {
     )
 }
 
-FORMAT = Format("fsteer_lens", 1, "a steering", "fsteer_lens.save", CLASSES)
+BEFORE_FORMATS = PromptFormat(prepend_bos=True)
+"""What fits the files of 0.1, which do not tell: every plain text got a token in front where there was one."""
+FORMAT = Format(
+    "fsteer_lens", 1, "a steering", "fsteer_lens.save", CLASSES, older={Steering: {"prompt_format": BEFORE_FORMATS}}
+)
 
 
 def save(steering: HookObject, path: str | os.PathLike[str], model: SteerableModel | None = None) -> None:
@@ -94,10 +100,10 @@ def _with_fingerprint(link: Link, model: SteerableModel | None) -> Link:
                 fix="save(steering, path, model=model).",
             )
         return link
-    current = fingerprint(model, link.hooked_layers, link.site)
     if link.fingerprint is None:
+        current = fingerprint(model, link.hooked_layers, link.site)
         return replace(link, fingerprint=current)  # pyright: ignore[reportArgumentType]
-    link.fingerprint.require_match(current)
+    require_model(link.fingerprint, model, link.site)
     return link
 
 

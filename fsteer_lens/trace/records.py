@@ -31,7 +31,7 @@ def tensor(values: Any, kind: torch.dtype = torch.float32) -> Tensor:
     def filled(item: Any) -> Any:
         return [filled(part) for part in item] if isinstance(item, list) else math.nan if item is None else item
 
-    return torch.tensor(filled(values), dtype=kind)
+    return torch.tensor(filled(values), dtype=kind, device="cpu")
 
 
 def json_lines(records: Sequence[Record]) -> str:

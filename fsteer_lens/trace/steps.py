@@ -124,7 +124,10 @@ class Steps:
                 found[f"{name}_texts"] = (tuple(tuple(one["text"] for one in row) for row in rows),)
             return found
 
-        empty = {"top_ids": torch.empty(1, 0, 0, dtype=torch.long), "top_logprobs": torch.empty(1, 0, 0)}
+        empty = {
+            "top_ids": torch.empty(1, 0, 0, dtype=torch.long, device="cpu"),
+            "top_logprobs": torch.empty(1, 0, 0, dtype=torch.float32, device="cpu"),
+        }
         known = {
             "tokens": numbers("token", torch.long),
             "texts": (tuple(record["text"] for record in records),),

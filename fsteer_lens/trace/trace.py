@@ -200,7 +200,7 @@ class Trace:
         change = self.change[self.layer_of("change", layer)]
         assert self.prompt_lengths is not None
         first = torch.zeros_like(self.prompt_lengths) if self.first is None else self.first
-        columns = torch.arange(change.shape[1])
+        columns = torch.arange(change.shape[1], device="cpu")
         start, length = first.cpu().unsqueeze(1), self.prompt_lengths.cpu().unsqueeze(1)
         padding = change.isnan().cpu()
         bos = columns == start
@@ -288,9 +288,9 @@ class Trace:
         length = record["prompt_length"] if length is None else length
         return cls(
             **fields_of,
-            prompt_lengths=torch.tensor([length]),
-            first=torch.zeros(1, dtype=torch.long),
-            bos=torch.tensor([record["bos"]]) if "bos" in record else None,
+            prompt_lengths=torch.tensor([length], dtype=torch.long, device="cpu"),
+            first=torch.zeros(1, dtype=torch.long, device="cpu"),
+            bos=torch.tensor([record["bos"]], dtype=torch.bool, device="cpu") if "bos" in record else None,
             prompts=(tuple(record["prompt"]),) if "prompt" in record else None,
             steps=Steps.from_records(record["steps"]) if "steps" in record else None,
             unsteered=(tuple(record["unsteered"]),) if "unsteered" in record else None,

@@ -139,7 +139,7 @@ def _token_view(
         item = examples[index]
         ids = [*prompt_ids(model, item.prompt), *item.tokens]
         with torch.no_grad(), SubspaceProbe(gate.subspace, layer=layer).on(model) as trace:
-            model(torch.tensor([ids], device=model.cfg.device))
+            model(torch.tensor([ids], dtype=torch.long, device=model.cfg.device))
         ratios = trace.ser[layer][0, :, gate.rank - 1]
         name = f"energy ratio at rank {gate.rank}"
         view = figures.token_scores(item.trace, ratios, name=name, bounds=(0.0, 1.0), legend=not views)

@@ -1,12 +1,12 @@
 """Load the shipped tutor."""
 
-from pathlib import Path
 from typing import Final
 
 from fsteer_lens import models
 from fsteer_lens.models.classes import Kind, SteerableModel
+from fsteer_lens.models.loading import TUTOR
 
-FOLDER: Final = Path(__file__).parent / "weights"
+FOLDER: Final = TUTOR
 """A Hugging Face folder: `AutoModelForCausalLM.from_pretrained(FOLDER)` reads it."""
 
 

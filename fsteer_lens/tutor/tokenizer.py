@@ -1,9 +1,8 @@
 """The tutor's tokenizer: byte-level BPE, so that any text can be typed.
 
-Encoding text adds no bos: whoever makes model input puts it in front (`fsteer_lens.collect` and `generate` do, and so
-does TransformerLens by default). Only the chat template writes it itself, as chat templates do, so templated text must
-not get a second one. A prompt and its answer are tokenised apart and their ids joined, in training as in use; the
-answer then ends with eos.
+Encoding text puts a bos in front. The chat template writes it itself, as chat templates do, so templated text is
+encoded without special tokens. A prompt and its answer are tokenised apart and their ids joined, in training as in use;
+the answer then ends with eos.
 """
 
 from collections.abc import Iterable
@@ -29,7 +28,7 @@ CHAT_TEMPLATE: Final = (
 
 def train_tokenizer(texts: Iterable[str], *, size: int = VOCABULARY_SIZE) -> Any:
     """Learn a byte-level BPE of `size` tokens from `texts`; return a transformers fast tokenizer."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
@@ -42,6 +41,7 @@ def train_tokenizer(texts: Iterable[str], *, size: int = VOCABULARY_SIZE) -> Any
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, BOS_ID)])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOS,

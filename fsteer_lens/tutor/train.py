@@ -117,13 +117,15 @@ def collate(
 
     Rows are filled up with eos of weight 0: with pad, transformers would ask for a mask that a causal model needs not.
     """
-    prompts, answers, begun = (tokens(list(column))["input_ids"] for column in zip(*rows, strict=True))
+    prompts, answers, begun = (
+        tokens(list(column), add_special_tokens=False)["input_ids"] for column in zip(*rows, strict=True)
+    )
     length = max(len(p) + len(a) for p, a in zip(prompts, answers, strict=True)) + 2
-    ids = torch.full((len(rows), length), tokenizer.EOS_ID)
-    weights = torch.zeros(len(rows), length)
+    ids = torch.full((len(rows), length), tokenizer.EOS_ID, dtype=torch.long, device="cpu")
+    weights = torch.zeros(len(rows), length, dtype=torch.float32, device="cpu")
     for row, (prompt, answer, given) in enumerate(zip(prompts, answers, begun, strict=True)):
         joined = [tokenizer.BOS_ID, *prompt, *answer, tokenizer.EOS_ID]
-        ids[row, : len(joined)] = torch.tensor(joined)
+        ids[row, : len(joined)] = torch.tensor(joined, dtype=torch.long, device="cpu")
         weights[row, 1 : len(prompt) + 1] = PROMPT_WEIGHT
         weights[row, len(prompt) + 1 + len(given) : len(joined)] = 1.0
     return ids, weights

@@ -115,5 +115,5 @@ def test_the_same_vector_gives_the_same_logits_and_text(model: SteerableModel, p
             )
         torch.testing.assert_close(ours, expected, atol=1e-3, rtol=0)
         assert float((ours - logits_of(model, batch).log_softmax(-1)).abs().max()) > 0.1, "the vector did nothing"
-        made = generate(model, prompt, shift, max_new_tokens=8, stop=[], progress=False)[0]
+        made = generate(model, prompt, shift, max_new_tokens=8, progress=False)[0]
         assert list(made.tokens) == text[0, batch.tokens.shape[1] :].tolist()

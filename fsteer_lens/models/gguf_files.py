@@ -1,0 +1,43 @@
+"""Models in GGUF files, llama.cpp's format: read by transformers, with the package gguf."""
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fsteer_lens.errors import InputError, MissingDependencyError
+
+
+def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The Hugging Face model and tokenizer of a GGUF file, its weights in `dtype`.
+
+    transformers takes it for a quantised model, although the weights are plain by then, and refuses to save it. So it
+    is made anew, as an ordinary model.
+
+    Raises:
+        MissingDependencyError: gguf is not installed.
+        InputError: no such file.
+    """
+    if find_spec("gguf") is None:
+        raise MissingDependencyError(
+            f"{path.name} is a GGUF file", expected="the package gguf", got="not installed", fix="pip install gguf"
+        )
+    if not path.is_file():
+        raise InputError("no such file", expected="a .gguf file", got=str(path))
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
+    read = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+    settings = read.config.to_dict()
+    settings.pop("quantization_config", None)
+    with torch.device("meta"):  # no weights are drawn that would only be replaced
+        model = type(read)(type(read.config).from_dict(settings))
+    weights = {name: weight.to(dtype) for name, weight in read.state_dict().items()}
+    model.load_state_dict(weights, assign=True)
+    for name, buffer in read.named_buffers():  # those that no file holds, such as rotary frequencies
+        holder, _, own = name.rpartition(".")
+        setattr(model.get_submodule(holder), own, buffer)
+    model.tie_weights()
+    model.generation_config = read.generation_config
+    return model.eval(), AutoTokenizer.from_pretrained(**where)
