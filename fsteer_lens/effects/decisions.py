@@ -19,7 +19,7 @@ from fsteer_lens.method.linalg import require_matrix
 from fsteer_lens.method.subspace_gates import SubspaceGate, subspace_leaves
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
-from fsteer_lens.prompts.forms import Prompt
+from fsteer_lens.prompts.forms import GivenPrompt, as_prompt
 from fsteer_lens.prompts.passes import BatchOptions
 from fsteer_lens.prompts.tokens import token_texts
 from fsteer_lens.reading.reader import Reader
@@ -167,7 +167,7 @@ class GateExplanation:
 def explain_gate(
     model: SteerableModel,
     steering: Steering,
-    prompt: Prompt,
+    prompt: GivenPrompt,
     *,
     layer: int | None = None,
     limit: int | None = 256,
@@ -204,8 +204,9 @@ def explain_gate(
             fix="Explain its leaves one by one: steering.with_gate(gate.leaves[0]).",
         )
     steering.session_on(model)  # was it fitted on this model?
-    passes = passes_of("explain_gate", options, model, steering, [prompt])
-    ids = tuple(passes.tokenisation(model).ids(prompt))
+    asked = as_prompt(prompt)
+    passes = passes_of("explain_gate", options, model, steering, [asked])
+    ids = tuple(passes.tokenisation(model).ids(asked))
     limit = optional(whole, "limit", limit, 0, why="or None for all")
     first = 0 if limit is None else max(0, len(ids) - limit)
     shorter = [ids[:place] + ids[place + 1 :] for place in range(first, len(ids))] if len(ids) > 1 else []

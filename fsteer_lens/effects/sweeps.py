@@ -16,7 +16,7 @@ from fsteer_lens.ground.estimates import Estimate, Sweep, bootstrap
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
-from fsteer_lens.prompts.forms import Prompt, prompts_of
+from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
 from fsteer_lens.reading.activations import Activations, Shift, collect
 from fsteer_lens.run.teacher_forcing import answer_divergences, answered
 from fsteer_lens.steering.fitting import fit
@@ -50,7 +50,7 @@ def strength_sweep(
     model: SteerableModel,
     methods: Steering | Mapping[str, Steering],
     contrasts: Iterable[Contrast],
-    general: Iterable[Prompt],
+    general: GivenPrompts,
     *,
     strengths: Iterable[float] = STRENGTHS,
     **options: Unpack[SweepOptions],
@@ -91,7 +91,7 @@ def layer_sweep(
     model: SteerableModel,
     train: Iterable[Contrast] | Mapping[int, Activations],
     contrasts: Iterable[Contrast],
-    general: Iterable[Prompt],
+    general: GivenPrompts,
     *,
     layers: Iterable[int] | None = None,
     shift: Shift | None = None,
@@ -139,7 +139,7 @@ def _sweeps(
     model: SteerableModel,
     tried: Mapping[str, Mapping[Any, Steering]],
     contrasts: Iterable[Contrast],
-    general: Iterable[Prompt],
+    general: GivenPrompts,
     run: _Sweeping,
 ) -> dict[str, Sweep]:
     """Measure every steering; one unsteered pass over the general prompts serves them all."""

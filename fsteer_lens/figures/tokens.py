@@ -10,7 +10,7 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.html import MONO, span, visible
 from fsteer_lens.figures.style import STEERED_COLOUR, one_line
-from fsteer_lens.ground.checks import normalised, optional, require_unset, switch, whole
+from fsteer_lens.ground.checks import normalised, optional, require_unset, several, switch, whole
 from fsteer_lens.trace.trace import Marks, Trace
 
 STEERED: Final = f"border-bottom:3px solid {STEERED_COLOUR}"
@@ -154,7 +154,7 @@ class TokenView:
         if not isinstance(given, Trace):
             marked = row if self.marks is None else 0
             require_unset("tokens, which are no trace", layer=layer, row=marked or None)
-            return _tokens_of_text(given, row, self)
+            return _tokens_of_text(several("tokens", given, "a list of the tokens' texts"), row, self)
         unset = {item.name: item.default for item in fields(self)}
         told = [name for name in MARKS if getattr(self, name) is not unset[name]]
         if told:

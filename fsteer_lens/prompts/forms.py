@@ -5,14 +5,18 @@ arrays of NumPy, PyTorch or pandas. Several prompts are anything that gives one 
 table, a generator. One prompt by itself is never taken for several: a string would be read character by character.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import brief, clean_text, is_whole, listed, several
+from fsteer_lens.ground.checks import Array, brief, clean_text, is_whole, listed, several
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message] | Sequence[int]
+GivenPrompt = Prompt | Array
+"""A prompt as it may be given: token ids, or messages, in an array."""
+GivenPrompts = Iterable[GivenPrompt]
+"""Several prompts as they may be given; `prompts_of` makes a list of them."""
 
 FORMS = "Give a string, a list of {'role': ..., 'content': ...} or a list of token ids."
 

@@ -19,7 +19,7 @@ from fsteer_lens.hooks.opening import Read, open_session
 from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.forms import Prompt, one_or_more
+from fsteer_lens.prompts.forms import GivenPrompt, GivenPrompts, Prompt, as_prompt, one_or_more
 from fsteer_lens.prompts.passes import FormatOptions, Passes
 from fsteer_lens.prompts.tokens import (
     Batch,
@@ -127,7 +127,7 @@ class StreamOptions(SamplingOptions, FormatOptions, total=False):
 
 def generate(
     model: SteerableModel,
-    prompts: Prompt | Iterable[Prompt],
+    prompts: GivenPrompt | GivenPrompts,
     steering: HookObject | None = None,
     *,
     max_new_tokens: int = 64,
@@ -210,7 +210,7 @@ def generate(
 
 def stream(
     model: SteerableModel,
-    prompt: Prompt,
+    prompt: GivenPrompt,
     steering: HookObject | None = None,
     *,
     max_new_tokens: int = 64,
@@ -230,7 +230,8 @@ def stream(
     given: dict[str, Any] = dict(options)
     passes = Passes(**{name: given.pop(name) for name in FormatOptions.__annotations__ if name in given})
     drawing = Sampling.of(given)
-    (ids,) = passes.following(remembered(steering), model, [prompt]).ids(model, [prompt])
+    asked = [as_prompt(prompt)]
+    (ids,) = passes.following(remembered(steering), model, asked).ids(model, asked)
     require_fits(model, len(ids) + max_new_tokens, f"the prompt with {max_new_tokens} new tokens")
     batch = pad(model, [ids], "left")
     session = _session(model, batch, steering, read)

@@ -12,7 +12,7 @@ from fsteer_lens.ground.checks import finite, optional, options_of, require_unse
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.forms import Prompt, prompts_of
+from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
 from fsteer_lens.prompts.passes import Passes, PassOptions
 from fsteer_lens.run.generation import generate
 from fsteer_lens.run.teacher_forcing import answer_divergences, answered
@@ -54,7 +54,7 @@ class Calibration:
 def calibrate(
     steering: Steering,
     model: SteerableModel,
-    prompts: Iterable[Prompt],
+    prompts: GivenPrompts,
     *,
     kl: float,
     answers: Iterable[str] | None = None,
