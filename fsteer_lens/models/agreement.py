@@ -74,7 +74,8 @@ def probe(network: Any) -> Probe:
     """
     config = network.config.get_text_config(decoder=True)
     length = min(LENGTH, context_of(config) or LENGTH)
-    tokens = ((torch.arange(1, length + 1) * 0.618 * config.vocab_size) % config.vocab_size).long()
+    steps = torch.arange(1, length + 1, dtype=torch.float64, device="cpu")
+    tokens = ((steps * 0.618 * config.vocab_size) % config.vocab_size).long()
     try:
         out = network(input_ids=tokens.unsqueeze(0).to(device_of_weights(network)), use_cache=False)
     except Exception as error:

@@ -96,7 +96,7 @@ class Activations:
             DataError: no row is left.
         """
         chosen = row_numbers(rows, len(self))
-        index = torch.tensor(chosen, device=self.queries.device)
+        index = torch.tensor(chosen, dtype=torch.long, device=self.queries.device)
         return replace(
             self,
             queries=self.queries[index],
