@@ -172,8 +172,6 @@ def _report(args: argparse.Namespace) -> int:
     from fsteer_lens.evaluation import every
     from fsteer_lens.report import steering_report
 
-    if args.no_sweep and args.general is None:
-        raise InputError("--no-sweep has no effect without --general", fix="Leave it out: nothing is swept then.")
     _require_folder(args.out)
     contrasts = every(_read_contrasts(args.data), args.limit)
     general = [] if args.general is None else every(_read_prompts(args.general), args.limit)
