@@ -195,8 +195,6 @@ def _report(args: argparse.Namespace) -> int:
     from fsteer_lens.prompts.files import read_contrasts, read_prompts
     from fsteer_lens.report import steering_report
 
-    if args.no_sweep and args.general is None:
-        raise InputError("--no-sweep has no effect without --general", fix="Leave it out: nothing is swept then.")
     _require_folder(args.out)
     columns = _columns(args)
     contrasts = every(read_contrasts(args.data, columns), args.limit)

@@ -39,7 +39,7 @@ from fsteer_lens import (
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation import attack_gate, evaluate
 from fsteer_lens.ground.checks import require_unset
-from fsteer_lens.hooks import Handle, Schedule
+from fsteer_lens.hooks import Handle
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.steering.steering import Steering
 from tests import made_up
@@ -80,7 +80,6 @@ FITS: dict[str, tuple[str, Callable[[], Any]]] = {
     "fit: folds and calibration": ("folds", lambda: fit(OWN, rank=3, calibration=Q, folds=3, **QUICK)),
     "patience": ("patience", lambda: fit_experts(Q, S, n_experts=2, epochs=2, validation=0, patience=3)),
     "route_loss": ("route_loss", lambda: fit_experts(Q, S, n_experts=1, epochs=2, route_loss=1.0)),
-    "schedule": ("schedule", lambda: fit(OWN, rank=3, schedule=Schedule((1.0, 0.5)), **QUICK)),
     "refresh": ("refresh", lambda: fit(OWN, rank=3, refresh="step", **QUICK)),
 }
 
@@ -108,11 +107,6 @@ def test_the_same_options_are_taken_where_they_do_something() -> None:
     grouped = [fit(OWN, rank=3, seed=seed, **QUICK) for seed in (0, 1)]
     assert torch.equal(grouped[0].gate_at(2)(G), grouped[1].gate_at(2)(G))  # type: ignore[misc]
     assert not torch.equal(grouped[0].experts_at(2).vector(Q), grouped[1].experts_at(2).vector(Q))
-    scheduled = fit(OWN, rank=3, scope="all", schedule=Schedule((1.0, 0.5)), **QUICK)
-    assert scheduled.schedule is not None
-    assert fit(OWN, rank=3, schedule=Schedule((0.5,)), **QUICK).scope == "prompt", (
-        "one factor is for the prompt as well"
-    )
 
 
 def drawn(model: SteerableModel) -> Any:
@@ -169,15 +163,13 @@ def test_running_and_drawing(tutor_model: SteerableModel, option: str, call: Cal
 COMMANDS = {
     "--rank and --general": ["fit", "--gate", "none", "--rank", "0"],
     "--general has no effect with --gate quantile": ["fit", "--gate", "quantile", "--general", "x.txt"],
-    "--no-sweep": ["report", "--no-sweep", "--steering", "x"],
 }
 
 
 @pytest.mark.parametrize("words", COMMANDS)
 def test_the_command_line(words: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Before anything is read or loaded."""
-    rest = ["--model", "nowhere", "--data", "nowhere.csv", "--out", "x.html"]
-    rest += ["--layer", "1"] if COMMANDS[words][0] == "fit" else []
+    rest = ["--model", "nowhere", "--data", "nowhere.csv", "--out", "x.safetensors", "--layer", "1"]
     assert cli.main([*COMMANDS[words], *rest]) == 2
     assert words in capsys.readouterr().err
 

@@ -71,7 +71,8 @@ class Steering(Link):
         scope: "all" every real position, "prompt" the prompt's, "generated" those that predict a generated token
             (from the prompt's last on), or a `Window` of generated tokens. None: "prompt" for last-prompt shifts, else
             "all", the paper's.
-        schedule: factors of the strength over generated tokens.
+        schedule: factors of the strength over generated tokens; the first one is the prompt's too, and the only one
+            that counts with scope="prompt".
         refresh: "prompt" decides once, at the prompt's last token (the paper); "step" decides again at every later
             position, from the activation there.
         gate_layer: the layer whose gate decides for all; at most the first steered layer.
@@ -113,13 +114,6 @@ class Steering(Link):
         if self.refresh == "step" and self.scope == "prompt":
             raise InputError(
                 'refresh="step" has no effect with scope="prompt"',
-                fix='Use scope="all", "generated" or a Window.',
-            )
-        if self.schedule is not None and len(set(self.schedule.factors)) > 1 and self.scope == "prompt":
-            raise InputError(
-                'a schedule has no effect on generated tokens with scope="prompt"',
-                expected="a scope that reaches them",
-                got="factors for several steps",
                 fix='Use scope="all", "generated" or a Window.',
             )
         if self.gate_layer is not None:
