@@ -6,10 +6,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sklearn.model_selection import GroupKFold, KFold
 
 from fsteer_lens import FineSteer, SubspaceAblation, collect_queries, fit_experts, fit_gate, generate, load, save, tutor
 from fsteer_lens.errors import DataError, InputError, ShapeError
 from fsteer_lens.method.linear_gates import CosineGate
+from fsteer_lens.method.ridge import STRENGTHS
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.reading.activations import Activations
 from fsteer_lens.steering import (
@@ -19,6 +21,7 @@ from fsteer_lens.steering import (
     fit_nearest_centroid,
     fit_null_space,
     fit_pca_direction,
+    fit_ridge,
 )
 from tests.running import LAYER, SITE, batch_of, residual
 from tests.test_fitting import D, activations, general
@@ -30,6 +33,7 @@ FITS: dict[str, Any] = {
     "nearest centroid": lambda own, others: fit_nearest_centroid(
         own, fit_experts(own.queries, own.queries if own.shifts is None else own.shifts, n_experts=4, epochs=1)
     ),
+    "ridge": lambda own, others: fit_ridge(own),
     "cosine gate": lambda own, others: fit_mean_shift(
         own, gate=fit_gate(own.queries, kind="cosine", general=others.queries)
     ),
@@ -160,6 +164,63 @@ def test_nearest_centroid_is_the_plain_one() -> None:
         assert decision.weights is not None and int(decision.weights[place].argmax()) == nearest
     with pytest.raises(DataError, match="fitted to"):
         fit_nearest_centroid(activations(n=20), experts)
+
+
+def plain_ridge(h: Any, shifts: Any, weight: float) -> tuple[Any, Any]:
+    """M and b by the normal equations."""
+    centred = h - h.mean(axis=0)
+    unit = np.trace(centred.T @ centred) / min(h.shape)
+    scatter = centred.T @ centred + weight * unit * np.eye(h.shape[1])
+    matrix = np.linalg.solve(scatter, centred.T @ (shifts - shifts.mean(axis=0))).T
+    return matrix, shifts.mean(axis=0) - matrix @ h.mean(axis=0)
+
+
+@pytest.mark.parametrize("n", [40, 6])  # more queries than dimensions, and fewer
+def test_ridge_is_that_of_the_normal_equations(n: int) -> None:
+    own = activations(n=n)
+    found = fit_ridge(own, ridge=0.3, strength=2.0)
+    matrix, bias = plain_ridge(f64(own.queries), f64(own.shifts), 0.3)
+    np.testing.assert_allclose(f64(found.matrix), matrix, atol=1e-5)
+    np.testing.assert_allclose(f64(found.bias), bias, atol=1e-5)
+    h = torch.randn(2, 3, D)
+    np.testing.assert_allclose(f64(found.vectors(2, h).vector), f64(h) @ matrix.T + bias, atol=1e-4)
+    assert (found.layer, found.strength, found.shift) == (2, 2.0, "last_prompt")
+
+
+@pytest.mark.parametrize("grouped", [True, False])
+def test_the_weight_of_ridge_is_that_of_the_least_held_out_error(grouped: bool) -> None:
+    generator = torch.Generator().manual_seed(4)
+    queries = torch.randn(40, D, generator=generator)
+    linear = 0.3 * queries @ torch.randn(D, D, generator=generator) + torch.randn(40, D, generator=generator)
+    own = activations(queries=queries, shifts=linear, grouped=grouped)
+    h, shifts = f64(own.queries), f64(own.shifts)
+    splitter = GroupKFold(5) if grouped else KFold(5, shuffle=True, random_state=0)
+    errors = {}
+    for weight in STRENGTHS[:-1]:
+        errors[weight] = 0.0
+        for train, held_out in splitter.split(h, groups=own.groups if grouped else None):
+            matrix, bias = plain_ridge(h[train], shifts[train], weight)
+            errors[weight] += np.sum((h[held_out] @ matrix.T + bias - shifts[held_out]) ** 2)
+    best = min(errors, key=lambda weight: errors[weight])
+    assert STRENGTHS[0] < best < STRENGTHS[-2], "or the choice is at an edge and proves little"
+    np.testing.assert_allclose(f64(fit_ridge(own).matrix), plain_ridge(h, shifts, best)[0], atol=1e-5)
+
+
+def test_ridge_is_the_mean_shift_where_queries_tell_nothing() -> None:
+    own = activations(shifts=torch.randn(40, D) + 1)
+    found = fit_ridge(own)
+    assert float(found.matrix.norm()) < 0.05 < float(found.bias.norm())
+    torch.testing.assert_close(found.vectors(2, own.queries).vector.mean(dim=0), fit_mean_shift(own).vector)
+    planted = torch.randn(D, D)
+    exact = fit_ridge(replace(own, shifts=own.queries @ planted.T + 2))
+    torch.testing.assert_close(exact.matrix, planted, atol=0.05, rtol=0.05)
+    for options, words in (({"ridge": 0.0}, "ridge: expected a finite number > 0"), ({"folds": 1}, "folds")):
+        with pytest.raises(InputError, match=words):
+            fit_ridge(own, **options)
+    with pytest.raises(DataError, match="at least 2 different groups"):
+        fit_ridge(replace(own, groups=("one",) * 40))
+    with pytest.raises(ShapeError, match="at least 2 rows"):
+        fit_ridge(activations(n=1))
 
 
 @pytest.mark.parametrize("name", FITS)

@@ -61,6 +61,8 @@ BASELINES: dict[str, Fit] = {
         own, gate=fs.fit_gate(own.queries, kind="cosine", general=general.queries)
     ),
     "null space": lambda own, general: fs.steering.fit_null_space(own, general.queries),
+    "ridge": lambda own, general: fs.steering.fit_ridge(own),
+    "ridge, SCS gate": lambda own, general: fs.steering.fit_ridge(own, gate=scs_gate(own)),
     "nearest centroid": lambda own, general: fs.steering.fit_nearest_centroid(own, experts_of(own)),
     "nearest centroid, SCS gate": lambda own, general: fs.steering.fit_nearest_centroid(
         own, experts_of(own), gate=scs_gate(own)

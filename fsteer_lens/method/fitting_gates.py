@@ -1,6 +1,6 @@
 """`fit_gate`: from activations to a gate, on the energy ratio of a subspace or on a direction."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Final, Literal, NamedTuple, TypedDict, Unpack
 
@@ -9,8 +9,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.errors import DataError, InputError
+from fsteer_lens.errors import InputError
 from fsteer_lens.ground import checks
+from fsteer_lens.method.folds import Fold, cut_folds
 from fsteer_lens.method.gates import Gate
 from fsteer_lens.method.linalg import require_matrix, require_rank
 from fsteer_lens.method.linear_gates import CosineGate, LinearGate
@@ -147,7 +148,7 @@ def _cross_fitted(
     """The subspace of the queries; energy ratios at every rank and distances of queries that no basis saw."""
     n, d_model = rows.shape
     in_sample = folding.folds is None
-    cuts = [] if in_sample or folding.calibration is not None else list(_folds(n, folding))
+    cuts = [] if in_sample or folding.calibration is not None else _folds(n, folding)
     smallest = min([n] + [len(train) for train, _ in cuts])
     limit = min(smallest - 1, d_model)
     rank = require_rank(
@@ -176,28 +177,9 @@ def _range(ratios: Float[Tensor, "n r"], distance: Float[Tensor, " n"]) -> Calib
     return CalibrationRange(torch.stack(distance.aminmax()), torch.stack(ratios.aminmax(dim=0)))
 
 
-def _folds(n: int, folding: _Folding) -> Iterator[tuple[Tensor, Tensor]]:
-    from sklearn.model_selection import GroupKFold, KFold
-
-    folds, groups = checks.whole("folds", folding.folds, 2, why="or None for in-sample calibration"), folding.groups
-    if groups is None or all(group is None for group in groups):
-        splits = KFold(min(folds, n), shuffle=True, random_state=folding.seed).split(range(n))
-    else:
-        if len(groups) != n or any(group is None for group in groups):
-            raise DataError(
-                "groups",
-                expected=f"a group for each of {n} queries",
-                got=f"{len(groups)} groups, {sum(group is None for group in groups)} of them None",
-                fix="Give every contrast a group=, or none of them.",
-            )
-        n_groups = len(set(groups))
-        if n_groups < 2:
-            raise DataError(
-                "groups", expected="at least 2 different groups", got=n_groups, fix="Give several groups, or none."
-            )
-        splits = GroupKFold(min(folds, n_groups)).split(range(n), groups=groups)
-    for train, held_out in splits:
-        yield torch.from_numpy(train), torch.from_numpy(held_out)
+def _folds(n: int, folding: _Folding) -> list[Fold]:
+    folds = checks.whole("folds", folding.folds, 2, why="or None for in-sample calibration")
+    return cut_folds(n, folding.groups, folds, folding.seed)
 
 
 def _fit_logistic(

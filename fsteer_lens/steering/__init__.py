@@ -5,11 +5,13 @@ from fsteer_lens.steering.baselines import (
     NearestCentroid,
     NullSpaceSteering,
     PcaDirection,
+    RidgeSteering,
     fit_directional_ablation,
     fit_mean_shift,
     fit_nearest_centroid,
     fit_null_space,
     fit_pca_direction,
+    fit_ridge,
 )
 from fsteer_lens.steering.fitting import fit
 from fsteer_lens.steering.steering import FineSteer, Steering
@@ -21,6 +23,7 @@ __all__ = [
     "NearestCentroid",
     "NullSpaceSteering",
     "PcaDirection",
+    "RidgeSteering",
     "Steering",
     "fit",
     "fit_directional_ablation",
@@ -28,6 +31,7 @@ __all__ = [
     "fit_nearest_centroid",
     "fit_null_space",
     "fit_pca_direction",
+    "fit_ridge",
     "load",
     "save",
 ]

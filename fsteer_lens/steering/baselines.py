@@ -8,6 +8,7 @@
 - a linear map of the query in the null space of general queries (AlphaSteer, Sheng et al. 2025, arXiv 2506.07022):
   `fit_null_space`
 - the mean shift of the nearest cluster, experts without a learned router: `fit_nearest_centroid`
+- a linear map of the query to its shift by ridge regression, the honest rival of any mixture: `fit_ridge`
 """
 
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.ground.checks import finite
+from fsteer_lens.ground.checks import finite, seed_of, whole
 from fsteer_lens.hooks.probes import SubspaceAblation
 from fsteer_lens.method.experts import Experts
+from fsteer_lens.method.folds import cut_folds
 from fsteer_lens.method.gates import Gate
 from fsteer_lens.method.linalg import require_matrix, require_shapes, require_width
+from fsteer_lens.method.ridge import STRENGTHS, Spectrum, cross_validated
 from fsteer_lens.method.subspace import Subspace
 from fsteer_lens.reading.activations import Activations
 from fsteer_lens.steering.steering import Decision, Steering
@@ -129,6 +132,36 @@ class NullSpaceSteering(_OneLayer):
         """M h for every activation."""
         require_width(h, "activation", self.d_model)
         return Decision(h.new_ones(h.shape[:-1]), h @ self.matrix.to(h).T)
+
+
+@final
+@dataclass(frozen=True, eq=False, repr=False)
+class RidgeSteering(_OneLayer):
+    """A vector that is affine in the query, fitted to the shifts: h ← h + λ · g(ĥ) · (M ĥ + b).
+
+    Attributes:
+        matrix: M, [d d].
+        bias: b, [d].
+        gate: when to add it; None for always.
+    """
+
+    matrix: Float[Tensor, "d d"]
+    bias: Float[Tensor, " d"]
+    gate: Gate | None = None
+
+    def __post_init__(self) -> None:
+        require_shapes("RidgeSteering", matrix=(self.matrix, "d d"), bias=(self.bias, "d"))
+        super().__post_init__()
+
+    @property
+    def d_model(self) -> int:
+        """Width of the activations."""
+        return len(self.bias)
+
+    def vectors(self, layer: int, h: Float[Tensor, "*batch d"]) -> Decision:
+        """M h + b for every activation."""
+        require_width(h, "activation", self.d_model)
+        return Decision(h.new_ones(h.shape[:-1]), F.linear(h, self.matrix.to(h), self.bias.to(h)))
 
 
 @final
@@ -252,6 +285,46 @@ def fit_null_space(
     inner = torch.linalg.solve(gram, inside.sum(dim=0))
     matrix = torch.outer(target, basis @ inner).to(activations.queries)
     return NullSpaceSteering(matrix, gate, **_about(activations), **options)
+
+
+def fit_ridge(
+    activations: Activations,
+    *,
+    ridge: float | None = None,
+    folds: int = 5,
+    seed: int = 0,
+    gate: Gate | None = None,
+    **options: Any,
+) -> RidgeSteering:
+    """Map queries to their shifts by one linear map, ridge regression in closed form.
+
+    M minimises Σ ‖M (ĥ − h̄) + δ̄ − δ‖² + ridge · s · ‖M‖², with means h̄ and δ̄ and the queries' mean eigenvalue s,
+    so that a weight means the same on every model; b = δ̄ − M h̄. One of the weights that are tried is infinite: then the
+    mean shift is all that the queries tell.
+
+    Args:
+        activations: from `collect`, one layer; folds never split its groups.
+        ridge: weight of the penalty, > 0; None: the one with the least error in cross-validation.
+        folds: for that choice, at most; there are no more than queries or groups.
+        seed: of random folds.
+        gate: when to steer; None for always.
+        options: strength, scope, schedule and the other fields of a steering.
+
+    Raises:
+        DataError: activations without shifts, with fewer than two, or with only one group to cut folds from.
+        InputError: options out of range.
+    """
+    if ridge is not None:
+        ridge = finite("ridge", ridge, above=0)
+    folds, seed = whole("folds", folds, 2), seed_of(seed)
+    shifts = require_matrix(_shifts(activations), "shifts", min_rows=2).double()
+    h = activations.queries.double()
+    if ridge is None:
+        ridge = cross_validated(h, shifts, cut_folds(len(h), activations.groups, folds, seed), STRENGTHS).best
+    matrix = Spectrum.of(h).coefficients(shifts, ridge).T
+    bias = shifts.mean(dim=0) - matrix @ h.mean(dim=0)
+    own = activations.queries
+    return RidgeSteering(matrix.to(own), bias.to(own), gate, **_about(activations), **options)
 
 
 def fit_nearest_centroid(

@@ -23,7 +23,7 @@ from fsteer_lens.method.subspace_gates import CalibrationRange, EnergyGate, Logi
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.formats import PromptFormat
 from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint, require_model
-from fsteer_lens.steering.baselines import MeanShift, NearestCentroid, NullSpaceSteering, PcaDirection
+from fsteer_lens.steering.baselines import MeanShift, NearestCentroid, NullSpaceSteering, PcaDirection, RidgeSteering
 from fsteer_lens.steering.steering import FineSteer, Steering
 
 CLASSES: Mapping[str, Any] = {
@@ -51,6 +51,7 @@ CLASSES: Mapping[str, Any] = {
         PcaDirection,
         PromptFormat,
         QuantileGate,
+        RidgeSteering,
         Schedule,
         Subspace,
         SubspaceAblation,
