@@ -132,7 +132,7 @@ def _cluster(unit: Float[Tensor, "n d"], low: int, high: int, seed: int) -> tupl
     if low > n or (low != high and low > n - 1):
         raise DataError(
             "fewer shifts than experts need",
-            expected=f"at least {low if low == high else low + 1} shifts for n_experts={low if low == high else (low, high)}",
+            expected=f"at least {low if low == high else low + 1} shifts for {low} to {high} experts",
             got=n,
             fix="Give more contrasts or a smaller n_experts.",
         )
