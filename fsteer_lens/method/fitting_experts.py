@@ -82,7 +82,8 @@ def fit_experts(
     residual_rank = whole("residual_rank", residual_rank, 1)
     if validation == 0:
         require_unset("validation=0, so that nothing stops early", patience=patience)
-    if n_experts in (1, (1, 1)):
+    low, high = _range_of(n_experts)
+    if high == 1:
         require_unset("n_experts=1, so that nothing is routed", route_loss=route_loss or None)
     training = Training(
         learning_rate=learning_rate,
@@ -101,7 +102,7 @@ def fit_experts(
             fix="Drop contrasts whose two sides give the same activation.",
         )
     unit = delta / norms
-    clusters, criterion = _cluster(unit, n_experts, training.seed)
+    clusters, criterion = _cluster(unit, low, high, training.seed)
     sources = unit if scale == "unit" else delta
     prototypes = torch.stack([sources[clusters == index].mean(dim=0) for index in range(int(clusters.max()) + 1)])
     _, residual_basis, _ = principal_directions(delta, min(residual_rank, h.shape[0] - 1, h.shape[1]))
@@ -112,24 +113,26 @@ def fit_experts(
     return replace(experts, report=_report(experts, h, delta, clusters, criterion, best_epoch, valid_rows))
 
 
-def _cluster(
-    unit: Float[Tensor, "n d"], n_experts: int | tuple[int, int], seed: int
-) -> tuple[Int[Tensor, " n"], dict[int, float]]:
-    from sklearn.cluster import KMeans
-    from sklearn.decomposition import PCA
-    from sklearn.metrics import calinski_harabasz_score
-
-    n, d_model = unit.shape
+def _range_of(n_experts: Any) -> tuple[int, int]:
+    """The least and the largest number of experts."""
     given = listed(n_experts)
     given = given if isinstance(given, Sequence) else (given, given)
     ends = [whole("n_experts", end, 1, why="or a range (low, high)") for end in given]
     if len(ends) != 2 or ends[0] > ends[1]:
         raise InputError("n_experts", expected="an int >= 1 or a range (low, high)", got=n_experts)
-    low, high = ends
+    return ends[0], ends[1]
+
+
+def _cluster(unit: Float[Tensor, "n d"], low: int, high: int, seed: int) -> tuple[Int[Tensor, " n"], dict[int, float]]:
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+    from sklearn.metrics import calinski_harabasz_score
+
+    n, d_model = unit.shape
     if low > n or (low != high and low > n - 1):
         raise DataError(
             "fewer shifts than experts need",
-            expected=f"at least {low if low == high else low + 1} shifts for n_experts={n_experts}",
+            expected=f"at least {low if low == high else low + 1} shifts for {low} to {high} experts",
             got=n,
             fix="Give more contrasts or a smaller n_experts.",
         )

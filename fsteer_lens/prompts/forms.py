@@ -37,8 +37,10 @@ def as_prompt(value: Any, name: str = "prompt") -> Prompt:
     prompt = listed(value)
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not prompt:
         raise InputError(name, expected="a string, messages or token ids", got=_told(value), fix=FORMS)
+    if set(map(type, prompt)) == {int}:  # nearly always: looking at every token once more would take seconds for many
+        return prompt
     if all(map(is_whole, prompt)):
-        return prompt if all(type(token) is int for token in prompt) else [int(token) for token in prompt]
+        return [int(token) for token in prompt]
     if not all(map(_is_message, prompt)):
         raise InputError(name, expected="messages with 'role' and 'content', or ids", got=brief(value), fix=FORMS)
     for number, message in enumerate(prompt):
