@@ -4,12 +4,14 @@ import json
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 from unittest.mock import MagicMock
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fsteer_lens import Activations, FineSteer, Schedule, collect, fit, generate, stream, tutor
+from fsteer_lens import Activations, FineSteer, Schedule, collect, fit, generate, models, stream, tutor
 from fsteer_lens.errors import ContextLengthError, InputError, TokenizerError
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts.tokens import pad, prompt_ids, stop_ids
@@ -194,6 +196,17 @@ def test_stops_come_beside_the_ends_of_the_model(
     monkeypatch.setattr("fsteer_lens.run.stopping.stop_ids", lambda model: frozenset())
     free = made(None)
     assert len(free) == NEW and free[: len(ended)] == ended, "without its ends the model would go on"
+
+
+@pytest.mark.parametrize("kind", ["hooked", "bridge"])
+def test_every_end_that_a_model_is_configured_with_ends_an_answer(kind: Any) -> None:
+    """Instruction-tuned models have several; HookedTransformer itself knows the tokenizer's alone."""
+    if kind not in models.available_kinds():
+        pytest.skip("this TransformerLens has no HookedTransformer")
+    hf_model = AutoModelForCausalLM.from_pretrained(tutor.loading.FOLDER)
+    hf_model.generation_config.eos_token_id = [2, 45, 46]
+    model = models.from_hf(hf_model, AutoTokenizer.from_pretrained(tutor.loading.FOLDER), kind=kind)
+    assert {2, 45, 46} <= stop_ids(model)
 
 
 def test_chat_template_gives_what_chat_gives(model: SteerableModel) -> None:

@@ -82,7 +82,9 @@ def _converted(network: Any, tokenizer: Any, kind: Kind, process: bool) -> Any:
         ) from error
     # Both classes load it anew from its name and lose what was changed in memory, the Bridge's setter as well.
     setattr(model, "tokenizer" if kind == "hooked" else "_tokenizer", tokenizer)
-    model.cfg.tokenizer_prepends_bos = _tokenizer_prepends_bos(tokenizer)
+    model.cfg.tokenizer_prepends_bos = prepends_bos(tokenizer)
+    if kind == "hooked":  # a Bridge has it in its network
+        model.generation_config = getattr(network, "generation_config", None)
     model.eval()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -166,6 +168,6 @@ def _bridge(hf_model: Any, tokenizer: Any, process: bool) -> Any:
     return with_kv_cache(model)
 
 
-def _tokenizer_prepends_bos(tokenizer: Any) -> bool:
-    ids = tokenizer("a").input_ids
-    return len(ids) > 1 and ids[0] == tokenizer.bos_token_id
+def prepends_bos(tokenizer: Any) -> bool:
+    """Whether a tokenizer puts a beginning-of-sequence token in front of a text by itself."""
+    return tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]

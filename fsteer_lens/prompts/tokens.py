@@ -16,6 +16,7 @@ from torch import Tensor
 from fsteer_lens.errors import ContextLengthError, InputError, TokenizerError
 from fsteer_lens.ground.checks import clean_text, optional
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.conversion import prepends_bos
 from fsteer_lens.models.devices import device_of
 from fsteer_lens.prompts.chat import NO_ARGUMENTS, ChatTemplate, canonical_arguments
 from fsteer_lens.prompts.forms import GivenPrompt, Prompt, as_prompt, prompt_text
@@ -155,15 +156,10 @@ def text_ids(tokenizer: Any, text: str, prepend_bos: bool | None = None) -> list
     return [bos, *ids] if wanted and ids[:1] != [bos] else ids
 
 
-def prepends_bos(tokenizer: Any) -> bool:
-    """Whether a tokenizer puts a beginning-of-sequence token in front of a text by itself."""
-    return tokenizer.bos_token_id is not None and tokenizer("a").input_ids[:1] == [tokenizer.bos_token_id]
-
-
 def stop_ids(model: SteerableModel) -> frozenset[int]:
     """Ids that end an answer: end of sequence, those of the generation config, and the template's end of turn."""
     tokenizer = require_tokenizer(model)
-    config = getattr(getattr(model, "original_model", None), "generation_config", None)
+    config = getattr(getattr(model, "original_model", model), "generation_config", None)
     ids = {tokenizer.eos_token_id}
     configured = getattr(config, "eos_token_id", None)
     ids.update(configured if isinstance(configured, list) else [configured])
