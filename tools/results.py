@@ -307,11 +307,12 @@ def compared_on(
     *,
     groups: bool = False,
 ) -> str:
-    """Fit the mean shift and FineSteer to contrasts, and measure both beside the bare model."""
+    """Fit the mean shift, ridge and FineSteer to contrasts, and measure them beside the bare model."""
     activations = fs.collect(model, contrasts, layer=layer, chat=chat)
     methods = {
         "no steering": None,
         "mean shift": fs.steering.fit_mean_shift(activations),
+        "ridge": fs.steering.fit_ridge(activations),
         "FineSteer": fs.fit(activations),
     }
     return evaluate(model, methods, suite, chat=chat).to_markdown(reference="FineSteer", groups=groups) + "\n"
