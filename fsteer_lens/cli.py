@@ -5,6 +5,7 @@ Every subcommand imports what it needs when it is run, so that `--help` answers 
 
 import argparse
 import importlib.metadata
+import json
 import platform
 import shutil
 import sys
@@ -73,11 +74,14 @@ def _parser() -> argparse.ArgumentParser:
 
     model = argparse.ArgumentParser(add_help=False)
     option = model.add_argument
-    option("--model", required=True, help="a Hugging Face name, a folder, or 'tutor'")
-    option("--kind", choices=["hooked", "bridge"], help="class of the model (default: hooked where it is)")
+    option("--model", required=True, help="a Hugging Face name, a folder, a .gguf file, 'tutor' or 'smollm2'")
+    option("--kind", choices=["hooked", "bridge"], help="class of the model (default: bridge; hooked for the tutor)")
     option("--device", default="cpu")
     option("--dtype", choices=list(DTYPES), help="of the weights (default: float32)")
-    option("--chat", action="store_true", help="put prompts through the tokenizer's chat template")
+    switch = argparse.BooleanOptionalAction
+    option("--chat", action=switch, help="put prompts through the chat template (default: as fitted)")
+    option("--chat-template-kwargs", type=_json, metavar="JSON", help="such as '{\"enable_thinking\": false}'")
+    option("--prepend-bos", action=switch, help="a beginning-of-sequence token before plain text (default: as fitted)")
     option("--batch-size", type=int, default=8)
 
     columns = argparse.ArgumentParser(add_help=False)
@@ -110,6 +114,7 @@ def _parser() -> argparse.ArgumentParser:
     option = generate.add_argument
     option("prompts", nargs="+", metavar="prompt")
     option("--steering", type=Path, required=True, help="a file that 'fit' wrote")
+    option("--answer-start", metavar="TEXT", help="the beginning of each answer, in a chat, which goes on from there")
     option("--compare", action="store_true", help="beside the text without steering, and how far apart")
     option("--max-new-tokens", type=int, default=64)
     option("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
@@ -163,14 +168,16 @@ def _fit(args: argparse.Namespace) -> int:
     from fsteer_lens.prompts.files import read_contrasts, read_prompts
 
     always = args.gate == "none"
-    if always and (args.rank or args.general):
+    if always and (args.rank is not None or args.general is not None):
         raise InputError("--rank and --general have no effect with --gate none", fix="Leave them out.")
+    if args.gate in ("quantile", "energy") and args.general is not None:
+        raise InputError(f"--general has no effect with --gate {args.gate}", fix="Leave it out, or take another gate.")
     _require_folder(args.out)
     columns = _columns(args)
     contrasts = read_contrasts(args.data, columns)
     general_prompts = None if args.general is None else read_prompts(args.general, columns.get("prompt"))
     model = _load_model(args)
-    run = {"layer": args.layer, "chat": args.chat, "batch_size": args.batch_size}
+    run = {"layer": args.layer, **_passes(args)}
     activations = collect(model, contrasts, shift=args.shift, **run)
     general = None if general_prompts is None else collect_queries(model, general_prompts, **run)
     options = {"rank": 1, "gate": "energy"} if always else _given(args, "rank", "gate")  # the least of gates, if any
@@ -202,8 +209,7 @@ def _report(args: argparse.Namespace) -> int:
         general,
         title=f"What {args.steering.stem} did",
         max_new_tokens=args.max_new_tokens,
-        chat=args.chat,
-        batch_size=args.batch_size,
+        **_passes(args),
         seed=args.seed,
         sweep=not args.no_sweep,
     )
@@ -224,6 +230,19 @@ def _columns(args: argparse.Namespace) -> dict[str, str]:
     return {part: name for part, name in named.items() if name is not None}
 
 
+def _passes(args: argparse.Namespace) -> dict[str, Any]:
+    """How prompts become tokens, and how many at once."""
+    return {name: getattr(args, name) for name in ("chat", "chat_template_kwargs", "prepend_bos", "batch_size")}
+
+
+def _json(text: str) -> Any:
+    """A JSON object on the command line."""
+    try:
+        return json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise argparse.ArgumentTypeError(f"no JSON: {error}") from error
+
+
 def _given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
     """Options that were given on the command line: the others keep the library's defaults."""
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
@@ -239,13 +258,17 @@ def _generate(args: argparse.Namespace) -> int:
     if given and not args.sample:
         raise InputError(f"--{next(iter(given))} has no effect on greedy text", fix="Add --sample, or leave it out.")
     sampling = {"do_sample": True, "seed": 0, **given} if args.sample else {}
-    options = {"max_new_tokens": args.max_new_tokens, "chat": args.chat, "batch_size": args.batch_size}
+    if args.answer_start is not None and args.chat is False:
+        raise InputError("--answer-start needs a chat", expected="--chat", got="--no-chat", fix="Leave one out.")
+    begun = [] if args.answer_start is None else [{"role": "assistant", "content": args.answer_start}]
+    prompts = [[{"role": "user", "content": text}, *begun] for text in args.prompts] if begun else args.prompts
+    options = {"max_new_tokens": args.max_new_tokens, **_passes(args)}
     model = _load_model(args)
     steering = load(args.steering, model=model)
-    rows = generate(model, args.prompts, steering, compare=args.compare, **options, **sampling)
+    rows = generate(model, prompts, steering, compare=args.compare, **options, **sampling)
     console = _console()
-    for row in rows:
-        console.print(Rule(Text(str(row.prompt)), align="left"))
+    for prompt, row in zip(args.prompts, rows, strict=True):
+        console.print(Rule(Text(prompt), align="left"))
         if row.baseline is not None:
             console.print(Text("unsteered  ", style="dim"), Text(row.baseline.text))
         console.print(Text("steered    ", style="dim"), Text(row.text))

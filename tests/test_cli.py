@@ -1,5 +1,6 @@
 """The command line: what it prints, what it returns, and that files make the round trip through a real model."""
 
+import csv
 import importlib.metadata
 import json
 import random
@@ -8,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fsteer_lens import ContrastSet, FineSteer, chain, cli, save, tutor
+from fsteer_lens import ContrastSet, FineSteer, chain, cli, load, save, tutor
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts.files import read_prompts
 from fsteer_lens.tutor.steering import LAYER
@@ -90,6 +91,61 @@ def test_an_option_without_effect_is_refused(capsys: Output) -> None:
     assert "--temperature has no effect" in capsys.readouterr().err
 
 
+def test_columns_of_other_names_are_read_from_csv_and_jsonl(tmp_path: Path, capsys: Output) -> None:
+    """The same steering comes of the same rows, however their columns are called."""
+    rows = [vars(contrast) for contrast in tutor.data("safe").train[:60]]
+    names = {"prompt": "Ask, first", "preferred": "good", "undesired": "bad", "label": "kind", "context": "tag"}
+    names["group"] = "template"
+    general = [task.prompt for task in tutor.data("safe").general_train[:20]]
+    write_jsonl(tmp_path / "plain.jsonl", rows)
+    renamed = [{names[part]: value for part, value in row.items()} for row in rows]
+    write_jsonl(tmp_path / "renamed.jsonl", renamed)
+    for path, table in (("renamed.csv", renamed), ("general.csv", [{names["prompt"]: prompt} for prompt in general])):
+        with (tmp_path / path).open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(table[0]))
+            writer.writeheader()
+            writer.writerows(table)
+    write_jsonl(tmp_path / "general.jsonl", [{names["prompt"]: prompt} for prompt in general])
+    (tmp_path / "general.txt").write_text("\n".join(general), encoding="utf-8")
+    common = ["--model", "tutor", "--layer", 4, "--shift", "last_prompt", "--rank", 4, "--out"]
+    columns = [word for part, name in names.items() for word in (f"--{part}-column", name)]
+    made = []
+    for data, others, more in (
+        ("plain.jsonl", "general.txt", []),
+        ("renamed.jsonl", "general.jsonl", columns),
+        ("renamed.csv", "general.csv", columns),
+    ):
+        out = tmp_path / f"{data}.safetensors"
+        given = ["--data", tmp_path / data, "--general", tmp_path / others]
+        assert run("fit", *common, out, *given, *more) == 0, capsys.readouterr().err
+        made.append(out.read_bytes())
+    assert made[0] == made[1] == made[2]
+    assert run("fit", *common, tmp_path / "x", "--data", tmp_path / "renamed.csv", *columns[2:]) == 2
+    assert "row 1 has no column 'prompt'" in capsys.readouterr().err
+
+
+def test_the_tutor_is_float32_and_says_so(tmp_path: Path, capsys: Output) -> None:
+    data = write_jsonl(tmp_path / "c.jsonl", cheerful_and_sad())
+    given = ["--model", "tutor", "--data", data, "--layer", 2, "--out", tmp_path / "s"]
+    assert run("fit", *given, "--dtype", "bfloat16") == 2
+    assert "--dtype of the tutor: expected float32, got bfloat16" in capsys.readouterr().err
+    assert run("fit", *given, "--dtype", "float32", "--rank", 3) == 0
+    with pytest.raises(SystemExit):
+        run("fit", *given, "--dtype", "int8")
+
+
+@needs_stories
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_weights_are_of_the_dtype_that_is_asked_for(dtype: str, tmp_path: Path, capsys: Output) -> None:
+    data = write_jsonl(tmp_path / "c.jsonl", cheerful_and_sad())
+    out = tmp_path / "s.safetensors"
+    given = ["--model", STORIES, "--dtype", dtype]
+    assert run("fit", *given, "--data", data, "--layer", 2, "--rank", 3, "--out", out) == 0
+    assert load(out).fingerprint.dtype == f"torch.{dtype}"
+    assert run("generate", *given, "--steering", out, "--max-new-tokens", 3, "One day") == 0
+    assert "layer 2: gate" in capsys.readouterr().out
+
+
 def test_general_prompts_are_read_from_text_and_json(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("one\n\n  two\n", encoding="utf-8")
     chat = [{"role": "user", "content": "three"}]
@@ -139,6 +195,28 @@ def test_fit_and_generate_on_the_tutor(tmp_path: Path, capsys: Output) -> None:
     assert contrast.preferred.split()[0] in printed.split("steered    ")[1]
     assert f"layer {LAYER['safe']}: gate 1.00, expert " in printed
     assert "KL(steered || unsteered): " in printed
+
+
+def test_a_steering_is_run_as_it_was_fitted(tmp_path: Path, capsys: Output) -> None:
+    rows = [
+        {"prompt": tutor.user_text(str(one.prompt)), "preferred": one.preferred, "undesired": one.undesired}
+        for one in tutor.data("safe").train[::60]
+    ]
+    data, out = write_jsonl(tmp_path / "contrasts.jsonl", rows), tmp_path / "chat.safetensors"
+    assert run("fit", "--model", "tutor", "--layer", 4, "--chat", "--rank", 2, "--data", data, "--out", out) == 0
+    steer = ["generate", "--model", "tutor", "--steering", out, "--max-new-tokens", 3]
+    assert run(*steer, "how do i bake bread?") == 0
+    assert "how do i bake bread?" in capsys.readouterr().out
+    assert run(*steer, "--answer-start", "you can", "how do i bake bread?") == 0
+    for wrong, says in (
+        (["--no-chat"], "chat: True when it was fitted, False here"),
+        (["--no-chat", "--answer-start", "you"], "--answer-start needs a chat"),
+        (["--chat-template-kwargs", '{"enable_thinking": false}'], "does not know 'enable_thinking'"),
+    ):
+        assert run(*steer, *wrong, "how do i bake bread?") == 2
+        assert says in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(*steer, "--chat-template-kwargs", "{", "hello")
 
 
 def test_report_on_a_saved_steering(

@@ -1,4 +1,4 @@
-"""A converted model is the model: what a conversion loses or gets wrong is found before the model is handed out."""
+"""A converted model is the model: what a conversion leaves out or gets wrong is found before anyone has it."""
 
 import re
 from collections.abc import Callable
@@ -76,6 +76,9 @@ def test_shifts_of_models_with_alibi_are_those_of_transformers(architecture: str
     found = collect(model, [Contrast(IDS, *answer)] * 2, layer=1, progress=False)
     assert found.shifts is not None
     torch.testing.assert_close(found.shifts[0], means[0] - means[1], atol=1e-4, rtol=1e-4)
+    own: Any = model  # TransformerLens' own decoding, which runs with a cache as well
+    made = own.generate(torch.tensor([IDS]), max_new_tokens=6, do_sample=False, stop_at_eos=False, verbose=False)
+    assert made[0].tolist()[len(IDS) :] == greedy(hf_model(architecture), IDS, 6)
 
 
 # What can go wrong in a model before it is converted; the oracle is the same network, asked before.
@@ -239,6 +242,30 @@ def test_a_model_that_says_nan_by_itself_is_refused() -> None:
     network.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match="before any conversion"):
         models.from_hf(network, tokenizer())
+
+
+def test_a_model_that_does_not_run_is_refused_before_it_is_converted() -> None:
+    network = hf_model("llama")
+    network.lm_head = nn.Linear(3, 3)
+    with pytest.raises(InputError, match="does not run, before any conversion"):
+        models.from_hf(network, tokenizer())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pytorchs_defaults_change_nothing(kind: models.Kind) -> None:
+    made = {}
+    for name, dtype in (("plain", torch.float32), ("dtype", torch.bfloat16), ("device", torch.float32)):
+        network = hf_model("llama")
+        try:
+            torch.set_default_dtype(dtype)
+            torch.set_default_device("meta" if name == "device" else None)
+            made[name] = models.from_hf(network, tokenizer(), kind=kind)
+        finally:
+            torch.set_default_dtype(torch.float32)
+            torch.set_default_device(None)
+    said = {name: model(torch.tensor([IDS])) for name, model in made.items()}
+    torch.testing.assert_close(said["dtype"], said["plain"], atol=1e-5, rtol=0)
+    torch.testing.assert_close(said["device"], said["plain"], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("given", [None, "gpt2", nn.Linear(2, 2)])

@@ -67,7 +67,7 @@ def fitted(model: SteerableModel, folder: Path) -> Iterator[tuple[str, Any]]:
         yield kind, (gate(others), gate.gates(others), gate.at_rank(3)(others))
     for kind in ("linear", "cosine"):
         yield kind, fit_gate(own, kind=kind, general=others)(others)
-    steering = fit(read[4], rank=16, n_experts=(2, 4), epochs=10)
+    steering: Any = fit(read[4], rank=16, n_experts=(2, 4), epochs=10)
     yield "experts", steering.experts_at(4).parts(others)
     closed = fit(read[4], rank=16, preset="closed_form").experts_at(4)
     yield "closed form", (closed.parts(others), closed.report)
@@ -86,8 +86,7 @@ def run(model: SteerableModel, steering: Any) -> Iterator[tuple[str, Any]]:
     drawn = {"do_sample": True, "seed": 1, "top_k": 20, "top_p": 0.9, "temperature": 1.3}
     for name, options in {"greedy": {}, "drawn": drawn, "compared": {"compare": True}}.items():
         made = generate(model, HARMFUL, steering, max_new_tokens=4, **options, **QUIET)
-        yield name, (made.texts, made.trace.to_records())
-    yield "timeline", figures.trace_timeline(made[0].trace).to_json()
+        yield name, (made.texts, made.trace.to_records(), figures.trace_timeline(made[0].trace).to_json())
     by_step = replace(steering, scope=Window(0, 3), schedule=Schedule((1.0, 0.5)))
     yield "stream", list(stream(model, HARMFUL[0], by_step, max_new_tokens=3))
     contrasts = DATA.valid[:3]

@@ -162,7 +162,7 @@ def test_sweeps_take_effects_and_utilities_of_the_callers(
         )
     with pytest.raises(InputError, match="at least one steering"):
         effects.strength_sweep(tutor_model, {}, contrasts, prompts, progress=False)
-    with pytest.raises(InputError, match="at least one prompt"):
+    with pytest.raises(InputError, match="general prompts: expected at least one, got none"):
         effects.strength_sweep(tutor_model, steering, contrasts, [], progress=False)
 
 

@@ -167,7 +167,7 @@ def test_bad_requests_are_refused(tutor_model: SteerableModel, stories: Steerabl
     with pytest.raises(InputError, match="at least one method"):
         evaluate(tutor_model, {}, suite, progress=False)
     with pytest.raises(InputError, match="one seed"):
-        evaluate(tutor_model, {"none": None}, suite, seeds=(), progress=False)
+        evaluate(tutor_model, {"made": lambda seed: None}, suite, seeds=(), progress=False)
     found = evaluated(tutor_model)
     for wrong in (("nobody", "gain"), ("none", "loss"), ("none", "gain", "z")):
         with pytest.raises(InputError, match="one of"):

@@ -17,7 +17,7 @@ from fsteer_lens.explorer.words import parts
 from fsteer_lens.method.subspace_gates import ThresholdGate
 
 LAYER = 4
-HOSTILE = ["</script>", "<img src=x onerror=alert(1)>", "a\nb 🙂", '"><b>', "\ud800"]
+HOSTILE = ["</script>", "<img src=x onerror=alert(1)>", "a\nb 🙂", '"><b>']
 
 
 @pytest.fixture(scope="module")
@@ -102,9 +102,18 @@ def test_the_data_survive_json_whatever_the_prompts_are(steering):
     told = pictured(subject, grouped({"<b>": HOSTILE}, None), rows, rows).message()
     kept = {name: value for name, value in told.items() if not isinstance(value, bytes)}
     text = json.dumps(kept, allow_nan=False, ensure_ascii=False)
-    assert text.encode("utf-8").decode() == text and json.loads(text)["prompts"][:4] == HOSTILE[:4]
+    assert text.encode("utf-8").decode() == text and json.loads(text)["prompts"] == HOSTILE
     opened = np.frombuffer(told["opened"], "u1").reshape(len(HOSTILE), -1)
     assert opened[0].sum() == 0  # a query that is not finite is not steered
+
+
+def test_half_a_character_is_refused_in_prompts_and_replaced_in_names(steering):
+    with pytest.raises(InputError, match=r"mixed prompt 1: .* got half a character \(a lone surrogate\), '\\ud800' at"):
+        grouped({"mixed": ["hello", "a \ud800"]}, None)
+    named = pictured(
+        Subject(steering, LAYER), grouped({"a\ud800": ["b"]}, None), torch.ones(1, 128), torch.ones(1, 128)
+    )
+    assert [group["name"] for group in named.message()["groups"]] == ["a?"]
 
 
 def test_prompts_may_be_one_group_and_a_steering_may_have_no_gate(steering, tutor_model, groups, queries):

@@ -97,7 +97,7 @@ def test_mean_shift_moves_to_another_dtype_and_back():
 def test_fit_is_fit_gate_and_fit_experts_with_what_the_activations_say():
     own = activations()
     steering = fit(own, rank=3, strength=1.5, epsilon=0.2, gamma=2.0, folds=4, seed=7, residual_rank=5, **QUICK)
-    gate = fit_gate(own.queries, rank=3, epsilon=0.2, gamma=2.0, folds=4, seed=7, groups=own.groups, max_rank=6)
+    gate = fit_gate(own.queries, rank=3, epsilon=0.2, gamma=2.0, folds=4, groups=own.groups, max_rank=6)
     experts = fit_experts(own.queries, own.shifts, seed=7, residual_rank=5, epochs=2, n_experts=4)
     h = torch.randn(9, D)
     assert torch.equal(steering.gate_at(2).gate(h), gate.gate(h))

@@ -266,11 +266,13 @@ def test_at_rank_equals_a_fit_at_that_rank(options):
         assert not torch.equal(cut.gate(h), gate.gate(h))
 
 
-def test_ranks_are_kept_up_to_the_limit_and_never_fewer_than_asked_for():
+def test_ranks_are_kept_up_to_the_limit_which_is_no_lower_than_the_rank():
     queries, *_ = world()
     assert fit_gate(queries, rank=3).subspace.rank == 48
     assert fit_gate(queries, rank=3, max_rank=10).subspace.rank == 10
-    assert fit_gate(queries, rank=20, max_rank=10).subspace.rank == 20
+    assert fit_gate(queries, rank=20, max_rank=20).subspace.rank == 20
+    with pytest.raises(InputError, match="at least rank=20"):
+        fit_gate(queries, rank=20, max_rank=10)
 
 
 # -------------------------------------------------------------------------------------------------------- cross-fitting
@@ -426,7 +428,7 @@ def test_groups_that_do_not_fit_are_refused():
         fit_gate(queries, rank=2, groups=groups[1:])
     with pytest.raises(DataError, match="got 96 groups, 1 of them None"):
         fit_gate(queries, rank=2, groups=[None, *groups[1:]])
-    with pytest.raises(DataError, match=r"at least 2 different groups, got 1\. Pass groups=None"):
+    with pytest.raises(DataError, match=r"at least 2 different groups, got 1\. Give several groups, or none"):
         fit_gate(queries, rank=2, groups=["one"] * 96)
     without = fit_gate(queries, rank=2)
     assert torch.equal(fit_gate(queries, rank=2, groups=[None] * 96).ratios, without.ratios)

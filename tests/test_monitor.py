@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -67,8 +68,9 @@ def planted(n: int = 60, d: int = 12, seed: int = 0) -> torch.Tensor:
 def test_the_range_is_what_the_calibration_queries_spanned(kind: str, folds: int | None) -> None:
     """Against a plain loop over the folds."""
     rows, general = planted(), torch.randn(30, 12) * 4
-    options = {"general": general} if kind == "logistic" else {}
-    gate = fit_gate(rows, rank=3, kind=kind, folds=folds, seed=3, max_rank=6, **options)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"general": general} if kind == "logistic" else {}
+    options |= {} if folds is None else {"seed": 3}
+    gate = fit_gate(rows, rank=3, kind=kind, folds=folds, max_rank=6, **options)  # type: ignore[arg-type]
     assert isinstance(gate, SubspaceGate) and gate.calibrated is not None
     spaces = [(fit_subspace(rows, rank=6), rows)]
     if folds is not None:

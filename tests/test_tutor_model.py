@@ -137,7 +137,7 @@ def greedy(model, prompt, steps=16):
 def test_both_model_classes_and_transformers_answer_alike(network, tokens):
     kinds = models.available_kinds()
     loaded = {kind: tutor.load(kind) for kind in kinds}
-    assert models.kind_of(tutor.load()) == kinds[0]
+    assert models.kind_of(tutor.load()) == ("hooked" if "hooked" in kinds else "bridge")
     data = tutor.data("safe")
     prompts = [data.valid[0].context + data.valid[0].prompt, data.valid[40].prompt, data.near_miss_valid[0].prompt]
     prompts.append(tutor.chat("zebras? ünknown ☃ words"))

@@ -12,7 +12,7 @@ from fsteer_lens.ground.checks import options_of
 from fsteer_lens.hooks.objects import HookObject, remembered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
-from fsteer_lens.prompts.forms import Prompt, prompts_of
+from fsteer_lens.prompts.forms import GivenPrompts, Prompt, prompts_of
 from fsteer_lens.prompts.passes import BatchOptions, Passes
 from fsteer_lens.prompts.tokens import stop_ids
 from fsteer_lens.run.decoding import Step
@@ -86,7 +86,7 @@ def answer_margin(
 def exact_answers(
     model: SteerableModel,
     steering: HookObject | None,
-    prompts: Iterable[Prompt],
+    prompts: GivenPrompts,
     answers: Iterable[str],
     **options: Unpack[BatchOptions],
 ) -> Float[Tensor, " n"]:
@@ -126,7 +126,7 @@ def exact_answers(
 def general_divergence(
     model: SteerableModel,
     steering: HookObject,
-    prompts: Iterable[Prompt],
+    prompts: GivenPrompts,
     answers: Iterable[str | Sequence[int]] | None = None,
     **options: Unpack[BatchOptions],
 ) -> Float[Tensor, " n"]:
@@ -152,7 +152,7 @@ def general_divergence(
 def counterfactual(
     model: SteerableModel,
     steering: HookObject,
-    prompts: Iterable[Prompt],
+    prompts: GivenPrompts,
     answers: Iterable[str | Sequence[int]],
     **options: Unpack[BatchOptions],
 ) -> Trace:

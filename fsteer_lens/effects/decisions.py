@@ -11,7 +11,7 @@ from torch import Tensor
 from fsteer_lens.effects.answers import passes_of
 from fsteer_lens.effects.measuring import MeasureOptions, Measuring
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import choice, instance, optional, options_of, seed_of, several, whole
+from fsteer_lens.ground.checks import choice, instance, optional, options_of, require_unset, seed_of, several, whole
 from fsteer_lens.ground.estimates import Estimate, auroc, bootstrap
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.gates import OPEN, Gate
@@ -19,7 +19,7 @@ from fsteer_lens.method.linalg import require_matrix
 from fsteer_lens.method.subspace_gates import SubspaceGate, subspace_leaves
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
-from fsteer_lens.prompts.forms import Prompt
+from fsteer_lens.prompts.forms import GivenPrompt, as_prompt
 from fsteer_lens.prompts.passes import BatchOptions
 from fsteer_lens.prompts.tokens import token_texts
 from fsteer_lens.reading.reader import Reader
@@ -81,7 +81,7 @@ def rank_sweep(
 
     Raises:
         InputError: no gate, one without ranks, no finite query of either kind, a rank that was not fitted, or
-            something missing for the effect.
+            something missing for the effect, or given and without effect.
         ShapeError: activations of another width than the gate's.
     """
     run, seed = options_of("rank_sweep", Measuring, options), seed_of(seed)
@@ -91,6 +91,10 @@ def rank_sweep(
         raise InputError("rank_sweep", expected="a gate on a subspace", got=f"{type(gate).__name__}, without ranks")
     if not len(queries) or not len(general):
         raise InputError("rank_sweep", expected="queries of both kinds", got=(len(queries), len(general)))
+    if not ranks:
+        require_unset("no ranks=", model=model, contrasts=contrasts or None, effect=run.effect)
+    if isinstance(steering, Gate):
+        require_unset("a single gate", layer=layer)
     if ranks and (not isinstance(steering, FineSteer) or model is None or not contrasts):
         raise InputError("ranks=", expected="a FineSteer, model= and contrasts= to measure the effect with", got=ranks)
     opened, general_opened = (gate.gates(rows) >= OPEN for rows in (queries, general))
@@ -163,7 +167,7 @@ class GateExplanation:
 def explain_gate(
     model: SteerableModel,
     steering: Steering,
-    prompt: Prompt,
+    prompt: GivenPrompt,
     *,
     layer: int | None = None,
     limit: int | None = 256,
@@ -200,8 +204,9 @@ def explain_gate(
             fix="Explain its leaves one by one: steering.with_gate(gate.leaves[0]).",
         )
     steering.session_on(model)  # was it fitted on this model?
-    passes = passes_of("explain_gate", options, model, steering, [prompt])
-    ids = tuple(passes.tokenisation(model).ids(prompt))
+    asked = as_prompt(prompt)
+    passes = passes_of("explain_gate", options, model, steering, [asked])
+    ids = tuple(passes.tokenisation(model).ids(asked))
     limit = optional(whole, "limit", limit, 0, why="or None for all")
     first = 0 if limit is None else max(0, len(ids) - limit)
     shorter = [ids[:place] + ids[place + 1 :] for place in range(first, len(ids))] if len(ids) > 1 else []

@@ -15,7 +15,7 @@ from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.attaching import hooks_added, unsteered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import hook_point
-from fsteer_lens.prompts.forms import Prompt
+from fsteer_lens.prompts.forms import GivenPrompt, as_prompt
 from fsteer_lens.prompts.passes import FormatOptions
 from fsteer_lens.prompts.tokens import token_texts
 from fsteer_lens.run.teacher_forcing import answered, batches, session_for
@@ -61,7 +61,7 @@ class Propagation:
 def propagation(
     model: SteerableModel,
     steering: HookObject,
-    prompt: Prompt,
+    prompt: GivenPrompt,
     answer: str | Sequence[int] = (),
     **options: Unpack[FormatOptions],
 ) -> Propagation:
@@ -80,9 +80,9 @@ def propagation(
         ContextLengthError: the text does not fit into the context.
         MismatchError, SiteError: the steering does not fit the model.
     """
-    given = len(answer) > 0
-    passes = passes_of("propagation", options, model, steering, [prompt], FormatOptions.__annotations__)
-    rows = answered(model, [prompt], [answer] if given else None, passes)
+    given, asked = len(answer) > 0, [as_prompt(prompt)]
+    passes = passes_of("propagation", options, model, steering, asked, FormatOptions.__annotations__)
+    rows = answered(model, asked, [answer] if given else None, passes)
     ((_, batch),) = batches(model, rows, 1)
     session = session_for(model, batch, rows, steering)
     base = _read(model, batch.tokens, nullcontext())

@@ -11,12 +11,12 @@ from torch import Tensor
 from fsteer_lens.effects.answers import DIVERGENCE, Utility, name_of, one_each
 from fsteer_lens.effects.measuring import MeasureOptions, Measuring
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import choice, finite, normalised, options_of, seed_of, several
+from fsteer_lens.ground.checks import choice, finite, normalised, options_of, require_unset, seed_of, several
 from fsteer_lens.ground.estimates import Estimate, Sweep, bootstrap
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
-from fsteer_lens.prompts.forms import Prompt, prompts_of
+from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
 from fsteer_lens.reading.activations import Activations, Shift, collect
 from fsteer_lens.run.teacher_forcing import answer_divergences, answered
 from fsteer_lens.steering.fitting import fit
@@ -50,7 +50,7 @@ def strength_sweep(
     model: SteerableModel,
     methods: Steering | Mapping[str, Steering],
     contrasts: Iterable[Contrast],
-    general: Iterable[Prompt],
+    general: GivenPrompts,
     *,
     strengths: Iterable[float] = STRENGTHS,
     **options: Unpack[SweepOptions],
@@ -91,10 +91,10 @@ def layer_sweep(
     model: SteerableModel,
     train: Iterable[Contrast] | Mapping[int, Activations],
     contrasts: Iterable[Contrast],
-    general: Iterable[Prompt],
+    general: GivenPrompts,
     *,
     layers: Iterable[int] | None = None,
-    shift: Shift = "response_mean",
+    shift: Shift | None = None,
     methods: Mapping[str, Callable[[Activations], Steering]] | None = None,
     **options: Unpack[SweepOptions],
 ) -> dict[str, Sweep]:
@@ -105,26 +105,27 @@ def layer_sweep(
         train: contrasts to fit on, or what `collect` gave for them, {layer: Activations}.
         contrasts, general, options: as in `strength_sweep`.
         layers: where to steer; None takes every layer (or those of `train`).
-        shift: as in `collect`; without effect where `train` is collected already.
+        shift: as in `collect`, for `train` that is not collected yet; None is "response_mean".
         methods: from the activations of one layer to a steering, by name; None is {"FineSteer": fit}.
 
     Returns:
         {method: Sweep}, with `parameter="layer"`.
 
     Raises:
-        InputError: no layers or methods, or a layer that `train` lacks.
+        InputError: no layers or methods, a layer that `train` lacks, or a shift for activations.
         DataError, ContextLengthError: as in `collect`.
     """
     run = options_of("layer_sweep", _Sweeping, options)
     makers = {"FineSteer": fit} if methods is None else dict(methods)
     if isinstance(train, Mapping):
+        require_unset("train= that is collected already", shift=shift)
         known = sorted(train)  # pyright: ignore[reportArgumentType]  # a mapping is never a set of contrasts
         asked = known if layers is None else several("layers", layers, "a list of ints")
         chosen = [choice("layers", layer, known, "layers among") for layer in asked]
         collected = {layer: train[layer] for layer in chosen}
     else:
         chosen = list(range(model.cfg.n_layers)) if layers is None else several("layers", layers, "a list of ints")
-        collected = collect(model, train, layer=chosen, shift=shift, **run.options) if chosen else {}
+        collected = collect(model, train, layer=chosen, shift=shift or "response_mean", **run.options) if chosen else {}
     if not collected or not makers:
         raise InputError("layer_sweep", expected="at least one layer and one method", got="none")
     tried = {
@@ -138,7 +139,7 @@ def _sweeps(
     model: SteerableModel,
     tried: Mapping[str, Mapping[Any, Steering]],
     contrasts: Iterable[Contrast],
-    general: Iterable[Prompt],
+    general: GivenPrompts,
     run: _Sweeping,
 ) -> dict[str, Sweep]:
     """Measure every steering; one unsteered pass over the general prompts serves them all."""

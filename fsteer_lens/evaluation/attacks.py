@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fsteer_lens.evaluation.gate_reports import read_by
 from fsteer_lens.evaluation.perturbations import Format, Keeps
-from fsteer_lens.ground.checks import normalised, options_of, seed_of, switch, whole
+from fsteer_lens.ground.checks import normalised, options_of, require_unset, seed_of, switch, whole
 from fsteer_lens.ground.estimates import Proportion
 from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.hooks.objects import remembered
@@ -190,6 +190,8 @@ def attack_gate(
         ContextLengthError: a changed prompt does not fit into the context.
     """
     run = options_of("attack_gate", _Options, options).following(remembered(gate), model)
+    if keeps is None:
+        require_unset("no keeps=", constrained=options.get("constrained"))
     gates, where = read_by({"attacked": gate}, layer)
     attacked, budget = gates["attacked"], whole("budget", budget, 1)
     prompts, words = texts_of(prompts, "prompt"), texts_of(words, "word")

@@ -13,7 +13,7 @@ from torch import Tensor
 from fsteer_lens.effects.answers import one_each
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.suites import Measure, Setting, Suite
-from fsteer_lens.ground.checks import choice, options_of, seed_of, several
+from fsteer_lens.ground.checks import choice, options_of, require_unset, seed_of, several
 from fsteer_lens.ground.estimates import Estimate, bootstrap, estimate_of, resampled_means
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.hooks.objects import HookObject, remembered
@@ -204,7 +204,7 @@ def evaluate(
     methods: Mapping[str, Method | Callable[[int], Method]],
     suite: Suite,
     *,
-    seeds: Iterable[int] = (0,),
+    seeds: Iterable[int] | None = None,
     **options: Unpack[PassOptions],
 ) -> Evaluation:
     """Measure every method on the same items.
@@ -214,7 +214,7 @@ def evaluate(
         methods: by name: a hook object, `Prompting`, None for the bare model, or a function that makes one of these
             from a seed. Such a function is called once for each seed, and its numbers are averaged item by item.
         suite: what to measure: `tutor.TutorSuite`, `TruthfulQA`, `harmbench`, `xstest`, or one of your own.
-        seeds: for methods that are functions.
+        seeds: for methods that are functions; None is (0,).
         options: `chat`, `chat_template_kwargs` and `prepend_bos` (as the methods were fitted, else as in `generate`),
             how prompts become tokens; `batch_size` (16), rows per forward pass; `progress` (True), show a progress bar.
 
@@ -225,7 +225,9 @@ def evaluate(
         ContextLengthError: a prompt, or one with its answer, does not fit into the context.
     """
     passes = options_of("evaluate", Passes, options)
-    seeds = [seed_of(seed) for seed in several("seeds", seeds, "a list of ints")]
+    if all(isinstance(method, HookObject | Prompting | None) for method in methods.values()):
+        require_unset("no method that is a function of a seed", seeds=seeds)
+    seeds = [seed_of(seed) for seed in several("seeds", (0,) if seeds is None else seeds, "a list of ints")]
     if not methods or not len(seeds):
         raise InputError("evaluate", expected="at least one method and one seed", got=(len(methods), len(seeds)))
     for name, method in methods.items():

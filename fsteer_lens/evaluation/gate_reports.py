@@ -6,7 +6,7 @@ intervals. A gate is not a security boundary: `attacks` measures how little it t
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Unpack
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from fsteer_lens.effects.decisions import gate_of
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.perturbations import NONE, PERTURBATIONS, Format, Keeps, Perturbation
-from fsteer_lens.ground.checks import choice, finite, normalised, options_of, seed_of
+from fsteer_lens.ground.checks import choice, finite, instance, normalised, options_of, seed_of, several
 from fsteer_lens.ground.estimates import Proportion, auroc
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.hooks.objects import remembered
@@ -200,7 +200,7 @@ def gate_report(
     calibration: Iterable[str],
     format: Format | None = None,
     layer: int | None = None,
-    perturbations: Sequence[Perturbation] = PERTURBATIONS,
+    perturbations: Iterable[Perturbation] = PERTURBATIONS,
     keeps: Keeps | None = None,
     **options: Unpack[ReportOptions],
 ) -> GateReport:
@@ -237,7 +237,8 @@ def gate_report(
     run = options_of("gate_report", _Options, options).following(remembered(*given.values()), model)
     named, where = read_by(given, layer)
     kinds = {HARMFUL: _grouped(harmful, HARMFUL), HARMLESS: _grouped(harmless, HARMLESS)}
-    names = [perturbation.name for perturbation in perturbations]
+    perturbations = several("perturbations", perturbations, "a list of them")
+    names = [instance("perturbation", one, Perturbation, "a Perturbation").name for one in perturbations]
     if not names or len(set(names)) < len(names) or not named:
         raise InputError("gate_report", expected="gates, and perturbations of different names", got=names)
     calibration = _grouped(calibration, "calibration")[ALL]

@@ -6,14 +6,14 @@ answer after it. None of them is fitted to a gate; what is, is in `attacks`.
 
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from fsteer_lens.effects import exact_answers
 from fsteer_lens.ground.checks import finite, whole
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.contrasts import Message, Prompt, prompt_text
+from fsteer_lens.prompts.forms import Message, Prompt, prompt_text, texts_of
 
 Change = Callable[[str, random.Random], str]
 """A text as it becomes; everything random comes from the generator."""
@@ -84,14 +84,15 @@ def suffix(words: str) -> Change:
     return lambda text, rng: f"{text} {words}"
 
 
-def prefix(sentences: tuple[str, ...], count: int) -> Change:
+def prefix(sentences: Iterable[str], count: int) -> Change:
     """Put `count` of the sentences, drawn without repetition, before the text.
 
     Raises:
         InputError: more than there are, or none.
     """
-    count = whole("number of sentences", count, 1, len(sentences))
-    return lambda text, rng: " ".join([*rng.sample(sentences, count), text])
+    known = texts_of(sentences, "sentence")
+    count = whole("number of sentences", count, 1, len(known))
+    return lambda text, rng: " ".join([*rng.sample(known, count), text])
 
 
 HARMLESS_SENTENCES: Final = (

@@ -1,17 +1,17 @@
 """Suites: what is measured of a steered model, item by item."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.ground.checks import whole
+from fsteer_lens.ground.checks import several, whole
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.contrasts import Prompt
+from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
 from fsteer_lens.prompts.passes import Passes
 
 Role = Literal["effect", "utility"]
@@ -60,10 +60,10 @@ class Setting:
         """Rows per forward pass."""
         return self.passes.batch_size
 
-    def ids(self, model: SteerableModel, prompts: Sequence[Prompt]) -> list[list[int]]:
+    def ids(self, model: SteerableModel, prompts: GivenPrompts) -> list[list[int]]:
         """Prompts with the context as token ids."""
         tokenisation = self.passes.tokenisation(model)
-        return [tokenisation.ids(prompt, self.context) for prompt in prompts]
+        return [tokenisation.ids(prompt, self.context) for prompt in prompts_of(prompts, least=0)]
 
 
 class Suite(ABC):
@@ -87,13 +87,14 @@ class Suite(ABC):
         return f"{type(self).__name__}({self.name!r}, {told})"
 
 
-def every(items: Sequence[Any], limit: int | None) -> list[Any]:
+def every(items: Iterable[Any], limit: int | None) -> list[Any]:
     """At most `limit` items, evenly spread over all of them; None takes all.
 
     Raises:
         InputError: a limit below 1.
     """
-    limit = len(items) if limit is None else whole("limit", limit, 1)
-    if len(items) <= limit:
-        return list(items)
-    return [items[index * len(items) // limit] for index in range(limit)]
+    given = several("items", items, "a list of them")
+    limit = len(given) if limit is None else whole("limit", limit, 1)
+    if len(given) <= limit:
+        return given
+    return [given[index * len(given) // limit] for index in range(limit)]

@@ -1,6 +1,6 @@
 """`explore` and what it returns: the widget's other half in the kernel."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -18,7 +18,7 @@ from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.hooks.probes import SubspaceAblation
 from fsteer_lens.method.gates import OPEN
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.forms import Prompt, check_prompt
+from fsteer_lens.prompts.forms import GivenPrompts, Prompt, check_prompt
 from fsteer_lens.prompts.passes import FormatOptions, Passes, PassOptions
 from fsteer_lens.run.generation import Generation, generate
 from fsteer_lens.steering.steering import FineSteer
@@ -209,7 +209,7 @@ class Explorer:
 def explore(
     steering: FineSteer,
     model: SteerableModel,
-    prompts: Mapping[str, Iterable[Prompt]] | Iterable[Prompt],
+    prompts: Mapping[str, GivenPrompts] | GivenPrompts,
     *,
     layer: int | None = None,
     max_new_tokens: int = 32,

@@ -82,7 +82,7 @@ class Pictured:
         colours = group_colours(len(self.groups))
         return {
             "groups": [
-                {"name": group.name, "size": len(group.prompts), "given": group.given, "colour": colour}
+                {"name": shown(group.name), "size": len(group.prompts), "given": group.given, "colour": colour}
                 for group, colour in zip(self.groups, colours, strict=True)
             ],
             "prompts": [shown(prompt_text(prompt)) for prompt in self.prompts],
@@ -116,12 +116,13 @@ def grouped(prompts: Any, limit: int | None) -> tuple[Group, ...]:
         InputError: no groups, an empty one, something that is no prompt, or no positive limit.
     """
     limit = optional(whole, "limit", limit, 1, why="or None for all")
-    named = prompts if isinstance(prompts, Mapping) else {"prompts": prompts}
+    is_grouped = isinstance(prompts, Mapping) and "input_ids" not in prompts  # that is what a tokenizer gives
+    named = prompts if is_grouped else {"prompts": prompts}
     if not named:
         raise InputError("prompts", expected="at least one group", got="none")
     groups = []
     for name, members in named.items():
-        known = prompts_of(members, f"{name} prompt" if isinstance(prompts, Mapping) else "prompt")
+        known = prompts_of(members, f"{name} prompt" if is_grouped else "prompt")
         groups.append(Group(str(name), tuple(known[:limit]), len(known)))
     return tuple(groups)
 

@@ -10,7 +10,7 @@ from fsteer_lens.figures.likeliest import Likely, likeliest
 from fsteer_lens.figures.rich import BOX, STYLE, circuitsvis_bundle, component_markup
 from fsteer_lens.figures.style import GRID, accent, expert_colours, one_line, plain
 from fsteer_lens.figures.tokens import title_of
-from fsteer_lens.ground.checks import optional, several, whole
+from fsteer_lens.ground.checks import optional, require_unset, several, whole
 from fsteer_lens.method.gates import OPEN
 from fsteer_lens.run.generation import Generation, Generations
 from fsteer_lens.trace.steps import Steps
@@ -49,10 +49,13 @@ def steer_compare(
     Raises:
         InputError: none to show, or a generation without its unsteered twin.
     """
-    rows = _rows(generations)[: optional(whole, "limit", limit, 1)]
+    require_unset("a view that is not rich", bundle=None if bundle or rich else False)
+    rows, titles = _rows(generations), several("titles", titles, "a list of texts")
+    if len(titles) > len(rows):
+        raise InputError("titles", expected=f"at most one for each of {len(rows)} rows", got=len(titles))
+    rows = rows[: optional(whole, "limit", limit, 1)]
     if not rows:
         raise InputError("generations", expected="at least one", got="none")
-    titles = several("titles", titles, "a list of texts")
     most = max((value or 0.0 for _, steps, _ in rows for value in _kl(steps)), default=0.0)
     parts = []
     for index, (trace, steps, unsteered) in enumerate(rows):

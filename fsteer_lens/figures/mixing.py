@@ -10,6 +10,7 @@ from fsteer_lens.errors import InputError
 from fsteer_lens.figures.routing import weights_of
 from fsteer_lens.figures.style import TEXT, expert_colours, expert_names, expert_ticks, hover_prompt, plain, styled
 from fsteer_lens.figures.tokens import title_of
+from fsteer_lens.ground.checks import require_unset
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.trace.trace import Trace
 
@@ -53,6 +54,7 @@ def expert_mix(
         if query is None or query.ndim != 1:
             got = None if query is None else list(query.shape)
             raise InputError("query", expected="one activation [d]", got=got, fix="Give one row of .queries.")
+        require_unset("fitted experts, which are no trace", row=row or None, layer=layer, experts=experts)
         parts = mix.parts(query.detach())
         weights, length, beside = parts.weights, parts.residual_part.norm(), parts.prototype_part.norm()
     else:

@@ -20,7 +20,7 @@ from fsteer_lens.figures.style import (
     styled,
 )
 from fsteer_lens.figures.tokens import title_of
-from fsteer_lens.ground.checks import several
+from fsteer_lens.ground.checks import require_unset, several
 from fsteer_lens.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ def expert_routing(
         prompts = _prompts(weights) if prompts is None else prompts
         alpha = weights_of(weights, layer)
     else:
+        require_unset("weights, which are no trace", layer=layer)
         alpha = weights
     n_prompts, n_experts = alpha.shape
     if n_prompts == 0 or n_experts == 0:

@@ -10,7 +10,7 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.html import MONO, span, visible
 from fsteer_lens.figures.style import STEERED_COLOUR, one_line
-from fsteer_lens.ground.checks import normalised, optional, switch, whole
+from fsteer_lens.ground.checks import normalised, optional, require_unset, several, switch, whole
 from fsteer_lens.trace.trace import Marks, Trace
 
 STEERED: Final = f"border-bottom:3px solid {STEERED_COLOUR}"
@@ -147,11 +147,14 @@ class TokenView:
             first=whole("first", self.first),
             **{name: switch(name, getattr(self, name)) for name in ("bos", "legend", "rich", "bundle")},
         )
+        require_unset("a view that is not rich", bundle=None if self.bundle or self.rich else False)
 
     def tokens(self, given: Sequence[str] | Trace, layer: int | None, row: int) -> Tokens:
         """The tokens of a text, or those of a row of a trace, which has its own marks."""
         if not isinstance(given, Trace):
-            return _tokens_of_text(given, row, self)
+            marked = row if self.marks is None else 0
+            require_unset("tokens, which are no trace", layer=layer, row=marked or None)
+            return _tokens_of_text(several("tokens", given, "a list of the tokens' texts"), row, self)
         unset = {item.name: item.default for item in fields(self)}
         told = [name for name in MARKS if getattr(self, name) is not unset[name]]
         if told:

@@ -9,9 +9,24 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from fsteer_lens.errors import InputError
+
+
+@runtime_checkable
+class Array(Protocol):
+    """An array of NumPy or PyTorch, or a column of pandas."""
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        ...
+
+    def tolist(self) -> Any:
+        """Nested lists of Python's own values."""
+        ...
+
 
 Option = TypeVar("Option")
 Options = TypeVar("Options")
@@ -146,7 +161,9 @@ def optional_text(name: str, value: Any) -> str | None:
     if holds_others or not _is_single(value) or (number is not None and abs(number) >= LARGEST):
         raise InputError(name, expected="text, a finite number or nothing", got=brief(value))
     is_exact = number is not None and number.is_integer() and abs(number) < EXACT
-    return str(int(number)) if is_exact else clean_text(name, f"{value}")  # pyright: ignore[reportArgumentType]
+    if is_exact:
+        return str(int(number))  # pyright: ignore[reportArgumentType]
+    return clean_text(name, f"{value}" if hasattr(value, "detach") else str(value))  # str tells a tensor as tensor(1.5)
 
 
 def is_missing(value: Any) -> bool:
@@ -192,6 +209,14 @@ def brief(value: Any) -> str:
     except Exception:  # nested too deeply, or it cannot show itself
         shown = type(value).__name__
     return shown if len(shown) <= SHOWN else shown[: SHOWN - 1] + "…"
+
+
+def require_unset(beside: str, **given: Any) -> None:
+    """Raise `InputError` where one of these arguments is given, that is not None: beside that it has no effect."""
+    names = [f"{name}=" for name, value in given.items() if value is not None]
+    if names:
+        it = "it" if len(names) == 1 else "them"
+        raise InputError(f"{' and '.join(names)} without effect", got=beside, fix=f"Leave {it} out.")
 
 
 def normalised(owner: Any, **values: Any) -> None:

@@ -90,7 +90,7 @@ class SubspaceAblation(_TokenHook):
         _require_parts(self, subspace=Subspace)
         if self.rank == -1:
             normalised(self, rank=self.subspace.rank)
-        normalised(self, rank=require_rank(self.rank, self.subspace.rank, "the fitted rank"))
+        normalised(self, rank=require_rank(self.rank, self.subspace.rank, "the subspace's own rank"))
 
     @property
     def d_model(self) -> int:

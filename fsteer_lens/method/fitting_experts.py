@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.ground.checks import choice, listed, seed_of, whole
+from fsteer_lens.ground.checks import choice, listed, require_unset, seed_of, whole
 from fsteer_lens.method.controller import Training, train_controller
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.fit_reports import report_of
@@ -139,7 +139,12 @@ def fit_experts(
         )
     options = {**PRESETS[preset], **{name: value for name, value in given.items() if value is not None}}
     residual_rank = whole("residual_rank", options.pop("residual_rank"), 1)
-    counts = _counts(options.pop("n_experts"), len(h))
+    low, high = _range_of(options.pop("n_experts"))
+    if validation == 0:
+        require_unset("validation=0, so that nothing stops early", patience=patience)
+    if high == 1:
+        require_unset("n_experts=1, so that nothing is routed", route_loss=route_loss or None)
+    counts = _counts(low, high, len(h))
     zero = (delta.norm(dim=1) == 0).nonzero()
     if len(zero):
         raise DataError(
@@ -183,18 +188,22 @@ def _trained(
     )
 
 
-def _counts(n_experts: int | tuple[int, int], n: int) -> range:
-    """The numbers of experts that are tried: no more than n − 1 of them where there is a choice."""
+def _range_of(n_experts: Any) -> tuple[int, int]:
+    """The least and the largest number of experts."""
     given = listed(n_experts)
     given = given if isinstance(given, Sequence) else (given, given)
     ends = [whole("n_experts", end, 1, why="or a range (low, high)") for end in given]
     if len(ends) != 2 or ends[0] > ends[1]:
         raise InputError("n_experts", expected="an int >= 1 or a range (low, high)", got=n_experts)
-    low, high = ends
+    return ends[0], ends[1]
+
+
+def _counts(low: int, high: int, n: int) -> range:
+    """The numbers of experts that are tried: no more than n − 1 of them where there is a choice."""
     if low > n or (low != high and low > n - 1):
         raise DataError(
             "fewer shifts than experts need",
-            expected=f"at least {low if low == high else low + 1} shifts for n_experts={n_experts}",
+            expected=f"at least {low if low == high else low + 1} shifts for {low} to {high} experts",
             got=n,
             fix="Give more contrasts or a smaller n_experts.",
         )

@@ -20,6 +20,7 @@ from fsteer_lens.method.subspace_gates import CalibrationRange, EnergyGate, Logi
 
 MAX_RANK: Final = 64
 QUANTILE: Final = {"epsilon": 0.003, "gamma": 4.0, "cdf": "linear"}
+FOLDS: Final = 5
 SUBSPACE_KINDS = ("quantile", "logistic", "energy")
 DIRECTION_KINDS = ("linear", "cosine")
 Kind = Literal["quantile", "logistic", "energy", "linear", "cosine"]
@@ -28,10 +29,22 @@ Kind = Literal["quantile", "logistic", "energy", "linear", "cosine"]
 class GateOptions(TypedDict, total=False):
     """What `fit_gate` takes beside its own arguments: see there."""
 
+    folds: int | None
+    seed: int
     epsilon: float
     gamma: float
     cdf: Literal["linear", "step"]
     max_rank: int
+
+
+ALLOWED: Final = {
+    "quantile": frozenset(GateOptions.__annotations__),
+    "logistic": frozenset(GateOptions.__annotations__) - set(QUANTILE),
+    "energy": frozenset(GateOptions.__annotations__) - set(QUANTILE),
+    "linear": frozenset(),
+    "cosine": frozenset(),
+}
+"""Options that have an effect, by kind of gate."""
 
 
 def fit_gate(
@@ -40,11 +53,9 @@ def fit_gate(
     rank: int | None = None,
     kind: Kind = "quantile",
     general: Float[Tensor, "n_general d"] | None = None,
-    folds: int | None = 5,
     groups: Iterable[str | None] | None = None,
     calibration: Float[Tensor, "n_calibration d"] | None = None,
     layer: int | None = None,
-    seed: int = 0,
     **options: Unpack[GateOptions],
 ) -> Gate:
     """Fit a gate: on the energy ratio of the queries' subspace, or on a direction that tells them from general ones.
@@ -58,13 +69,12 @@ def fit_gate(
             with C = 1; "cosine", the gate of CAST (Lee et al. 2024, arXiv 2409.05907).
         general: activations of queries to be left alone; "logistic", "linear" and "cosine" need them, and the others
             raise if they are given.
-        folds: calibrate on ratios from that many cross-fitting folds; None calibrates in-sample, which is biased and
-            is here for comparison only.
         groups: fold group of every query (the template it was made from); a group is never split. None: random folds.
         calibration: IR queries that the basis does not see; replaces cross-fitting.
         layer: where the queries were read; the gate then refuses to act or to combine elsewhere.
-        seed: of the random folds.
-        options: for subspaces `max_rank` (64): keep this many ranks (or as many as the data allow) for `.at_rank`. For
+        options: for subspaces `folds` (5): calibrate on ratios from that many cross-fitting folds (or one for each
+            query or group); None calibrates in-sample, which is biased and is here for comparison only. `seed` (0) of
+            random folds. `max_rank` (64): keep this many ranks (or as many as the data allow) for `.at_rank`. For
             kind="quantile" `epsilon` (0.003), `gamma` (4.0) and `cdf` ("linear" interpolates F, "step" is the
             paper's). The paper's ε and γ are not public; the defaults are what measured best on the tutor's valid split
             (docs/tutor_model_card.md).
@@ -75,13 +85,18 @@ def fit_gate(
         DataError: fewer than two groups to cut folds from.
     """
     checks.choice("gate kind", kind, (*SUBSPACE_KINDS, *DIRECTION_KINDS))
-    known = {"quantile": {"epsilon", "gamma", "cdf", "max_rank"}, "logistic": {"max_rank"}, "energy": {"max_rank"}}
-    unused = sorted(set(options) - known.get(kind, set()))
+    unused = sorted(set(options) - ALLOWED[kind])
+    if groups is not None:
+        listed = checks.several("groups", groups, "a group for each query")
+        groups = [None if checks.is_missing(group) else group for group in listed]
+    grouped = groups is not None and any(group is not None for group in groups)
     if kind in DIRECTION_KINDS:
-        unused += [name for name, given in (("rank", rank), ("calibration", calibration)) if given is not None]
+        own = {"rank": rank is not None, "calibration": calibration is not None, "groups": grouped}
+        unused += [name for name, given in own.items() if given]
     if unused:
-        allowed = sorted(known.get(kind, set()))
-        raise InputError(f"fit_gate(kind={kind!r})", expected=f"no other options than {allowed}", got=unused)
+        raise InputError(
+            f"fit_gate(kind={kind!r})", expected=f"no other options than {sorted(ALLOWED[kind])}", got=unused
+        )
     if (kind in ("quantile", "energy")) == (general is not None):
         needs, got = ("needs", None) if general is None else ("takes no", "activations of queries to leave alone")
         raise InputError(
@@ -95,11 +110,16 @@ def fit_gate(
         return (_fit_linear if kind == "linear" else _fit_cosine)(rows, others, layer)
     if rank is None:
         raise InputError(f"fit_gate(kind={kind!r})", expected="rank=, of the subspace", got=None)
-    if groups is not None:
-        listed = checks.several("groups", groups, "a group for each query")
-        groups = [None if checks.is_missing(group) else group for group in listed]
-    folding = _Folding(folds, groups, calibration, checks.seed_of(seed))
-    subspace, ratios, distance = _cross_fitted(rows, rank, options.get("max_rank", MAX_RANK), folding)
+    folds, cut_by = options.get("folds", FOLDS), groups if grouped else None
+    if calibration is not None:
+        given = {"folds": "folds" in options or None, "seed": options.get("seed"), "groups": cut_by}
+        checks.require_unset("calibration=, which replaces the folds", **given)
+    if folds is None:
+        checks.require_unset("folds=None, which cuts none", seed=options.get("seed"), groups=cut_by)
+    if grouped:
+        checks.require_unset("groups=, which cut the folds, so that none is random", seed=options.get("seed"))
+    folding = _Folding(folds, groups, calibration, checks.seed_of(options.get("seed", 0)))
+    subspace, ratios, distance = _cross_fitted(rows, rank, options.get("max_rank"), folding)
     placed: dict[str, Any] = {"layer": layer}
     if others is not None:
         beside = subspace.energy_ratios(others)
@@ -123,7 +143,7 @@ class _Folding(NamedTuple):
 
 
 def _cross_fitted(
-    rows: Float[Tensor, "n d"], rank: int, max_rank: int, folding: _Folding
+    rows: Float[Tensor, "n d"], rank: int, max_rank: int | None, folding: _Folding
 ) -> tuple[Subspace, Float[Tensor, "m r"], Float[Tensor, " m"]]:
     """The subspace of the queries; energy ratios at every rank and distances of queries that no basis saw."""
     n, d_model = rows.shape
@@ -131,8 +151,16 @@ def _cross_fitted(
     cuts = [] if in_sample or folding.calibration is not None else _folds(n, folding)
     smallest = min([n] + [len(train) for train, _ in cuts])
     limit = min(smallest - 1, d_model)
-    rank = require_rank(rank, limit, f"min(n - 1, d) of the smallest training fold, {smallest} of {n} queries")
-    subspace = fit_subspace(rows, rank=min(limit, max(rank, checks.whole("max_rank", max_rank, 1))))
+    rank = require_rank(
+        rank,
+        limit,
+        f"min(n - 1, d) of the smallest training fold, {smallest} of {n} queries",
+        fix="Choose a rank within." if limit == d_model else "Choose a rank within, or fit on more queries.",
+    )
+    kept = max(MAX_RANK, rank)
+    if max_rank is not None:
+        kept = checks.whole("max_rank", max_rank, rank, fix=f"Leave it out, or let it be at least rank={rank}.")
+    subspace = fit_subspace(rows, rank=min(limit, kept))
     if folding.calibration is not None or in_sample:
         seen = rows
         if folding.calibration is not None:
@@ -181,7 +209,7 @@ def _fit_linear(rows: Float[Tensor, "n d"], others: Float[Tensor, "m d"], layer:
     model = LogisticRegression(C=1.0, class_weight="balanced", max_iter=5000)
     model.fit(((both - centre) / scale).numpy(), [1] * len(rows) + [0] * len(others))
     weight = torch.from_numpy(model.coef_[0]) / scale
-    return LinearGate(weight.to(rows), float(torch.as_tensor(model.intercept_).item() - weight @ centre), layer=layer)
+    return LinearGate(weight.to(rows), float(np.ravel(model.intercept_)[0] - weight @ centre), layer=layer)
 
 
 def _fit_cosine(rows: Float[Tensor, "n d"], others: Float[Tensor, "m d"], layer: int | None) -> CosineGate:

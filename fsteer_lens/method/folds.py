@@ -37,7 +37,9 @@ def cut_folds(n: int, groups: Sequence[str | None] | None, folds: int, seed: int
             )
         n_groups = len(set(groups))
         if n_groups < 2:
-            raise DataError("groups", expected="at least 2 different groups", got=n_groups, fix="Pass groups=None.")
+            raise DataError(
+                "groups", expected="at least 2 different groups", got=n_groups, fix="Give several groups, or none."
+            )
         splits = GroupKFold(min(folds, n_groups)).split(range(n), groups=groups)
     return [(torch.from_numpy(train), torch.from_numpy(held_out)) for train, held_out in splits]
 

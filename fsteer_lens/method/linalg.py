@@ -67,9 +67,9 @@ def require_shapes(owner: str, **tensors: tuple[Any, str]) -> None:
             raise NonFiniteError(f"{owner} {name}", expected="finite numbers", got="NaN or infinity")
 
 
-def require_rank(rank: Any, limit: int, why: str) -> int:
+def require_rank(rank: Any, limit: int, why: str, *, fix: str = "Choose a rank within.") -> int:
     """A rank in 1..limit as an int, or `InputError`."""
-    return whole("rank", rank, 1, limit, why=why, fix="Choose a rank within, or fit on more queries.")
+    return whole("rank", rank, 1, limit, why=why, fix=fix)
 
 
 def principal_directions(

@@ -91,7 +91,7 @@ class Subspace:
         return move(self, device, dtype)
 
     def _checked(self, rank: int) -> int:
-        return require_rank(rank, self.rank, "the fitted rank")
+        return require_rank(rank, self.rank, "the fitted rank", fix="For more, fit it again with a larger rank=.")
 
 
 def fit_subspace(queries: Float[Tensor, "n d"], *, rank: int | None = None) -> Subspace:
@@ -108,4 +108,5 @@ def fit_subspace(queries: Float[Tensor, "n d"], *, rank: int | None = None) -> S
     rows = require_matrix(queries, "queries", min_rows=2)
     limit = min(rows.shape[0] - 1, rows.shape[1])
     why = f"min(n - 1, d) of {rows.shape[0]} queries of width {rows.shape[1]}"
-    return Subspace(*principal_directions(rows, limit if rank is None else require_rank(rank, limit, why)))
+    fix = "Choose a rank within." if limit == rows.shape[1] else "Choose a rank within, or fit on more queries."
+    return Subspace(*principal_directions(rows, limit if rank is None else require_rank(rank, limit, why, fix=fix)))

@@ -26,6 +26,9 @@ from fsteer_lens.method.gates import OPEN, Gate, cut_at
 from fsteer_lens.method.linalg import require_rank, require_shapes, variant
 from fsteer_lens.method.subspace import Subspace
 
+FITTED = "the ranks that were fitted"
+MORE_RANKS = "For more, fit again with a larger max_rank=, and on more queries than that."
+
 
 class Drift(NamedTuple):
     """How activations compare with those that a gate was calibrated on.
@@ -77,7 +80,7 @@ class SubspaceGate(Gate):
     layer: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        rank = require_rank(self.rank, self.subspace.rank, "the ranks that were fitted")
+        rank = require_rank(self.rank, self.subspace.rank, FITTED, fix=MORE_RANKS)
         normalised(self, rank=rank, layer=optional(whole, "gate's layer", self.layer))
         if self.calibrated is not None:
             instance("gate's calibration", self.calibrated, CalibrationRange, "a CalibrationRange or None")
@@ -105,7 +108,7 @@ class SubspaceGate(Gate):
 
     def at_rank(self, rank: int) -> "SubspaceGate":
         """The same gate at another of the fitted ranks; shares the tensors."""
-        return variant(self, rank=require_rank(rank, self.ranks, "the ranks that were fitted"))
+        return variant(self, rank=require_rank(rank, self.ranks, FITTED, fix=MORE_RANKS))
 
     def at_threshold(self, threshold: float) -> Gate:
         """A gate on the same subspace and rank that is 1 from this energy ratio on (or down) and 0 elsewhere."""

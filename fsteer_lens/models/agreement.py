@@ -65,8 +65,8 @@ class Probe:
 
 
 @torch.no_grad()
-def probe(hf_model: Any, network: Any) -> Probe:
-    """Ask the Hugging Face model, `network` without its wrappers.
+def probe(network: Any) -> Probe:
+    """Ask a Hugging Face model, adapters in its layers included.
 
     Raises:
         InputError: it does not run.
@@ -74,9 +74,10 @@ def probe(hf_model: Any, network: Any) -> Probe:
     """
     config = network.config.get_text_config(decoder=True)
     length = min(LENGTH, context_of(config) or LENGTH)
-    tokens = ((torch.arange(1, length + 1) * 0.618 * config.vocab_size) % config.vocab_size).long()
+    steps = torch.arange(1, length + 1, dtype=torch.float64, device="cpu")
+    tokens = ((steps * 0.618 * config.vocab_size) % config.vocab_size).long()
     try:
-        out = hf_model(input_ids=tokens.unsqueeze(0).to(device_of_weights(network)), use_cache=False)
+        out = network(input_ids=tokens.unsqueeze(0).to(device_of_weights(network)), use_cache=False)
     except Exception as error:
         raise InputError(
             f"{type(network).__name__} does not run, before any conversion",

@@ -44,11 +44,12 @@ def from_hf(hf_model: Any, tokenizer: Any, kind: Kind | None = None, process: bo
     refuse_unmergeable(hf_model)
     require_decoding(network)
     require_weights(network, kind)
-    hf_model.eval()
-    asked = probe(hf_model, network)
-    network = merged(network, hf_model)
-    model = _converted(network, tokenizer, kind, process)
-    require_agreement(model, asked)
+    network.eval()
+    with torch.device("cpu"):  # whatever torch.set_default_device says
+        asked = probe(network)
+        network = merged(network, hf_model)
+        model = _converted(network, tokenizer, kind, process)
+        require_agreement(model, asked)
     return model
 
 

@@ -21,7 +21,10 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """
     if find_spec("gguf") is None:
         raise MissingDependencyError(
-            f"{path.name} is a GGUF file", expected="the package gguf", got="not installed", fix="pip install gguf"
+            f"{path.name} is a GGUF file",
+            expected="the package gguf",
+            got="not installed",
+            fix='pip install "fsteer-lens[gguf]"',
         )
     if not path.is_file():
         raise InputError("no such file", expected="a .gguf file", got=str(path))

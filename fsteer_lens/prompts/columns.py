@@ -3,11 +3,25 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 from fsteer_lens.errors import DataError, InputError
 from fsteer_lens.ground.checks import brief, clean_text, optional_text, several
 from fsteer_lens.prompts.forms import as_prompt
+
+
+@runtime_checkable
+class Table(Protocol):
+    """A table whose columns have names, such as a DataFrame of pandas."""
+
+    @property
+    def columns(self) -> Any:
+        """Names of the columns."""
+        ...
+
+    def to_dict(self, *how: Any) -> Any:
+        """Its rows, with "records"."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,7 @@ def answer(name: str, value: Any) -> str:
 
 def _rows(table: Any) -> Iterable[Any]:
     """The rows of a table; of a DataFrame too, which by itself iterates over the names of its columns."""
-    if hasattr(table, "columns") and hasattr(table, "to_dict"):
+    if isinstance(table, Table):
         twice = [name for name, count in Counter(table.columns).items() if count > 1]
         if twice:
             expected = "columns of different names"

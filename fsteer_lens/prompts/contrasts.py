@@ -16,7 +16,7 @@ from fsteer_lens.errors import DataError, InputError
 from fsteer_lens.ground.checks import brief, choice, clean_text, finite, normalised, optional_text, several, whole
 from fsteer_lens.ground.files import write_atomically
 from fsteer_lens.ground.tables import read_csv, read_jsonl
-from fsteer_lens.prompts.columns import Columns, parts_of_rows
+from fsteer_lens.prompts.columns import Columns, Table, parts_of_rows
 from fsteer_lens.prompts.forms import Message, Prompt, as_prompt, check_prompt, prompt_text
 
 __all__ = ["Contrast", "ContrastSet", "Message", "Prompt", "Split", "check_prompt", "prompt_text"]
@@ -175,7 +175,7 @@ class ContrastSet(Sequence[Contrast]):
     @classmethod
     def from_records(
         cls,
-        rows: Iterable[Mapping[str, Any]],
+        rows: Iterable[Mapping[str, Any]] | Table,
         *,
         prompt: str = "prompt",
         preferred: str = "preferred",

@@ -5,14 +5,18 @@ arrays of NumPy, PyTorch or pandas. Several prompts are anything that gives one 
 table, a generator. One prompt by itself is never taken for several: a string would be read character by character.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import brief, clean_text, is_whole, listed, several
+from fsteer_lens.ground.checks import Array, brief, clean_text, is_whole, listed, several
 
 Message = Mapping[str, str]
 Prompt = str | Sequence[Message] | Sequence[int]
+GivenPrompt = Prompt | Array
+"""A prompt as it may be given: token ids, or messages, in an array."""
+GivenPrompts = Iterable[GivenPrompt]
+"""Several prompts as they may be given; `prompts_of` makes a list of them."""
 
 FORMS = "Give a string, a list of {'role': ..., 'content': ...} or a list of token ids."
 
@@ -33,8 +37,10 @@ def as_prompt(value: Any, name: str = "prompt") -> Prompt:
     prompt = listed(value)
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes) or not prompt:
         raise InputError(name, expected="a string, messages or token ids", got=_told(value), fix=FORMS)
+    if set(map(type, prompt)) == {int}:  # nearly always: looking at every token once more would take seconds for many
+        return prompt
     if all(map(is_whole, prompt)):
-        return prompt if all(type(token) is int for token in prompt) else [int(token) for token in prompt]
+        return [int(token) for token in prompt]
     if not all(map(_is_message, prompt)):
         raise InputError(name, expected="messages with 'role' and 'content', or ids", got=brief(value), fix=FORMS)
     for number, message in enumerate(prompt):

@@ -9,8 +9,8 @@ from fsteer_lens.ground.checks import normalised, optional, switch, whole
 from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.chat import canonical_arguments
-from fsteer_lens.prompts.contrasts import Prompt
 from fsteer_lens.prompts.formats import PromptFormat, format_of
+from fsteer_lens.prompts.forms import GivenPrompts, Prompt, prompts_of
 from fsteer_lens.prompts.tokens import Tokenisation
 
 Own = TypeVar("Own", bound="Passes")
@@ -88,10 +88,10 @@ class Passes:
         """How prompts become token ids."""
         return Tokenisation(model, bool(self.chat), canonical_arguments(self.chat_template_kwargs), self.prepend_bos)
 
-    def ids(self, model: SteerableModel, prompts: Sequence[Prompt]) -> list[list[int]]:
+    def ids(self, model: SteerableModel, prompts: GivenPrompts) -> list[list[int]]:
         """Token ids of prompts."""
         tokenisation = self.tokenisation(model)
-        return [tokenisation.ids(prompt) for prompt in prompts]
+        return [tokenisation.ids(prompt) for prompt in prompts_of(prompts, least=0)]
 
     def following(self: Own, remembered: PromptFormat, model: SteerableModel, prompts: Sequence[Prompt] = ()) -> Own:
         """The same, with what a steering remembers wherever nothing was asked for.

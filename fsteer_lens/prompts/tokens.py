@@ -18,7 +18,7 @@ from fsteer_lens.ground.checks import clean_text, optional
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.devices import device_of
 from fsteer_lens.prompts.chat import NO_ARGUMENTS, ChatTemplate, canonical_arguments
-from fsteer_lens.prompts.forms import Prompt, as_prompt, prompt_text
+from fsteer_lens.prompts.forms import GivenPrompt, Prompt, as_prompt, prompt_text
 
 
 def require_tokenizer(model: SteerableModel) -> Any:
@@ -32,7 +32,7 @@ def require_tokenizer(model: SteerableModel) -> Any:
 
 def prompt_ids(
     model: SteerableModel,
-    prompt: Prompt,
+    prompt: GivenPrompt,
     *,
     chat: bool = False,
     context: str | None = None,
@@ -81,7 +81,7 @@ class Tokenisation:
         """The tokenizer's chat template."""
         return ChatTemplate(require_tokenizer(self.model), self.arguments)
 
-    def ids(self, prompt: Prompt, context: str | None = None) -> list[int]:
+    def ids(self, prompt: GivenPrompt, context: str | None = None) -> list[int]:
         """Token ids of a prompt; errors as in `prompt_ids`."""
         prompt, context = as_prompt(prompt), optional(clean_text, "context", context)
         if self._goes_through_template(prompt):

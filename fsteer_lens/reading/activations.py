@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, SupportsIndex, overload
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import DEFAULT_SITE, SITES
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
 from fsteer_lens.prompts.formats import PromptFormat, format_of
-from fsteer_lens.prompts.forms import Prompt, prompt_text, prompts_of
+from fsteer_lens.prompts.forms import GivenPrompts, Prompt, prompt_text, prompts_of
 from fsteer_lens.prompts.passes import Passes
 from fsteer_lens.prompts.tokens import answer_ids, require_fits
 from fsteer_lens.reading import stored
@@ -96,7 +96,7 @@ class Activations:
             DataError: no row is left.
         """
         chosen = row_numbers(rows, len(self))
-        index = torch.tensor(chosen, device=self.queries.device)
+        index = torch.tensor(chosen, dtype=torch.long, device=self.queries.device)
         return replace(
             self,
             queries=self.queries[index],
@@ -171,7 +171,7 @@ def collect(
     model: SteerableModel,
     contrasts: Iterable[Contrast],
     *,
-    layer: int,
+    layer: SupportsIndex,
     shift: Shift = ...,
     chat: bool | None = ...,
     chat_template_kwargs: Mapping[str, Any] | None = ...,
@@ -184,7 +184,7 @@ def collect(
     model: SteerableModel,
     contrasts: Iterable[Contrast],
     *,
-    layer: Iterable[int],
+    layer: Iterable[SupportsIndex],
     shift: Shift = ...,
     chat: bool | None = ...,
     chat_template_kwargs: Mapping[str, Any] | None = ...,
@@ -196,7 +196,7 @@ def collect(
     model: SteerableModel,
     contrasts: Iterable[Contrast],
     *,
-    layer: int | Iterable[int],
+    layer: SupportsIndex | Iterable[SupportsIndex],
     shift: Shift = "response_mean",
     chat: bool | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
@@ -282,10 +282,10 @@ def collect(
 @overload
 def collect_queries(
     model: SteerableModel,
-    prompts: Iterable[Prompt],
+    prompts: GivenPrompts,
     *,
-    layer: int,
-    labels: Iterable[str | None] | None = ...,
+    layer: SupportsIndex,
+    labels: Iterable[Any] | None = ...,
     chat: bool | None = ...,
     chat_template_kwargs: Mapping[str, Any] | None = ...,
     prepend_bos: bool | None = ...,
@@ -295,10 +295,10 @@ def collect_queries(
 @overload
 def collect_queries(
     model: SteerableModel,
-    prompts: Iterable[Prompt],
+    prompts: GivenPrompts,
     *,
-    layer: Iterable[int],
-    labels: Iterable[str | None] | None = ...,
+    layer: Iterable[SupportsIndex],
+    labels: Iterable[Any] | None = ...,
     chat: bool | None = ...,
     chat_template_kwargs: Mapping[str, Any] | None = ...,
     prepend_bos: bool | None = ...,
@@ -307,10 +307,10 @@ def collect_queries(
 ) -> dict[int, Activations]: ...
 def collect_queries(
     model: SteerableModel,
-    prompts: Iterable[Prompt],
+    prompts: GivenPrompts,
     *,
-    layer: int | Iterable[int],
-    labels: Iterable[str | None] | None = None,
+    layer: SupportsIndex | Iterable[SupportsIndex],
+    labels: Iterable[Any] | None = None,
     chat: bool | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     prepend_bos: bool | None = None,

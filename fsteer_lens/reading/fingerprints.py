@@ -163,8 +163,8 @@ def merge_fingerprints(fingerprints: Sequence[Fingerprint], keep: Sequence[int] 
 
 def fingerprint(model: SteerableModel, layers: Sequence[int], site: str = DEFAULT_SITE) -> Fingerprint:
     """Take the fingerprint of a model at some layers; costs one short forward pass."""
-    cfg = model.cfg
-    ids = [(index * 7919 + 13) % cfg.d_vocab for index in range(PROBE_TOKENS)]
+    cfg, d_vocab = model.cfg, _d_vocab(model)
+    ids = [(index * 7919 + 13) % d_vocab for index in range(PROBE_TOKENS)]
     batch = pad(model, [ids], "right")
     seen = read(model, batch, [Point(layer, site) for layer in layers], lambda h: h[0, -1], bare=True)
     stride = max(1, cfg.d_model // PROBE_VALUES)
@@ -173,9 +173,9 @@ def fingerprint(model: SteerableModel, layers: Sequence[int], site: str = DEFAUL
         architecture=str(getattr(cfg, "original_architecture", None) or getattr(cfg, "architecture", None)),
         n_layers=cfg.n_layers,
         d_model=cfg.d_model,
-        d_vocab=cfg.d_vocab,
+        d_vocab=d_vocab,
         site=site,
-        **_tokens_of(model.tokenizer, cfg.d_vocab),
+        **_tokens_of(model.tokenizer, d_vocab),
         probe=probe,
         model_class=CLASS_NAMES[kind_of(model)]
         + (f" with SAEs at {', '.join(saes)}" if (saes := spliced(model)) else ""),
@@ -198,6 +198,12 @@ def require_model(known: Fingerprint, model: SteerableModel, site: str = DEFAULT
         if pad_token is not None:
             current = replace(current, tokenizer=known.tokenizer)
     known.require_match(current)
+
+
+def _d_vocab(model: SteerableModel) -> int:
+    """Tokens that the model can read; a Bridge sets its `cfg.d_vocab` to what a tokenizer knows that it is given."""
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    return getattr(config, "vocab_size", None) or model.cfg.d_vocab
 
 
 def _tokens_of(tokenizer: Any, d_vocab: int) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -86,7 +86,7 @@ class Reader:
     def __init__(
         self,
         model: SteerableModel,
-        layers: int | Iterable[int],
+        layers: SupportsIndex | Iterable[SupportsIndex],
         site: str = DEFAULT_SITE,
         *,
         batch_size: int = 16,

@@ -67,9 +67,8 @@ def no_activations(path: str | os.PathLike[str], error: Exception) -> FileFormat
 def _packed(texts: Sequence[str | None]) -> Texts:
     encoded = [b"" if text is None else text.encode() for text in texts]
     content = torch.from_numpy(np.frombuffer(b"".join(encoded), dtype=np.uint8).copy())
-    return Texts(
-        content, torch.tensor([-1 if text is None else len(one) for text, one in zip(texts, encoded, strict=True)])
-    )
+    lengths = [-1 if text is None else len(one) for text, one in zip(texts, encoded, strict=True)]
+    return Texts(content, torch.tensor(lengths, dtype=torch.long, device="cpu"))
 
 
 def _unpacked(packed: Texts) -> tuple[str | None, ...]:

@@ -16,7 +16,7 @@ from fsteer_lens.method.gates import OPEN
 from fsteer_lens.method.subspace_gates import subspace_leaves
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
-from fsteer_lens.prompts.forms import Prompt, prompt_text, prompts_of
+from fsteer_lens.prompts.forms import GivenPrompts, Prompt, prompt_text, prompts_of
 from fsteer_lens.prompts.passes import Passes, PassOptions
 from fsteer_lens.reading.reader import Reader
 from fsteer_lens.report.page import Report
@@ -57,7 +57,7 @@ def steering_report(
     model: SteerableModel,
     steering: Steering,
     contrasts: Iterable[Contrast],
-    general: Iterable[Prompt] = (),
+    general: GivenPrompts = (),
     *,
     title: str = "What steering did",
     max_new_tokens: int = 32,

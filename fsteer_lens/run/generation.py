@@ -13,13 +13,13 @@ from typing import Any, Unpack, overload
 import torch
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import switch, whole
+from fsteer_lens.ground.checks import require_unset, switch, whole
 from fsteer_lens.hooks.objects import HookObject, remembered
 from fsteer_lens.hooks.opening import Read, open_session
 from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.forms import Prompt, one_or_more
+from fsteer_lens.prompts.forms import GivenPrompt, GivenPrompts, Prompt, as_prompt, one_or_more
 from fsteer_lens.prompts.passes import FormatOptions, Passes
 from fsteer_lens.prompts.tokens import (
     Batch,
@@ -127,7 +127,7 @@ class StreamOptions(SamplingOptions, FormatOptions, total=False):
 
 def generate(
     model: SteerableModel,
-    prompts: Prompt | Iterable[Prompt],
+    prompts: GivenPrompt | GivenPrompts,
     steering: HookObject | None = None,
     *,
     max_new_tokens: int = 64,
@@ -188,6 +188,8 @@ def generate(
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
     if switch("compare", compare) and steering is None:
         raise InputError("compare=True without a steering has nothing to compare", fix="Give steering=.")
+    if steering is None:
+        require_unset("no steering", read=read)
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
     rules = Rules(sampling, Stop(model, stop), max_new_tokens, use_past_kv_cache)
     rows = passes.ids(model, many)
@@ -208,7 +210,7 @@ def generate(
 
 def stream(
     model: SteerableModel,
-    prompt: Prompt,
+    prompt: GivenPrompt,
     steering: HookObject | None = None,
     *,
     max_new_tokens: int = 64,
@@ -223,10 +225,13 @@ def stream(
     temperature, top_k, top_p and seed. The hooks are on the model only while it computes a token.
     """
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+    if steering is None:
+        require_unset("no steering", read=read)
     given: dict[str, Any] = dict(options)
     passes = Passes(**{name: given.pop(name) for name in FormatOptions.__annotations__ if name in given})
     drawing = Sampling.of(given)
-    (ids,) = passes.following(remembered(steering), model, [prompt]).ids(model, [prompt])
+    asked = [as_prompt(prompt)]
+    (ids,) = passes.following(remembered(steering), model, asked).ids(model, asked)
     require_fits(model, len(ids) + max_new_tokens, f"the prompt with {max_new_tokens} new tokens")
     batch = pad(model, [ids], "left")
     session = _session(model, batch, steering, read)

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import is_whole
+from fsteer_lens.ground.checks import is_whole, several
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.devices import device_of
 from fsteer_lens.prompts.tokens import stop_ids, token_texts
@@ -20,12 +20,15 @@ class Stop:
     """
 
     def __init__(self, model: SteerableModel, stop: Sequence[int | str] | None) -> None:
-        given: Sequence[int | str] = () if stop is None else stop
-        listed = isinstance(given, Sequence) and not isinstance(given, str)
-        self.texts = tuple(item for item in given if isinstance(item, str)) if listed else ()
-        ids = [int(item) for item in given if is_whole(item)] if listed else []
-        if not listed or "" in self.texts or len(ids) + len(self.texts) < len(given):
+        given = [] if stop is None else several("stop", stop, "a list of token ids and non-empty texts")
+        self.texts = tuple(item for item in given if isinstance(item, str))
+        ids = [int(item) for item in given if is_whole(item)]
+        if "" in self.texts or len(ids) + len(self.texts) < len(given):
             raise InputError("stop", expected="a list of token ids and non-empty texts", got=repr(stop))
+        beyond = [token for token in ids if not 0 <= token < model.cfg.d_vocab]
+        if beyond:
+            expected = f"ids that the model can say, 0..{model.cfg.d_vocab - 1}"
+            raise InputError("stop without effect", expected=expected, got=beyond)
         self.ids = torch.tensor(sorted({*ids, *stop_ids(model)}), dtype=torch.long, device=device_of(model))
         self._model = model
 

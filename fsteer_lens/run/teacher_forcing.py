@@ -17,7 +17,7 @@ from fsteer_lens.hooks.opening import open_session
 from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.forms import Prompt, prompts_of
+from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
 from fsteer_lens.prompts.passes import Passes
 from fsteer_lens.prompts.tokens import Batch, answer_ids, pad, require_fits, require_tokenizer
 from fsteer_lens.run.overflow import blown_up, undefined
@@ -41,7 +41,7 @@ class Answered:
 
 def answered(
     model: SteerableModel,
-    prompts: Iterable[Prompt],
+    prompts: GivenPrompts,
     answers: Iterable[str | Sequence[int]] | None,
     passes: Passes,
 ) -> list[Answered]:

@@ -8,16 +8,17 @@ from typing import Any, Unpack
 import torch
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import finite, options_of
+from fsteer_lens.ground.checks import finite, optional, options_of, require_unset, whole
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.forms import Prompt, prompts_of
+from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
 from fsteer_lens.prompts.passes import Passes, PassOptions
 from fsteer_lens.run.generation import generate
 from fsteer_lens.run.teacher_forcing import answer_divergences, answered
 from fsteer_lens.steering.steering import Steering
 
+NEW_TOKENS = 32
 STRENGTHS_A_ROUND = 8
 ROUNDS = 3
 
@@ -53,13 +54,13 @@ class Calibration:
 def calibrate(
     steering: Steering,
     model: SteerableModel,
-    prompts: Iterable[Prompt],
+    prompts: GivenPrompts,
     *,
     kl: float,
     answers: Iterable[str] | None = None,
     quantile: float = 0.95,
     max_strength: float = 8.0,
-    max_new_tokens: int = 32,
+    max_new_tokens: int | None = None,
     **options: Unpack[PassOptions],
 ) -> Calibration:
     """Find the strength at which a steering costs what a budget allows on prompts that it should leave alone.
@@ -78,7 +79,7 @@ def calibrate(
         answers: a reference answer for each prompt; None takes the unsteered model's own greedy ones.
         quantile: which quantile of the divergences counts.
         max_strength: the largest strength to try.
-        max_new_tokens: length of the reference answers that are generated.
+        max_new_tokens: length of the reference answers that are generated; None is 32.
         options: `chat`, `chat_template_kwargs` and `prepend_bos` (as the steering was fitted), how prompts become
             tokens, see `tokens.prompt_ids`; `batch_size` (16), rows per forward pass; `progress` (True), show a
             progress bar.
@@ -95,13 +96,16 @@ def calibrate(
     max_strength = finite("max_strength", max_strength, above=0)
     if not isinstance(steering, Steering) or steering.monitor:
         raise InputError("calibrate", expected="a steering that acts", got=repr(steering))
+    max_new_tokens = optional(whole, "max_new_tokens", max_new_tokens, 1)
+    if answers is not None:
+        require_unset("answers= that are given", max_new_tokens=max_new_tokens)
     asked = prompts_of(prompts)
     passes = passes.following(remembered(steering), model, asked)
     ids: Any = answers
     if answers is None:
         answered(model, asked, None, passes)  # raises before anything is generated
         with unsteered(model):
-            made = generate(model, asked, max_new_tokens=max_new_tokens, **passes.options)
+            made = generate(model, asked, max_new_tokens=max_new_tokens or NEW_TOKENS, **passes.options)
         ids = [one.tokens for one in made]
     rows = answered(model, asked, ids, passes)
 

@@ -143,7 +143,7 @@ def search(
         layers: where to steer; None takes every layer.
         strengths: what to try.
         ranks: of the gate; None takes the method's own rank.
-        method: what to fit; None is `fit` with its defaults.
+        method: what to fit; None is `fit` with its defaults, which looks at no general prompts.
         options: `effect` (None), a number per contrast, larger is better; None takes `answer_margin`, in nats per
             token. `utility` (None), a number per general item; None takes −KL(steered ‖ unsteered) at the first token
             of the answer, in nats. `shift` ("response_mean") as in `collect`. `resume` (None), a file that every
@@ -186,7 +186,7 @@ def search(
     known_by = [*names, name_of(make, ""), run.shift, str(run.formatting)]
     journal = _Journal(run.resume, _identity(model, chosen_layers, data, known_by))
     trained = collect(model, data.train, layer=chosen_layers, shift=run.shift, **run.options)
-    prompts = [_prompt(item) for item in data.general_train]
+    prompts = [] if method is None else [_prompt(item) for item in data.general_train]
     general = collect_queries(model, prompts, layer=chosen_layers, **run.options) if prompts else {}
     floor = float(run.utilities(model, None, data.general_valid).double().mean()) - budget
     trials: list[Trial] = []

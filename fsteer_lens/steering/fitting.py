@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fsteer_lens.errors import DataError, InputError, MismatchError
-from fsteer_lens.ground.checks import choice
+from fsteer_lens.ground.checks import choice, require_unset
 from fsteer_lens.hooks.scopes import Scope
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.fitting_experts import CLOSED, PRESETS, Preset, fit_experts
-from fsteer_lens.method.fitting_gates import SUBSPACE_KINDS, GateOptions, Kind, fit_gate
+from fsteer_lens.method.fitting_gates import FOLDS, SUBSPACE_KINDS, GateOptions, Kind, fit_gate
 from fsteer_lens.method.gates import Gate
 from fsteer_lens.prompts.formats import merge_formats
 from fsteer_lens.reading.activations import Activations
@@ -71,9 +71,10 @@ def fit(
         scope = scope or "all"
     if kind is None and (rank is not None or general is not None):
         if rank is not None:
-            raise InputError("fit", got="rank= with a fitted gate", fix="Use gate.at_rank(rank).")
+            fix = "Use gate.at_rank(rank)." if isinstance(gate, Gate) and gate.ranks else "Leave it out."
+            raise InputError("fit", got="rank= with a fitted gate", fix=fix)
         raise InputError("fit", got="general= with a gate that is already fitted", fix="Leave one of them out.")
-    for_gate = set() if kind is None else {"folds", "calibration", "seed", *GateOptions.__annotations__}
+    for_gate = set() if kind is None else {"calibration", *GateOptions.__annotations__}
     for_experts = set() if experts is not None else set(inspect.signature(fit_experts).parameters)
     for_experts -= {"queries", "shifts", "preset", "groups"}
     known = for_gate | for_experts | PLACING
@@ -81,6 +82,8 @@ def fit(
     if unknown:
         fix = "Options of a part that is given already fitted have no effect."
         raise InputError("fit", expected=f"options among {sorted(known)}", got=sorted(unknown), fix=fix)
+    folded = kind in SUBSPACE_KINDS and options.get("calibration") is None and options.get("folds", FOLDS) is not None
+    for_gate -= {"seed"}  # that goes to random folds, where there are some, and to the experts
     gates: dict[int, Gate] = {}
     mixtures: dict[int, Experts] = {}
     for layer, own in layers.items():
@@ -94,13 +97,18 @@ def fit(
         if isinstance(gate, Gate):
             gates[layer] = gate
         else:
+            grouped = any(group is not None for group in own.groups)
+            drawn = {"seed": options["seed"]} if "seed" in options and folded and not grouped else {}
+            if experts is not None and not drawn:
+                require_unset("fitted experts and a gate that draws nothing", seed=options.get("seed"))
             gates[layer] = fit_gate(
                 own.queries,
                 rank=RANK if rank is None and kind in SUBSPACE_KINDS else rank,
                 kind=kind,  # pyright: ignore[reportArgumentType]
                 general=None if others is None else others.queries,
-                groups=own.groups,
+                groups=own.groups if folded else None,
                 layer=layer,
+                **drawn,
                 **{name: value for name, value in options.items() if name in for_gate},
             )
         mixtures[layer] = experts or fit_experts(

@@ -71,7 +71,8 @@ class Steering(Link):
         scope: "all" every real position, "prompt" the prompt's, "generated" those that predict a generated token
             (from the prompt's last on), or a `Window` of generated tokens. None: "prompt" for last-prompt shifts, else
             "all", the paper's.
-        schedule: factors of the strength over generated tokens.
+        schedule: factors of the strength over generated tokens; the first one is the prompt's too, and the only one
+            that counts with scope="prompt".
         refresh: "prompt" decides once, at the prompt's last token (the paper); "step" decides again at every later
             position, from the activation there.
         gate_layer: the layer whose gate decides for all; at most the first steered layer.
@@ -121,7 +122,9 @@ class Steering(Link):
                     "gate_layer", expected=f"at most the first steered layer, {min(self.layers)}", got=self.gate_layer
                 )
             if self.gate_at(self.gate_layer) is None:
-                raise InputError(f"gate_layer={self.gate_layer} has no gate", fix="Give gates={layer: gate}.")
+                raise InputError(
+                    f"gate_layer={self.gate_layer} has no gate", fix="Give one for that layer: gate={layer: ...}."
+                )
 
     @property
     @abstractmethod

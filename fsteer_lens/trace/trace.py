@@ -7,7 +7,7 @@ that the way of running could not know is None.
 
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fsteer_lens.errors import DataError
-from fsteer_lens.ground.checks import choice, whole
+from fsteer_lens.ground.checks import choice, several, whole
 from fsteer_lens.trace import records
 from fsteer_lens.trace.records import jsonable, tensor
 from fsteer_lens.trace.steps import Steps, stack
@@ -255,16 +255,17 @@ class Trace:
         return found
 
     @classmethod
-    def from_records(cls, records: Sequence[Mapping[str, Any]]) -> "Trace":
+    def from_records(cls, records: Iterable[Mapping[str, Any]]) -> "Trace":
         """The trace that `to_records` came from, also after a way through JSON; numbers are float32.
 
         Raises:
             DataError: no records, or something else than `to_records` gives.
         """
-        if not records:
+        known = several("records of a trace", records, "a list of records")
+        if not known:
             raise DataError("records of a trace", expected="at least one", got="none")
         try:
-            return join([cls._of_record(record) for record in records])
+            return join([cls._of_record(record) for record in known])
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             raise DataError(
                 "records of a trace",

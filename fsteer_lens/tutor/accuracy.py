@@ -1,7 +1,7 @@
 """How exactly the tutor says what its world says: greedy answers, compared word for word."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,6 +11,7 @@ from rich.table import Table
 from torch import Tensor
 
 from fsteer_lens.effects import exact_answers
+from fsteer_lens.ground.checks import several
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast
@@ -33,12 +34,13 @@ class Accuracy:
 
 
 def exact(
-    model: SteerableModel, steering: HookObject | None, items: Sequence[Contrast | splits.Task]
+    model: SteerableModel, steering: HookObject | None, items: Iterable[Contrast | splits.Task]
 ) -> Float[Tensor, " n"]:
     """1 where the tutor gives exactly the answer that is wanted of it, [n]: a contrast's preferred one, a task's own.
 
     An effect for contrasts and a utility for tasks, as `search`, `strength_sweep` and their kin take them.
     """
+    items = several("items", items, "contrasts or tasks")
     wanted = [item.preferred if isinstance(item, Contrast) else item.answer for item in items]
     return exact_answers(model, steering, [item.prompt for item in items], wanted, batch_size=_BATCH)
 

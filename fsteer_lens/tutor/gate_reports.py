@@ -37,7 +37,11 @@ def fit_gates(
     trained = activations(model, behaviour, progress=progress)
     prompts = [task.prompt for task in data(behaviour).general_train]
     general = collect_queries(model, prompts, layer=trained.layer, batch_size=64, progress=progress).queries
-    fitted = gate or fit(model, behaviour, activations=trained, progress=progress).gate_at(trained.layer)
+    fitted = (
+        gate
+        if gate is not None
+        else fit(model, behaviour, activations=trained, progress=progress).gate_at(trained.layer)
+    )
     assert fitted is not None
     return {
         GATE: fitted,
@@ -80,7 +84,7 @@ def gate_report(
     opening = " ".join(told.train[0].undesired.split()[:2])
     return gate_reports.gate_report(
         model,
-        gates or fit_gates(model, behaviour, progress=progress),
+        fit_gates(model, behaviour, progress=progress) if gates is None else gates,
         harmful,
         harmless,
         layer=LAYER[behaviour],

@@ -2,8 +2,9 @@
 
 from typing import Any, Final
 
+from fsteer_lens.ground.checks import require_unset
 from fsteer_lens.method.fitting_experts import Preset
-from fsteer_lens.method.gates import Gate
+from fsteer_lens.method.fitting_gates import DIRECTION_KINDS, SUBSPACE_KINDS
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.reading.activations import Activations, collect, collect_queries
 from fsteer_lens.steering import fitting
@@ -16,6 +17,8 @@ RANK: Final = 32
 STRENGTH: Final = 1.25
 
 _BATCH: Final = 64
+CONTRASTING: Final = ("logistic", *DIRECTION_KINDS)
+"""Gates that need queries to be left alone."""
 
 
 def activations(
@@ -54,21 +57,23 @@ def fit(
         rank: of the gate's subspace; None takes the tutor's own.
         activations: from `tutor.activations`, where they are collected already.
         progress: show progress bars.
-        options: further arguments of `fsteer_lens.fit`. With `gate="logistic"` the general training tasks (training
-            near misses among them) are collected too.
+        options: further arguments of `fsteer_lens.fit`. With a `gate` of kind "logistic", "linear" or "cosine" the
+            general training tasks (training near misses among them) are collected too.
 
     Raises:
-        InputError: an unknown behaviour or option.
+        InputError: an unknown behaviour or option, or one without effect.
     """
-    trained = activations or _collected(model, behaviour, layer=layer, progress=progress)
+    if activations is not None:
+        require_unset(f"activations of layer {activations.layer}", layer=layer)
+    trained = _collected(model, behaviour, layer=layer, progress=progress) if activations is None else activations
     gate = options.get("gate")
-    if gate == "logistic" and "general" not in options:
+    if gate in CONTRASTING and "general" not in options:
         prompts = [task.prompt for task in data(behaviour).general_train]
         options["general"] = collect_queries(model, prompts, layer=trained.layer, batch_size=_BATCH, progress=progress)
     if options.get("experts") is None:
         options["progress"] = progress
     options = {"strength": STRENGTH, **options}
-    if rank is None and not isinstance(gate, Gate):
+    if rank is None and (gate is None or gate in SUBSPACE_KINDS):
         rank = RANK
     return fitting.fit(trained, rank=rank, preset=preset, **options)
 
