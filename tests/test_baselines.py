@@ -169,7 +169,7 @@ def test_nearest_centroid_is_the_plain_one() -> None:
 def plain_ridge(h: Any, shifts: Any, weight: float) -> tuple[Any, Any]:
     """M and b by the normal equations."""
     centred = h - h.mean(axis=0)
-    unit = np.trace(centred.T @ centred) / min(h.shape)
+    unit = np.trace(centred.T @ centred) / np.linalg.matrix_rank(centred)
     scatter = centred.T @ centred + weight * unit * np.eye(h.shape[1])
     matrix = np.linalg.solve(scatter, centred.T @ (shifts - shifts.mean(axis=0))).T
     return matrix, shifts.mean(axis=0) - matrix @ h.mean(axis=0)

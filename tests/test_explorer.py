@@ -80,6 +80,13 @@ def test_the_browser_gets_what_gate_and_experts_compute_at_every_rank(made, stee
     assert torch.allclose(off.softmax(dim=-1), experts.without_expert(1).route(queries), atol=1e-6)
 
 
+def test_the_browser_is_told_what_the_fit_is_worth_where_it_knows(made, tutor_model, trained, groups):
+    fitted = fit(trained[LAYER], preset="closed_form")
+    told = explore(fitted, tutor_model, groups, progress=False).widget.data["fit"]
+    assert told == f"fit, held out: {fitted.experts_at(LAYER).report.held_out}" and "ridge 0." in told
+    assert made.widget.data["fit"] == "", "a trained fit does not know"
+
+
 def test_only_the_first_prompts_are_shown_and_the_data_say_so(steering, tutor_model, groups):
     pytest.importorskip("anywidget", reason="anywidget is not installed")
     data = explore(steering, tutor_model, groups, limit=2, progress=False).widget.data

@@ -209,6 +209,8 @@ NOTES = """## What these tables say, and what did not work
 - **FineSteer does not beat the nearest centroid there: both are at the ceiling.** The tutor's categories are so far
   apart that the nearest mean query finds the right one, and a learned router has nothing to add. Where clusters
   overlap it might; the tutor cannot show it.
+- **Nor does it beat ridge**, one linear map of the query without experts or routing: on `<safe>` with the same gate the
+  same prompts are turned and kept. A mixture is worth its parts only where a linear map misses something.
 - **On `<honest>` a single vector does as well or better.** All corrections are reached in one direction, best after
   the last block, where a shift is read off directly. FineSteer's default layer is 4 for both behaviours, and the
   myths that it misses are those for which its gate stays shut: without the gate it turns all of them, and then
@@ -307,11 +309,12 @@ def compared_on(
     *,
     groups: bool = False,
 ) -> str:
-    """Fit the mean shift and FineSteer to contrasts, and measure both beside the bare model."""
+    """Fit the mean shift, ridge and FineSteer to contrasts, and measure them beside the bare model."""
     activations = fs.collect(model, contrasts, layer=layer, chat=chat)
     methods = {
         "no steering": None,
         "mean shift": fs.steering.fit_mean_shift(activations),
+        "ridge": fs.steering.fit_ridge(activations),
         "FineSteer": fs.fit(activations),
     }
     return evaluate(model, methods, suite, chat=chat).to_markdown(reference="FineSteer", groups=groups) + "\n"

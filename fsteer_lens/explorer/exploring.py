@@ -136,11 +136,12 @@ class Explorer:
 
     def _data(self) -> dict[str, Any]:
         """What the browser needs to know and never changes."""
-        subject, strength = self._subject, self._subject.steering.strength
+        subject, strength, report = self._subject, self._subject.steering.strength, self._subject.experts.report
         most = max(3.0, 2 * abs(strength))
         return {
             **self._pictured.message(),
             "title": shown(self._title),
+            "fit": "" if report is None or report.held_out is None else f"fit, held out: {report.held_out}",
             "composed": subject.gate is not None and not subject.has_threshold,
             "strengths": [-most if strength < 0 else 0.0, most],
             "marks_words": self._unknown is not None,

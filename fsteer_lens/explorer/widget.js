@@ -311,7 +311,9 @@ function render({ model, el }) {
   curves.append(...[histogram, roc].filter(Boolean).map((picture) => picture.element));
   if (!roc) curves.append(note(why));
   const caption = note("expert weights; faded: not steered");
-  const pictures = html("div", { className: "pictures" }, html("div", { className: "map" }, caption, heatmap.element), curves);
+  const map = html("div", { className: "map" }, caption, heatmap.element);
+  if (data.fit) map.append(note(data.fit));
+  const pictures = html("div", { className: "pictures" }, map, curves);
   const side = html("div", { className: "side" }, controls.element, counts.element);
   const root = html(
     "div",

@@ -1,6 +1,6 @@
 """The method in tensors alone: subspaces and gates (when to steer), experts (how). Knows no model library."""
 
-from fsteer_lens.method.experts import Experts, FitReport, Parts
+from fsteer_lens.method.experts import Experts, FitReport, HeldOut, Parts
 from fsteer_lens.method.fitting_experts import fit_experts
 from fsteer_lens.method.fitting_gates import fit_gate
 from fsteer_lens.method.gates import Gate
@@ -14,6 +14,7 @@ __all__ = [
     "Experts",
     "FitReport",
     "Gate",
+    "HeldOut",
     "LinearGate",
     "LogisticGate",
     "Parts",

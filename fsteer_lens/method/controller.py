@@ -1,4 +1,5 @@
-"""The controller of the experts: the learned maps W_Q, W_K and β, and how they are trained."""
+"""The controller of the experts: the learned maps W_Q, W_K and β, and how they are trained; and what stands in their
+stead where experts are fitted in closed form."""
 
 import math
 from dataclasses import dataclass
@@ -25,6 +26,20 @@ class Controller(NamedTuple):
     output_weight: Tensor
     output_bias: Tensor
 
+    @property
+    def axes(self) -> dict[str, str]:
+        """The axes of each map, as `require_shapes` reads them."""
+        return {
+            "query_weight": "d_k d",
+            "query_bias": "d_k",
+            "key_weight": "d_k d",
+            "key_bias": "d_k",
+            "hidden_weight": "hidden d",
+            "hidden_bias": "hidden",
+            "output_weight": "m hidden",
+            "output_bias": "m",
+        }
+
     def logits(self, h: Float[Tensor, "*batch d"], prototypes: Float[Tensor, "k d"]) -> Float[Tensor, "*batch k"]:
         """(W_K C)ᵀ (W_Q h) / √d_k, with d_k = d."""
         keys = F.linear(prototypes, self.key_weight, self.key_bias)
@@ -39,6 +54,28 @@ class Controller(NamedTuple):
         """β(h)."""
         hidden = F.relu(F.linear(h, self.hidden_weight, self.hidden_bias))
         return F.linear(hidden, self.output_weight, self.output_bias)
+
+
+class LinearController(NamedTuple):
+    """The maps of experts that were fitted in closed form: logits and β are affine in h, W [out in] and b [out]."""
+
+    route_weight: Tensor
+    route_bias: Tensor
+    output_weight: Tensor
+    output_bias: Tensor
+
+    @property
+    def axes(self) -> dict[str, str]:
+        """The axes of each map, as `require_shapes` reads them."""
+        return {"route_weight": "k d", "route_bias": "k", "output_weight": "m d", "output_bias": "m"}
+
+    def logits(self, h: Float[Tensor, "*batch d"], prototypes: Float[Tensor, "k d"]) -> Float[Tensor, "*batch k"]:
+        """log π + τ (h − h̄) A, whatever the prototypes."""
+        return F.linear(h, self.route_weight, self.route_bias)
+
+    def coefficients(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch m"]:
+        """β(h)."""
+        return F.linear(h, self.output_weight, self.output_bias)
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,55 @@
-"""`fit_experts`: clusters, prototypes, a residual basis, and the training of the controller."""
+"""`fit_experts`: clusters, prototypes, a residual basis, and the controller, trained or in closed form."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.ground.checks import choice, listed, require_unset, whole
+from fsteer_lens.ground.checks import choice, listed, require_unset, seed_of, whole
 from fsteer_lens.method.controller import Training, train_controller
-from fsteer_lens.method.experts import Experts, FitReport
+from fsteer_lens.method.experts import Experts
+from fsteer_lens.method.fit_reports import report_of
+from fsteer_lens.method.fitting_closed_form import fit_closed_form
 from fsteer_lens.method.linalg import principal_directions, require_matrix
 
 CLUSTERING_DIMENSIONS = 256
 
+Preset = Literal["paper", "0.1", "closed_form"]
+
+_TRAINED = {
+    "n_experts": (4, 10),
+    "residual_rank": 10,
+    "learning_rate": 5e-4,
+    "weight_decay": 1e-5,
+    "validation": 0.1,
+    "clip": 1.0,
+}
+_BY_0_1 = {
+    **_TRAINED,
+    "prototype_scale": "shift",
+    "route_loss": 1.0,
+    "epochs": 300,
+    "patience": 30,
+    "standardize": True,
+}
+CLOSED: Final = "closed_form"
 PRESETS: Mapping[str | None, Mapping[str, Any]] = {
-    "paper": {"prototype_scale": "unit", "route_loss": 0.0, "epochs": 100, "patience": 8, "standardize": False},
-    None: {"prototype_scale": "shift", "route_loss": 1.0, "epochs": 300, "patience": 30, "standardize": True},
+    "paper": {
+        **_TRAINED,
+        "prototype_scale": "unit",
+        "route_loss": 0.0,
+        "epochs": 100,
+        "patience": 8,
+        "standardize": False,
+    },
+    "0.1": _BY_0_1,
+    None: _BY_0_1,
+    CLOSED: {"n_experts": (1, 10), "residual_rank": 32},
 }
 """What each preset sets; every entry can be given to `fit_experts` by name instead."""
 
@@ -27,43 +58,56 @@ def fit_experts(
     queries: Float[Tensor, "n d"],
     shifts: Float[Tensor, "n d"],
     *,
-    n_experts: int | tuple[int, int] = (4, 10),
-    residual_rank: int = 10,
+    preset: Preset | None = None,
+    n_experts: int | tuple[int, int] | None = None,
+    residual_rank: int | None = None,
     prototype_scale: Literal["unit", "shift"] | None = None,
     route_loss: float | None = None,
-    preset: Literal["paper"] | None = None,
-    learning_rate: float = 5e-4,
-    weight_decay: float = 1e-5,
+    learning_rate: float | None = None,
+    weight_decay: float | None = None,
     epochs: int | None = None,
     patience: int | None = None,
     standardize: bool | None = None,
-    validation: float = 0.1,
-    clip: float = 1.0,
+    validation: float | None = None,
+    clip: float | None = None,
+    groups: Sequence[str | None] | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> Experts:
-    """Cluster the shifts, take prototypes and a residual basis, and train the controller (AdamW, full batch).
+    """Cluster the shifts, take prototypes and a residual basis, and fit the controller: trained, or in closed form.
+
+    Every option that is None is as the preset says, see `PRESETS`.
 
     Args:
         queries: query activations ĥ, [n d].
         shifts: response shifts δ of the same queries, [n d].
-        n_experts: K, or the range (low, high) in which the Calinski-Harabasz index chooses it.
-        residual_rank: m, cut to min(n − 1, d).
-        prototype_scale: "unit" averages unit shifts (paper Eq. 11), "shift" the raw ones. None: as the preset says.
-        route_loss: weight of the cross-entropy of α against the clusters; 0 is the paper. None: as the preset says.
-        preset: "paper" is Eq. 11-14 to the letter; None is our default. See `PRESETS`.
+        preset: "paper" is Eq. 11-14 to the letter (AdamW, full batch). None is our default, which "0.1" names: the same
+            with raw prototypes, a routing loss, longer and on standardised activations. "closed_form" trains nothing:
+            ridge regressions whose strengths are those of the least held-out error, see `closed_form`; its report
+            knows what the fit is worth on queries that it did not see.
+        n_experts: K, or the range (low, high) in which it is chosen: by the Calinski-Harabasz index, in closed form by
+            whether clusters are found again, are more than one cloud, and are told by the queries; else 1.
+        residual_rank: m, cut to what the data hold.
+        prototype_scale: "unit" averages unit shifts (paper Eq. 11), "shift" the raw ones; the latter in closed form.
+        route_loss: weight of the cross-entropy of α against the clusters; 0 is the paper.
         learning_rate, weight_decay, epochs, patience, validation, clip: AdamW's rate and decay, the number of
             full-batch epochs, early stopping on a share of the queries, and gradient clipping; the fixed ones are
-            those of the authors' code. None: as the preset says.
+            those of the authors' code.
         standardize: train on centred and scaled queries and shifts, then fold the scaling into the learned maps, so
-            that the fitted formula is the same. None: as the preset says.
-        seed: of the clustering, the initial weights and the validation split; the global generators are not touched.
-        progress: show a progress bar.
+            that the fitted formula is the same.
+        groups: in closed form, fold group of every query (the template it was made from); a group is never split.
+        seed: of the clustering, the initial weights, the validation split and random folds; the global generators are
+            not touched.
+        progress: show a progress bar while training.
+
+    Warns:
+        UserWarning: of a fit in closed form that explains no more of held-out shifts than their mean, or whose K stands
+            at an edge of the range; of a trained one that was best after its first epoch.
 
     Raises:
         ShapeError, NonFiniteError: not two finite floating matrices of one shape.
-        DataError: fewer shifts than experts, or a shift of length zero.
-        InputError: options out of range.
+        DataError: fewer shifts than experts, a shift of length zero, or groups that cannot be cut into folds.
+        InputError: options out of range, or one that has no effect on this kind of fit.
     """
     h, delta = require_matrix(queries, "queries", min_rows=2), require_matrix(shifts, "shifts", min_rows=2)
     delta = delta.to(h)
@@ -71,46 +115,77 @@ def fit_experts(
         raise DataError("shifts", expected=f"the shape of the queries {list(h.shape)}", got=list(delta.shape))
     choice("preset", preset, PRESETS)
     given = {
+        "n_experts": n_experts,
+        "residual_rank": residual_rank,
         "prototype_scale": prototype_scale,
         "route_loss": route_loss,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
         "epochs": epochs,
         "patience": patience,
         "standardize": standardize,
+        "validation": validation,
+        "clip": clip,
+        "groups": groups,
     }
+    known = {*PRESETS[preset], *(["groups"] if preset == CLOSED else [])}
+    idle = [name for name, value in given.items() if value is not None and name not in known]
+    if idle:
+        raise InputError(
+            f"fit_experts(preset={preset!r})",
+            expected=f"options among {sorted(known)}",
+            got=idle,
+            fix="The others have no effect on this kind of fit.",
+        )
     options = {**PRESETS[preset], **{name: value for name, value in given.items() if value is not None}}
-    scale = choice("prototype_scale", options.pop("prototype_scale"), ("unit", "shift"))
-    residual_rank = whole("residual_rank", residual_rank, 1)
+    residual_rank = whole("residual_rank", options.pop("residual_rank"), 1)
+    low, high = _range_of(options.pop("n_experts"))
     if validation == 0:
         require_unset("validation=0, so that nothing stops early", patience=patience)
-    low, high = _range_of(n_experts)
     if high == 1:
         require_unset("n_experts=1, so that nothing is routed", route_loss=route_loss or None)
-    training = Training(
-        learning_rate=learning_rate,
-        weight_decay=weight_decay,
-        validation=validation,
-        clip=clip,
-        seed=seed,
-        **options,
-    )
-    norms = delta.norm(dim=1, keepdim=True)
-    if (norms == 0).any():
+    counts = _counts(low, high, len(h))
+    zero = (delta.norm(dim=1) == 0).nonzero()
+    if len(zero):
         raise DataError(
             "shifts",
             expected="shifts longer than zero",
-            got=f"zero in row {int((norms == 0).nonzero()[0, 0])}",
+            got=f"zero in row {int(zero[0, 0])}",
             fix="Drop contrasts whose two sides give the same activation.",
         )
-    unit = delta / norms
-    clusters, criterion = _cluster(unit, low, high, training.seed)
-    sources = unit if scale == "unit" else delta
+    if preset == CLOSED:
+        return fit_closed_form(h, delta, counts, residual_rank, groups, seed_of(seed))
+    scale = choice("prototype_scale", options.pop("prototype_scale"), ("unit", "shift"))
+    return _trained(h, delta, counts, residual_rank, scale, Training(seed=seed, **options), progress)
+
+
+def _trained(
+    h: Float[Tensor, "n d"],
+    delta: Float[Tensor, "n d"],
+    counts: range,
+    residual_rank: int,
+    prototype_scale: str,
+    training: Training,
+    progress: bool,
+) -> Experts:
+    unit = delta / delta.norm(dim=1, keepdim=True)
+    clusters, criterion = _cluster(unit, counts, training.seed)
+    sources = unit if prototype_scale == "unit" else delta
     prototypes = torch.stack([sources[clusters == index].mean(dim=0) for index in range(int(clusters.max()) + 1)])
     _, residual_basis, _ = principal_directions(delta, min(residual_rank, h.shape[0] - 1, h.shape[1]))
     controller, best_epoch, valid_rows = train_controller(
         h, delta, prototypes, residual_basis, clusters, training, progress=progress
     )
+    if len(valid_rows) and best_epoch == 1 and training.epochs > training.patience:
+        warnings.warn(
+            "training the experts: the first epoch was the best on the validation part, so little was learnt; give more"
+            ' contrasts, or preset="closed_form"',
+            stacklevel=3,
+        )
     experts = Experts(prototypes, residual_basis, controller, (True,) * len(prototypes))
-    return replace(experts, report=_report(experts, h, delta, clusters, criterion, best_epoch, valid_rows))
+    return replace(
+        experts, report=report_of(experts, h, delta, clusters, valid_rows, epochs=best_epoch, criterion=criterion)
+    )
 
 
 def _range_of(n_experts: Any) -> tuple[int, int]:
@@ -123,12 +198,8 @@ def _range_of(n_experts: Any) -> tuple[int, int]:
     return ends[0], ends[1]
 
 
-def _cluster(unit: Float[Tensor, "n d"], low: int, high: int, seed: int) -> tuple[Int[Tensor, " n"], dict[int, float]]:
-    from sklearn.cluster import KMeans
-    from sklearn.decomposition import PCA
-    from sklearn.metrics import calinski_harabasz_score
-
-    n, d_model = unit.shape
+def _counts(low: int, high: int, n: int) -> range:
+    """The numbers of experts that are tried: no more than n − 1 of them where there is a choice."""
     if low > n or (low != high and low > n - 1):
         raise DataError(
             "fewer shifts than experts need",
@@ -136,13 +207,22 @@ def _cluster(unit: Float[Tensor, "n d"], low: int, high: int, seed: int) -> tupl
             got=n,
             fix="Give more contrasts or a smaller n_experts.",
         )
+    return range(low, high + 1 if low == high else min(high, n - 1) + 1)
+
+
+def _cluster(unit: Float[Tensor, "n d"], counts: range, seed: int) -> tuple[Int[Tensor, " n"], dict[int, float]]:
+    from sklearn.cluster import KMeans
+    from sklearn.decomposition import PCA
+    from sklearn.metrics import calinski_harabasz_score
+
+    n, d_model = unit.shape
     dimensions = min(CLUSTERING_DIMENSIONS, n - 1, d_model)
     solver = "covariance_eigh" if n >= d_model else "full"
     # in float64: scikit-learn would convert float32 anew for every distance
     points = PCA(dimensions, svd_solver=solver).fit_transform(unit.double().cpu().numpy())
     best: tuple[float, Any] | None = None
     criterion: dict[int, float] = {}
-    for count in range(low, min(high, n - 1) + 1 if low != high else high + 1):
+    for count in counts:
         kmeans = KMeans(count, n_init=10, random_state=seed)  # pyright: ignore[reportArgumentType]
         labels = kmeans.fit_predict(points)
         defined = 2 <= len(set(labels)) <= n - 1
@@ -152,31 +232,3 @@ def _cluster(unit: Float[Tensor, "n d"], low: int, high: int, seed: int) -> tupl
     assert best is not None
     labels = torch.from_numpy(best[1]).long().unique(return_inverse=True)[1]
     return labels.to(unit.device), criterion
-
-
-def _report(
-    experts: Experts,
-    h: Float[Tensor, "n d"],
-    delta: Float[Tensor, "n d"],
-    clusters: Int[Tensor, " n"],
-    criterion: Mapping[int, float],
-    epochs: int,
-    valid_rows: Int[Tensor, " n_valid"],
-) -> FitReport:
-    parts = experts.parts(h)
-    strongest = parts.weights.argmax(dim=-1)
-    error = (parts.vector - delta).square().sum(dim=1)
-    valid = torch.zeros(len(h), dtype=torch.bool, device=h.device)
-    valid[valid_rows] = True
-    ratio = parts.prototype_part.norm(dim=1) / parts.vector.norm(dim=1).clamp(min=1e-12)
-    return FitReport(
-        agreement=float((strongest == clusters).float().mean()),
-        dead=1 - len(strongest.unique()) / experts.n_experts,
-        prototype_share=float(ratio.mean()),
-        explained=float(1 - error.mean() / delta.square().sum(dim=1).mean()),
-        train_loss=float(error[~valid].mean()),
-        valid_loss=float(error[valid].mean()) if len(valid_rows) else None,
-        epochs=epochs,
-        criterion=dict(criterion),
-        clusters=clusters.cpu(),
-    )

@@ -42,3 +42,14 @@ def cut_folds(n: int, groups: Sequence[str | None] | None, folds: int, seed: int
             )
         splits = GroupKFold(min(folds, n_groups)).split(range(n), groups=groups)
     return [(torch.from_numpy(train), torch.from_numpy(held_out)) for train, held_out in splits]
+
+
+def halves(n: int, groups: Sequence[str | None] | None, seed: int) -> Fold:
+    """Rows in two random halves, groups kept whole where there are at least two of them."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    names = list(range(n)) if groups is None or len(set(groups)) < 2 else list(groups)
+    known = sorted(set(names), key=str)
+    order = torch.randperm(len(known), generator=generator, device="cpu").tolist()
+    first = {known[index] for index in order[: len(known) // 2]}
+    chosen = torch.tensor([name in first for name in names], dtype=torch.bool, device="cpu")
+    return chosen.nonzero()[:, 0], (~chosen).nonzero()[:, 0]

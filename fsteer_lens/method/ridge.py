@@ -23,7 +23,7 @@ class Spectrum(NamedTuple):
         rows: the rows X, [n d].
         basis: eigenvectors whose eigenvalue is not zero, [d r].
         values: these eigenvalues, [r].
-        unit: the mean of all min(n, d) eigenvalues.
+        unit: the mean of these eigenvalues.
     """
 
     rows: Float[Tensor, "n d"]
@@ -37,9 +37,9 @@ class Spectrum(NamedTuple):
         centred = rows - rows.mean(dim=0)
         wide = rows.shape[0] < rows.shape[1]
         values, vectors = torch.linalg.eigh(centred @ centred.T if wide else centred.T @ centred)
-        kept = values > NEGLIGIBLE * values[-1].clamp(min=0)
-        unit = float(values.clamp(min=0).sum() / len(values))
+        kept = values > NEGLIGIBLE * values[-1:].clamp(min=0)  # the largest, if there is any
         values, vectors = values[kept], vectors[:, kept]
+        unit = float(values.mean()) if len(values) else 0.0
         return cls(rows, centred.T @ vectors / values.sqrt() if wide else vectors, values, unit)
 
     def seen(self, rows: Float[Tensor, "m d"]) -> Float[Tensor, "m r"]:

@@ -34,6 +34,8 @@ def steering_rows(steering: Steering, name: str = "") -> list[list[str]]:
         rows.append([f"layer {layer}", ", ".join(told) or "no gate"])
         if experts is not None and experts.report is not None:
             rows.append([f"layer {layer}, fit", repr(experts.report)])
+            if experts.report.held_out is not None:
+                rows.append([f"layer {layer}, fit, held out", str(experts.report.held_out)])
     if steering.fingerprint is not None:
         known = {key: value for key, value in asdict(steering.fingerprint).items() if key != "probe"}
         rows.append(["model", ", ".join(f"{key} {value}" for key, value in known.items())])

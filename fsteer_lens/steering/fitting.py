@@ -2,13 +2,13 @@
 
 import inspect
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from fsteer_lens.errors import DataError, InputError, MismatchError
 from fsteer_lens.ground.checks import choice, require_unset
 from fsteer_lens.hooks.scopes import Scope
 from fsteer_lens.method.experts import Experts
-from fsteer_lens.method.fitting_experts import fit_experts
+from fsteer_lens.method.fitting_experts import CLOSED, PRESETS, Preset, fit_experts
 from fsteer_lens.method.fitting_gates import FOLDS, SUBSPACE_KINDS, GateOptions, Kind, fit_gate
 from fsteer_lens.method.gates import Gate
 from fsteer_lens.prompts.formats import merge_formats
@@ -30,7 +30,7 @@ def fit(
     experts: Experts | None = None,
     strength: float = 1.0,
     scope: Scope | None = None,
-    preset: Literal["paper"] | None = None,
+    preset: Preset | None = None,
     **options: Any,
 ) -> FineSteer:
     """Fit gate and experts and put them together.
@@ -43,7 +43,8 @@ def fit(
         experts: fitted experts; None fits them.
         strength, scope: as in `FineSteer`.
         preset: "paper" is the published method: experts of Eq. 11-14, a step CDF calibrated on the very queries that
-            the basis was fitted to, every position steered.
+            the basis was fitted to, every position steered. "0.1" and "closed_form" are about the experts alone, see
+            `fit_experts`; folds of the latter never split a group of the activations.
         options: `schedule`, `refresh` and `gate_layer` of `FineSteer`, and further arguments of `fit_gate` and
             `fit_experts`, by name; `seed` goes to both.
 
@@ -58,7 +59,10 @@ def fit(
     by_default = "quantile" if general is None else "logistic"
     kind = None if isinstance(gate, Gate) else by_default if gate is None else gate
     if preset is not None:
-        choice("preset", preset, ("paper",))
+        choice("preset", preset, [name for name in PRESETS if name is not None])
+        if preset != "paper" and experts is not None:
+            raise InputError(f"fit(preset={preset!r})", expected="to fit the experts", got="experts=")
+    if preset == "paper":
         if kind is None or experts is not None or general is not None:
             raise InputError(
                 'fit(preset="paper")', expected="to fit the gate (one-class) and the experts", got="parts, or general="
@@ -72,7 +76,7 @@ def fit(
         raise InputError("fit", got="general= with a gate that is already fitted", fix="Leave one of them out.")
     for_gate = set() if kind is None else {"calibration", *GateOptions.__annotations__}
     for_experts = set() if experts is not None else set(inspect.signature(fit_experts).parameters)
-    for_experts -= {"queries", "shifts", "preset"}
+    for_experts -= {"queries", "shifts", "preset", "groups"}
     known = for_gate | for_experts | PLACING
     unknown = set(options) - known
     if unknown:
@@ -111,6 +115,7 @@ def fit(
             own.queries,
             own.shifts,
             preset=preset,
+            groups=_groups_of(own) if preset == CLOSED else None,
             **{name: value for name, value in options.items() if name in for_experts},
         )
     first = next(iter(layers.values()))
@@ -127,6 +132,11 @@ def fit(
         fingerprint=_fingerprint_of(list(layers.values())),
         prompt_format=merge_formats(own.prompt_format for own in layers.values()),
     )
+
+
+def _groups_of(own: Activations) -> tuple[str | None, ...] | None:
+    """The groups, if there is anything to keep apart: where all prompts are of one group, folds are random."""
+    return own.groups if len(set(own.groups)) > 1 else None
 
 
 def _fingerprint_of(activations: Sequence[Activations]) -> Fingerprint | None:

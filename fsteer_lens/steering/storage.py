@@ -14,8 +14,8 @@ from fsteer_lens.hooks.chains import Chain
 from fsteer_lens.hooks.objects import HookObject, Link
 from fsteer_lens.hooks.probes import ExpertProbe, SubspaceAblation, SubspaceProbe
 from fsteer_lens.hooks.scopes import Schedule, Window
-from fsteer_lens.method.controller import Controller
-from fsteer_lens.method.experts import Experts, FitReport
+from fsteer_lens.method.controller import Controller, LinearController
+from fsteer_lens.method.experts import Experts, FitReport, HeldOut
 from fsteer_lens.method.gates import CutGate, MaxGate, MinGate, NotGate
 from fsteer_lens.method.linear_gates import CosineGate, LinearGate
 from fsteer_lens.method.subspace import Subspace
@@ -40,6 +40,8 @@ CLASSES: Mapping[str, Any] = {
         FineSteer,
         Fingerprint,
         FitReport,
+        HeldOut,
+        LinearController,
         LinearGate,
         LogisticGate,
         MaxGate,

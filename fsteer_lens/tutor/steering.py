@@ -1,8 +1,9 @@
 """Steering for the tutor, with the defaults that were chosen on its valid split."""
 
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from fsteer_lens.ground.checks import require_unset
+from fsteer_lens.method.fitting_experts import Preset
 from fsteer_lens.method.fitting_gates import DIRECTION_KINDS, SUBSPACE_KINDS
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.reading.activations import Activations, collect, collect_queries
@@ -38,7 +39,7 @@ def activations(
 def fit(
     model: SteerableModel,
     behaviour: str = "safe",
-    preset: Literal["paper"] | None = None,
+    preset: Preset | None = None,
     *,
     layer: int | None = None,
     rank: int | None = None,
@@ -51,7 +52,7 @@ def fit(
     Args:
         model: the tutor, from `load`.
         behaviour: "safe" or "honest".
-        preset: "paper" is the published method, see `fsteer_lens.fit`; None is our default.
+        preset: "paper" is the published method; that and the others as in `fsteer_lens.fit`. None is our default.
         layer: where to steer; None takes the behaviour's own.
         rank: of the gate's subspace; None takes the tutor's own.
         activations: from `tutor.activations`, where they are collected already.
