@@ -80,7 +80,7 @@ def made_up(n_prompts: int, ranks: int) -> Explorer:
     )
     subject = Subject(FineSteer(experts, gate, layer=0), 0)
     told = pictured(subject, groups, rows, rows)
-    return Explorer(subject, Model(), told, max_new_tokens=1, chat=False, title="", unknown=None, wrap=None)
+    return Explorer(subject, Model(), told, max_new_tokens=1, formatting={}, title="", unknown=None, wrap=None)
 
 
 def main() -> None:
