@@ -62,7 +62,7 @@ def every_figure() -> dict[str, Any]:
         "gate_separation": figures.gate_separation(gate, ir, general, names=(ATTACKS[2], ATTACKS[1])),
         "scree": figures.scree(fit_subspace(ir), rank_sweep_of(torch.rand(12)), rank=3),
         "layer_position": figures.layer_position(path_of(torch.randn(3, n), ATTACKS), what="cosine"),
-        "steer_compare": figures.steer_compare(trace, titles=ATTACKS),
+        "steer_compare": figures.steer_compare(trace, titles=ATTACKS[: trace.n_rows]),
         "logprob_change": figures.logprob_change(ATTACKS, change),
         "strength_sweep": figures.strength_sweep({ATTACKS[2]: made, "b": made}),
         "layer_sweep": figures.layer_sweep(layers),

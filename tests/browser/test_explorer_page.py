@@ -58,9 +58,8 @@ def explorer_of(steering, rows, names=NAMES, sizes=SIZES) -> Explorer:
     }
     subject = Subject(steering, 0)
     told = pictured(subject, grouped(prompts, None), rows, rows)
-    return Explorer(
-        subject, Model(), told, max_new_tokens=3, formatting={}, title=f"T {HOSTILE}", unknown=lambda text: {}, wrap=None
-    )
+    options: Any = {"title": f"T {HOSTILE}", "unknown": lambda text: {}, "wrap": None}
+    return Explorer(subject, Model(), told, max_new_tokens=3, formatting={}, **options)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import torch
 from fsteer_lens import FineSteer, generate, harness, models, tutor
 from fsteer_lens.errors import ContextLengthError, InputError
 from fsteer_lens.models import SteerableModel
+from fsteer_lens.prompts.passes import Passes
 from fsteer_lens.run.teacher_forcing import answer_logprobs, answered
 from fsteer_lens.steering import MeanShift
 from fsteer_lens.tutor.loading import FOLDER
@@ -128,12 +129,12 @@ def assert_same_numbers(ours: dict[str, Any], theirs: dict[str, Any], texts_of: 
 
 
 def test_unsteered_tutor_has_the_numbers_of_the_harness_own_model(model: SteerableModel, evaluate: Evaluate) -> None:
-    """The tutor's tokenizer puts no <bos> in front: the harness' own model gets it in the text."""
+    """The tutor's tokenizer puts its <bos> in front, as a Llama's does."""
     lm = harness.lm(model, batch_size=4, progress=False)
     assert isinstance(lm, LM)
-    own = hugging_face(FOLDER)
     ours = evaluate(lm, of_tutor())
-    assert_same_numbers(ours, evaluate(own, of_tutor("<bos>")), texts_of=evaluate(own, of_tutor()))
+    one_bos = evaluate(hugging_face(FOLDER, add_bos_token=False), of_tutor())
+    assert_same_numbers(ours, evaluate(hugging_face(FOLDER), of_tutor()), texts_of=one_bos)
     written = evaluate(lm, of_tutor("<bos>"))
     assert all(logprobs(ours, task) == logprobs(written, task) for task in LOGPROB) and texts(ours) == texts(written)
     without = evaluate(harness.lm(model, batch_size=4, add_bos_token=False, progress=False), of_tutor())
@@ -161,7 +162,7 @@ def test_steered_numbers_are_those_of_our_own_passes(
 
     sums = []
     for side in (0, 1):
-        rows = answered(model, prompts, [record["choices"][side] for record in records])
+        rows = answered(model, prompts, [record["choices"][side] for record in records], Passes())
         sums.append([float(row.sum()) for row in answer_logprobs(model, rows, steering)])
     expected = torch.tensor(sums).T
     torch.testing.assert_close(torch.tensor(logprobs(results, "choice")), expected, atol=1e-3, rtol=0)
@@ -186,7 +187,7 @@ def test_perplexity_under_a_vector_that_is_always_on(tutor_model: SteerableModel
     whole = [record["prompt"] + record["choices"][0] for record in records]
     sums = [
         float(row.sum())
-        for row in answer_logprobs(tutor_model, answered(tutor_model, [bos] * len(whole), whole), shift)
+        for row in answer_logprobs(tutor_model, answered(tutor_model, [bos] * len(whole), whole, Passes()), shift)
     ]
     assert [one[0] for one in logprobs(results, "text")] == pytest.approx(sums, abs=1e-3)
     plain = evaluate(harness.lm(tutor_model, progress=False), records)

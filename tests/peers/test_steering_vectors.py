@@ -45,7 +45,7 @@ def cosine(one: Tensor, other: Tensor) -> float:
 def of_context() -> tuple[list[Contrast], list[Pair]]:
     """Contrasts of a context, and the two texts that they stand for."""
     contrasts = list(tutor.data("safe").train[::40])
-    return contrasts, [(f"<bos>{one.context}{one.prompt}", f"<bos>{one.prompt}") for one in contrasts]
+    return contrasts, [(f"{one.context}{one.prompt}", f"{one.prompt}") for one in contrasts]
 
 
 def of_answers(model: SteerableModel) -> tuple[list[Contrast], list[Pair]]:
@@ -55,7 +55,7 @@ def of_answers(model: SteerableModel) -> tuple[list[Contrast], list[Pair]]:
     words = [f" {word}" for word in ("yes", "no", "a", "the", "is", "to") if len(answer_ids(model, f" {word}")) == 1]
     assert len(words) >= 2
     contrasts = [Contrast(p, words[i % len(words)], words[(i + 1) % len(words)]) for i, p in enumerate(prompts)]
-    pairs = [(f"<bos>{one.prompt}{one.preferred}", f"<bos>{one.prompt}{one.undesired}") for one in contrasts]
+    pairs = [(f"{one.prompt}{one.preferred}", f"{one.prompt}{one.undesired}") for one in contrasts]
     for one, (text, _) in zip(contrasts, pairs, strict=True):
         assert tokenizer(text).input_ids == [*prompt_ids(model, one.prompt), *answer_ids(model, one.preferred)]
     return contrasts, pairs
