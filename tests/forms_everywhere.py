@@ -27,6 +27,11 @@ answers = ["yes.", "no.", "yes."]
 h = acts.queries[:3]
 
 
+def searched(splits: Splits) -> Any:
+    options: Any = {"layers": [4], "strengths": [0.5], "shift": "last_prompt", "method": mean_shift}
+    return fl.search(model, splits, budget=64, **options, **quiet).to_records()
+
+
 def page(contrasts: Any, others: Any) -> Any:
     """A report's title and how many of its prompts were generated for."""
     made = steering_report(model, steering, contrasts, others, max_new_tokens=2, sweep=False, **quiet)
@@ -68,16 +73,7 @@ takes_prompts = {
             model, {4: acts}, held, p, methods={"mean": fl.steering.fit_mean_shift}, batch_size=4, **quiet
         )
     ),
-    "search": lambda p: fl.search(
-        model,
-        Splits(train, held, p),
-        budget=64,
-        layers=[4],
-        strengths=[0.5],
-        shift="last_prompt",
-        method=mean_shift,
-        **quiet,
-    ).to_records(),
+    "search": lambda p: searched(Splits(train, held, p)),
     "steering_report": lambda p: page(held, p),
     "setting of a suite": lambda p: evaluation.Setting().ids(model, p),
     "rank_explorer": lambda p: figures.rank_explorer(
@@ -94,16 +90,7 @@ takes_contrasts = {
         effects.rank_sweep(steering, h, -h, ranks=[2], model=model, contrasts=c, **quiet).effect[2].value
     ),
     "strength_sweep": lambda c: numbers(effects.strength_sweep(model, steering, c, general, strengths=[1.0], **quiet)),
-    "search": lambda c: fl.search(
-        model,
-        Splits(train, c, general),
-        budget=64,
-        layers=[4],
-        strengths=[0.5],
-        shift="last_prompt",
-        method=mean_shift,
-        **quiet,
-    ).to_records(),
+    "search": lambda c: searched(Splits(train, c, general)),
     "steering_report": lambda c: page(c, ()),
     "tutor.exact": lambda c: tutor.exact(model, steering, c).tolist(),
 }

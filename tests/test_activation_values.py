@@ -1,10 +1,9 @@
 """Activations as data: rows are chosen, put together and kept in files that are trusted as little as a steering's."""
 
-import hashlib
-import json
 import struct
 from collections.abc import Callable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from fsteer_lens.models import SteerableModel
 from fsteer_lens.reading.fingerprints import Fingerprint
 from fsteer_lens.reading.stored import FORMAT
 from fsteer_lens.steering import fit_mean_shift
+from tests import sealed_files
 from tests.compare import same
 
 D, N = 6, 8
@@ -317,24 +317,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
-def parts(content: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes]:
-    """Index of the tensors, our own header, and the tensors' bytes."""
-    size = int.from_bytes(content[:8], "little")
-    index = json.loads(content[8 : 8 + size])
-    return index, json.loads(index.pop("__metadata__")[FORMAT.name]), content[8 + size :]
-
-
-def sealed(index: dict[str, Any], own: dict[str, Any], data: bytes) -> bytes:
-    """A file of these parts under a checksum that fits, as somebody would make who means harm."""
-    digest = hashlib.sha256(json.dumps(own["tree"], sort_keys=True, separators=(",", ":")).encode())
-    kinds = {"F32": "torch.float32", "I64": "torch.int64", "U8": "torch.uint8", "I32": "torch.int32"}
-    for name in sorted(index):
-        entry = index[name]
-        digest.update(f"{name}{kinds[entry['dtype']]}{entry['shape']}".encode())
-        digest.update(data[slice(*entry["data_offsets"])])
-    own = {**own, "sha256": digest.hexdigest()}
-    text = json.dumps({**index, "__metadata__": {FORMAT.name: json.dumps(own)}}).encode()
-    return struct.pack("<Q", len(text)) + text + data
+parts, assembled = (partial(of, name=FORMAT.name) for of in (sealed_files.parts, sealed_files.assembled))
 
 
 def attempt(path: Path, content: bytes) -> Any:
@@ -348,7 +331,7 @@ def attempt(path: Path, content: bytes) -> Any:
 
 def test_the_checksum_of_these_tests_is_the_files_own(whole: bytes, tmp_path: Path) -> None:
     index, own, data = parts(whole)
-    assert same(attempt(tmp_path / "again", sealed(index, own, data)), made())
+    assert same(attempt(tmp_path / "again", assembled(index, own, data)), made())
 
 
 @settings(max_examples=200)
@@ -369,7 +352,7 @@ def with_field(name: str, value: Any) -> Callable[[bytes], bytes]:
     def change(content: bytes) -> bytes:
         index, own, data = parts(content)
         pairs = [pair for pair in own["tree"]["map"] if pair[0] != name]
-        return sealed(index, {**own, "tree": {"map": [*pairs, [name, value]]}}, data)
+        return assembled(index, {**own, "tree": {"map": [*pairs, [name, value]]}}, data)
 
     return change
 
@@ -382,7 +365,7 @@ def with_lengths(change: Callable[[np.ndarray], Any]) -> Callable[[bytes], bytes
         start, end = index["activations.labels.lengths"]["data_offsets"]
         lengths = np.frombuffer(data[start:end], "<i8").copy()
         change(lengths)
-        return sealed(index, own, data[:start] + lengths.tobytes() + data[end:])
+        return assembled(index, own, data[:start] + lengths.tobytes() + data[end:])
 
     return changed
 
@@ -390,11 +373,11 @@ def with_lengths(change: Callable[[np.ndarray], Any]) -> Callable[[bytes], bytes
 def with_nan(content: bytes) -> bytes:
     index, own, data = parts(content)
     start, _ = index["activations.queries"]["data_offsets"]
-    return sealed(index, own, data[:start] + struct.pack("<f", float("nan")) + data[start + 4 :])
+    return assembled(index, own, data[:start] + struct.pack("<f", float("nan")) + data[start + 4 :])
 
 
 def of_version(version: Any) -> Callable[[bytes], bytes]:
-    return lambda content: sealed(*(lambda i, o, d: (i, {**o, "version": version}, d))(*parts(content)))
+    return lambda content: assembled(*(lambda i, o, d: (i, {**o, "version": version}, d))(*parts(content)))
 
 
 BAD: dict[str, Callable[[bytes], bytes]] = {

@@ -227,7 +227,9 @@ def test_parts_that_contradict_each_other_do_not_go_together(model: SteerableMod
 def test_what_knows_nothing_fits_anything(model: SteerableModel) -> None:
     bare = MeanShift(torch.ones(16), layer=1)
     for chat in (None, True, False):
-        fs.generate(model, TEXTS[0], bare, chat=chat, max_new_tokens=2, **QUIET)
+        ids = prompt_ids(model, TEXTS[0], chat=bool(chat))
+        asked = fs.generate(model, TEXTS[0], bare, chat=chat, max_new_tokens=2, **QUIET)
+        assert asked[0].tokens == fs.generate(model, [ids], bare, max_new_tokens=2, **QUIET)[0].tokens
 
 
 def test_old_files_put_a_bos_in_front(tutor_model: SteerableModel) -> None:

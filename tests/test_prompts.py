@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fsteer_lens.errors import DataError, InputError
 from fsteer_lens.prompts import Contrast, ContrastSet
-from fsteer_lens.prompts.contrasts import check_prompt, prompt_text
+from fsteer_lens.prompts.forms import check_prompt, prompt_text
 
 TRUTHFULQA = Path(__file__).parents[1] / ".." / "shared" / "data" / "truthfulqa" / "TruthfulQA.csv"
 ROWS = [

@@ -1,7 +1,6 @@
 """Files that can be trusted: whatever is done to one, loading it ends in one of our errors or in an equal value."""
 
 import contextlib
-import hashlib
 import json
 import os
 import pickle
@@ -11,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from fsteer_lens.reading.fingerprints import Fingerprint
 from fsteer_lens.steering import MeanShift
 from fsteer_lens.steering.steering import Steering
 from fsteer_lens.steering.storage import FORMAT
-from tests import made_up
+from tests import made_up, sealed_files
 from tests.compare import same
 
 WIDTH = 6
@@ -66,25 +66,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[HookObject, bytes]:
     return value, path.read_bytes()
 
 
-def parts(content: bytes) -> tuple[dict[str, Any], dict[str, Any], bytes]:
-    """Index of the tensors, our own header, and the tensors' bytes."""
-    size = int.from_bytes(content[:8], "little")
-    index = json.loads(content[8 : 8 + size])
-    return index, json.loads(index.pop("__metadata__")[FORMAT.name]), content[8 + size :]
-
-
-def assembled(index: dict[str, Any], own: Any, data: bytes, *, sealed: bool = True) -> bytes:
-    """A file of these parts; sealed with a checksum that fits, as somebody would who means harm."""
-    if sealed:
-        digest = hashlib.sha256(json.dumps(own["tree"], sort_keys=True, separators=(",", ":")).encode())
-        kinds = {"F32": "torch.float32", "F64": "torch.float64", "I64": "torch.int64", "F16": "torch.float16"}
-        for name in sorted(index):
-            entry = index[name]
-            digest.update(f"{name}{kinds.get(entry['dtype'], entry['dtype'])}{entry['shape']}".encode())
-            digest.update(data[slice(*entry["data_offsets"])])
-        own = {**own, "sha256": digest.hexdigest()}
-    text = json.dumps({**index, "__metadata__": {FORMAT.name: json.dumps(own)}}).encode()
-    return struct.pack("<Q", len(text)) + text + data
+parts, assembled = (partial(of, name=FORMAT.name) for of in (sealed_files.parts, sealed_files.assembled))
 
 
 def attempt(path: Path, content: bytes) -> Any:

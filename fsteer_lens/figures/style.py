@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import several
-from fsteer_lens.prompts.contrasts import Prompt, prompt_text
+from fsteer_lens.prompts.forms import Prompt, prompt_text
 
 if TYPE_CHECKING:
     import plotly.graph_objects

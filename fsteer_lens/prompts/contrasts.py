@@ -17,9 +17,7 @@ from fsteer_lens.ground.checks import brief, choice, clean_text, finite, normali
 from fsteer_lens.ground.files import write_atomically
 from fsteer_lens.ground.tables import read_csv, read_jsonl
 from fsteer_lens.prompts.columns import Columns, Table, parts_of_rows
-from fsteer_lens.prompts.forms import Message, Prompt, as_prompt, check_prompt, prompt_text
-
-__all__ = ["Contrast", "ContrastSet", "Message", "Prompt", "Split", "check_prompt", "prompt_text"]
+from fsteer_lens.prompts.forms import Prompt, as_prompt, prompt_text
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 from fsteer_lens.errors import MismatchError
 from fsteer_lens.ground.checks import instance, normalised, optional, switch
 from fsteer_lens.models.conversion import prepends_bos
-from fsteer_lens.prompts.contrasts import Prompt
+from fsteer_lens.prompts.forms import Prompt
 from fsteer_lens.prompts.tokens import Tokenisation, require_tokenizer
 
 FORGET = "replace(steering, prompt_format=None)"

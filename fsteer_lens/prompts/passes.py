@@ -99,6 +99,8 @@ class Passes:
         Raises:
             MismatchError: something was asked for, or given with the prompts, that contradicts it.
         """
+        if remembered == PromptFormat():
+            return self
         names = ("chat", "chat_template_kwargs", "prepend_bos")
         given = {name: getattr(remembered if getattr(self, name) is None else self, name) for name in names}
         resolved = replace(self, **given)
