@@ -34,7 +34,8 @@ from fsteer_lens.method.subspace import Subspace, fit_subspace
 from fsteer_lens.method.subspace_gates import EnergyGate, LogisticGate, QuantileGate
 from fsteer_lens.prompts import tokens as tokens
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
-from fsteer_lens.reading.activations import Activations, collect, collect_queries
+from fsteer_lens.reading.activations import Activations
+from fsteer_lens.reading.collecting import collect, collect_queries
 from fsteer_lens.run.generation import Generation, Generations, generate, stream
 from fsteer_lens.selection.calibration import calibrate
 from fsteer_lens.selection.grid import search

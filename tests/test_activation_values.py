@@ -244,11 +244,12 @@ def test_known_and_unknown_models_are_not_mixed(trained: dict[int, Activations])
     quick: dict[str, Any] = {"rank": 4, "epochs": 2, "n_experts": 2}
     for call in (
         lambda: fit({2: trained[2], 4: unknown}, **quick),
-        lambda: fit(own, general=replace(unknown, shifts=None, shift=None), **quick),
+        lambda: fit(own, general=replace(unknown, shifts=None, shift=None), gate="logistic", **quick),
     ):
         with pytest.raises(MismatchError, match=r"of some the model is not known: .*fingerprint="):
             call()
-    assert fit(unknown, general=replace(unknown, queries=-own.queries), **quick).fingerprint is None
+    others = replace(unknown, queries=-own.queries)
+    assert fit(unknown, general=others, gate="logistic", **quick).fingerprint is None
 
 
 # --------------------------------------------------------------------------------------------------------------- files

@@ -9,6 +9,8 @@ import torch
 from fsteer_lens.errors import DataError, FsteerError, InputError, MismatchError, ShapeError
 from fsteer_lens.method.fitting_experts import fit_experts
 from fsteer_lens.method.fitting_gates import fit_gate
+from fsteer_lens.method.linear_gates import LinearGate
+from fsteer_lens.method.residual_gates import ResidualRatioGate
 from fsteer_lens.method.subspace_gates import EnergyGate, LogisticGate, QuantileGate
 from fsteer_lens.reading.activations import Activations
 from fsteer_lens.reading.fingerprints import Fingerprint
@@ -120,15 +122,19 @@ def test_groups_of_the_activations_cut_the_folds():
 def test_the_kind_of_gate_follows_what_is_given():
     own, others = activations(), general()
     kinds = [
-        ({}, QuantileGate),
-        ({"general": others}, LogisticGate),
-        ({"general": others, "gate": "logistic"}, LogisticGate),
-        ({"gate": "energy"}, EnergyGate),
+        ({"rank": 3}, QuantileGate),
+        ({"general": others}, LinearGate),
+        ({"general": others, "rank": 3, "gate": "logistic"}, LogisticGate),
+        ({"general": others, "rank": 3, "gate": "residual_ratio"}, ResidualRatioGate),
+        ({"rank": 3, "gate": "energy"}, EnergyGate),
     ]
+    quick = {"epochs": 2, "n_experts": 4}
     for options, kind in kinds:
-        assert type(fit(own, rank=3, **options, **QUICK).gate_at(2)) is kind
-    with pytest.raises(InputError, match="takes no general="):
-        fit(own, rank=3, general=others, gate="quantile", **QUICK)
+        assert type(fit(own, **options, **quick).gate_at(2)) is kind
+    with pytest.raises(InputError, match=r"got \['rank'\]"):
+        fit(own, rank=3, general=others, **quick)
+    looked_at = fit(own, rank=3, general=others, gate="quantile", **QUICK).gate_at(2)
+    assert torch.equal(looked_at.ratios, fit(own, rank=3, **QUICK).gate_at(2).ratios), "looked at, not fitted to"
 
 
 def test_fitted_parts_are_taken_as_they_are():
@@ -140,8 +146,8 @@ def test_fitted_parts_are_taken_as_they_are():
         fit(own, gate=gate, epsilon=0.1)
     with pytest.raises(InputError, match=r"got \['epochs'\]"):
         fit(own, experts=experts, epochs=3)
-    with pytest.raises(InputError, match=r"general= with a gate that is already fitted\. Leave one"):
-        fit(own, gate=gate, general=general())
+    with pytest.raises(InputError, match=r"near_misses=: expected a gate to fit"):
+        fit(own, gate=gate, near_misses=general())
 
 
 @pytest.mark.parametrize("option", ["epsilom", "shifts", "queries", "kind", "groups"])

@@ -271,8 +271,10 @@ def test_ranks_are_kept_up_to_the_limit_which_is_no_lower_than_the_rank():
     assert fit_gate(queries, rank=3).subspace.rank == 48
     assert fit_gate(queries, rank=3, max_rank=10).subspace.rank == 10
     assert fit_gate(queries, rank=20, max_rank=20).subspace.rank == 20
-    with pytest.raises(InputError, match="at least rank=20"):
+    with pytest.raises(InputError, match=r"got 10\. Leave it out, or choose within 20 to 48"):
         fit_gate(queries, rank=20, max_rank=10)
+    with pytest.raises(InputError, match=r"got 49\. Leave it out, or choose within 3 to 48"):
+        fit_gate(queries, rank=3, max_rank=49)
 
 
 # -------------------------------------------------------------------------------------------------------- cross-fitting
@@ -368,7 +370,7 @@ def test_folds_by_template_open_for_new_templates_where_random_folds_do_not():
 @pytest.fixture(scope="module")
 def tutor_activations():
     tutor = pytest.importorskip("fsteer_lens.tutor", reason="the tutor is not built")
-    from fsteer_lens.reading.activations import collect, collect_queries
+    from fsteer_lens.reading.collecting import collect, collect_queries
 
     try:
         model = tutor.load()

@@ -59,8 +59,14 @@ FITS: dict[str, tuple[str, Callable[[], Any]]] = {
     "gamma, energy": ("gamma", lambda: fit_gate(Q, rank=3, kind="energy", gamma=2.0)),
     "cdf, linear": ("cdf", lambda: fit_gate(Q, kind="linear", general=G, cdf="step")),
     "folds, cosine": ("folds", lambda: fit_gate(Q, kind="cosine", general=G, folds=3)),
-    "seed, linear": ("seed", lambda: fit_gate(Q, kind="linear", general=G, seed=0)),
-    "groups, linear": ("groups", lambda: fit_gate(Q, kind="linear", general=G, groups=GROUPS)),
+    "seed, linear": ("seed", lambda: fit_gate(Q, kind="linear", general=G, false_alarms=None, seed=1)),
+    "folds, linear": ("folds", lambda: fit_gate(Q, kind="linear", general=G, false_alarms=None, folds=3)),
+    "groups, linear": ("groups", lambda: fit_gate(Q, kind="linear", general=G, false_alarms=None, groups=GROUPS)),
+    "rank, linear": ("rank", lambda: fit_gate(Q, kind="linear", general=G, rank=3)),
+    "groups, cosine": ("groups", lambda: fit_gate(Q, kind="cosine", general=G, groups=GROUPS)),
+    "false_alarms, quantile": ("false_alarms", lambda: fit_gate(Q, rank=3, false_alarms=0.1)),
+    "near misses, logistic": ("near_misses", lambda: fit_gate(Q, rank=3, kind="logistic", general=G, near_misses=G)),
+    "copies of nothing": ("near_misses", lambda: fit_gate(Q, kind="linear", general=G, augment={"near_misses": G})),
     "max_rank, linear": ("max_rank", lambda: fit_gate(Q, kind="linear", general=G, max_rank=3)),
     "folds and calibration": ("folds", lambda: fit_gate(Q, rank=3, calibration=Q, folds=5)),
     "seed and calibration": ("seed", lambda: fit_gate(Q, rank=3, calibration=Q, seed=1)),
@@ -69,12 +75,15 @@ FITS: dict[str, tuple[str, Callable[[], Any]]] = {
     "seed in-sample": ("seed", lambda: fit_gate(Q, rank=3, folds=None, seed=1)),
     "seed and groups": ("seed", lambda: fit_gate(Q, rank=3, groups=GROUPS, seed=1)),
     "max_rank below the rank": ("max_rank", lambda: fit_gate(Q, rank=3, max_rank=2)),
-    "fit: epsilon, logistic": ("epsilon", lambda: fit(OWN, general=OTHERS, rank=3, epsilon=0.1, **QUICK)),
-    "fit: folds, linear": ("folds", lambda: fit(OWN, general=OTHERS, gate="linear", folds=3, **QUICK)),
+    "fit: epsilon, logistic": (
+        "epsilon",
+        lambda: fit(OWN, general=OTHERS, rank=3, gate="logistic", epsilon=0.1, **QUICK),
+    ),
+    "fit: folds, cosine": ("folds", lambda: fit(OWN, general=OTHERS, gate="cosine", folds=3, **QUICK)),
     "fit: rank, linear": ("rank", lambda: fit(OWN, general=OTHERS, gate="linear", rank=3, **QUICK)),
     "fit: rank, a fitted gate": ("rank", lambda: fit(OWN, gate=GATE, rank=3, **QUICK)),
     "fit: epsilon, a fitted gate": ("epsilon", lambda: fit(OWN, gate=GATE, epsilon=0.1, **QUICK)),
-    "fit: general, a fitted gate": ("general", lambda: fit(OWN, gate=GATE, general=OTHERS, **QUICK)),
+    "fit: near misses, a fitted gate": ("near_misses", lambda: fit(OWN, gate=GATE, near_misses=OTHERS, **QUICK)),
     "fit: epochs, fitted experts": ("epochs", lambda: fit(OWN, rank=3, experts=EXPERTS, epochs=3)),
     "fit: seed, nothing is drawn": ("seed", lambda: fit(OWN, rank=3, experts=EXPERTS, seed=1)),
     "fit: folds and calibration": ("folds", lambda: fit(OWN, rank=3, calibration=Q, folds=3, **QUICK)),
@@ -100,6 +109,9 @@ def test_the_same_options_are_taken_where_they_do_something() -> None:
     assert differs(folds=3) and differs(folds=None) and differs(seed=1) and differs(groups=GROUPS)
     assert differs(calibration=Q[:20]) and differs(epsilon=0.5) and differs(gamma=1.0, epsilon=0.5)
     assert differs(kind="logistic", general=G, folds=3)
+    plain = fit_gate(Q, kind="linear", general=G)
+    for options in ({"folds": 3}, {"seed": 1}, {"groups": GROUPS}, {"false_alarms": 0.2}):
+        assert fit_gate(Q, kind="linear", general=G, **options).threshold != plain.threshold  # type: ignore[arg-type]
     assert fit_gate(Q, rank=3, max_rank=4).ranks == 4
     by_seed = [fit(activations(grouped=False), rank=3, experts=EXPERTS, seed=seed) for seed in (0, 1)]
     gates = [one.gate_at(2) for one in by_seed]
@@ -200,7 +212,7 @@ def test_a_rank_that_was_not_fitted_says_how_to_fit_it() -> None:
         fit(OWN, rank=3, max_rank=5, **QUICK).at_rank(8)
     with pytest.raises(InputError, match="larger rank="):
         fit_subspace(Q, rank=3).at_rank(4)
-    with pytest.raises(InputError, match=r"an int >= 3, got 2\. Leave it out, or let it be at least rank=3"):
+    with pytest.raises(InputError, match=r"an int in 3\.\.10, got 2\. Leave it out, or choose within 3 to 10"):
         fit_gate(Q, rank=3, max_rank=2)
     with pytest.raises(InputError, match=r"Choose a rank within\.$"):
         fit_gate(torch.randn(200, 4), rank=5)  # more queries would not help: there are four directions

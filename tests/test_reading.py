@@ -128,13 +128,13 @@ def test_a_report_reads_all_layers_in_one_pass(
     by = fit({layer: trained[layer] for layer in (2, 4)}, epochs=1)
     general = [task.prompt for task in told.general_valid[:2]]
     seen: list[tuple[list[int], int]] = []
-    whole = Reader.last
+    whole = Reader.prompts
 
-    def last(self: Reader, rows: Any) -> Any:
+    def prompts(self: Reader, rows: Any, *options: Any) -> Any:
         seen.append((self.layers, len(rows)))
-        return whole(self, rows)
+        return whole(self, rows, *options)
 
-    monkeypatch.setattr(Reader, "last", last)
+    monkeypatch.setattr(Reader, "prompts", prompts)
     steering_report(tutor_model, by, CONTRASTS, general, max_new_tokens=2, sweep=False, progress=False)
     of_prompts = [layers for layers, rows in seen if rows == len(CONTRASTS) + len(general)]
     assert of_prompts == [[2, 4]]

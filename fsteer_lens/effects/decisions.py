@@ -206,11 +206,14 @@ def explain_gate(
     steering.session_on(model)  # was it fitted on this model?
     asked = as_prompt(prompt)
     passes = passes_of("explain_gate", options, model, steering, [asked])
-    ids = tuple(passes.tokenisation(model).ids(asked))
+    tokenisation = passes.tokenisation(model)
+    ids = tuple(tokenisation.ids(asked))
     limit = optional(whole, "limit", limit, 0, why="or None for all")
     first = 0 if limit is None else max(0, len(ids) - limit)
     shorter = [ids[:place] + ids[place + 1 :] for place in range(first, len(ids))] if len(ids) > 1 else []
-    h = Reader(model, where, steering.site, batch_size=passes.batch_size).last([ids, *shorter])[where]
+    reader = Reader(model, where, steering.site, batch_size=passes.batch_size)
+    rows = [ids, *shorter]
+    h = reader.prompts(rows, tokenisation.tails(rows), (gate.read,))[gate.read][where]
     h = require_matrix(h, f"activations at layer {where}")
     ratios = gate.subspace.energy_ratio(h, gate.rank).cpu()
     ratio, without = float(ratios[0]), torch.full((len(ids),), torch.nan, dtype=torch.float32, device="cpu")

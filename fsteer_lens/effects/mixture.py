@@ -19,7 +19,7 @@ from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.devices import device_of
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
 from fsteer_lens.prompts.tokens import require_tokenizer
-from fsteer_lens.reading.reader import Reader
+from fsteer_lens.reading.reader import read_prompts
 from fsteer_lens.steering.steering import FineSteer
 
 
@@ -153,8 +153,8 @@ def expert_knockout(
         raise InputError("expert_knockout", expected="contrasts, and at least two experts that are on", got=on)
     run = run.following(remembered(steering), model, [contrast.prompt for contrast in contrasts])
     if queries is None:
-        ids = run.ids(model, contrasts.prompts)
-        queries = Reader(model, where, steering.site, batch_size=run.batch_size).last(ids)[where]
+        found = read_prompts(model, contrasts.prompts, run, where, (steering.read,), site=steering.site)
+        queries = found[steering.read][where]
     if len(queries) != len(contrasts):
         raise InputError("queries", expected=f"one for each of {len(contrasts)} contrasts", got=len(queries))
     with run.bar(1 + len(on), "removing experts") as advance:

@@ -17,7 +17,8 @@ from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
 from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
-from fsteer_lens.reading.activations import Activations, Shift, collect
+from fsteer_lens.reading.activations import Activations, Shift
+from fsteer_lens.reading.collecting import collect
 from fsteer_lens.run.teacher_forcing import answer_divergences, answered
 from fsteer_lens.steering.fitting import fit
 from fsteer_lens.steering.steering import Steering

@@ -5,7 +5,7 @@ from typing import Any
 from fsteer_lens.hooks.scopes import Scope
 from fsteer_lens.reading.activations import Activations
 from fsteer_lens.steering.baselines import fit_mean_shift
-from fsteer_lens.steering.fitting import fit
+from fsteer_lens.steering.fitting import put_together
 from fsteer_lens.steering.steering import Steering
 
 
@@ -40,11 +40,11 @@ def fit_ablations(
         InputError: a rank that the folds do not allow.
     """
     placed: dict[str, Any] = {"strength": strength, "scope": scope}
-    whole = fit(activations, rank=rank, seed=seed, **placed)
+    whole = put_together(activations, rank=rank, seed=seed, **placed)
     gate, experts = whole.gate_at(activations.layer), whole.experts_at(activations.layer)
 
     def mixed(**changed: Any) -> Steering:
-        return fit(activations, gate=gate, seed=seed, **placed, **changed)
+        return put_together(activations, gate=gate, seed=seed, **placed, **changed)
 
     return {
         "whole": whole,
@@ -52,7 +52,7 @@ def fit_ablations(
         "no experts": fit_mean_shift(activations, gate=gate, **placed),
         "one expert": mixed(n_experts=1),
         "no residual": whole.without_residual(),
-        "no cross-fitting": fit(activations, rank=rank, experts=experts, folds=None, **placed),
+        "no cross-fitting": put_together(activations, rank=rank, experts=experts, folds=None, **placed),
         "no routing loss": mixed(route_loss=0.0),
         "unit prototypes": mixed(prototype_scale="unit"),
     }

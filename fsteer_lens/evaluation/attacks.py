@@ -29,7 +29,7 @@ from fsteer_lens.method.linalg import require_matrix
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.forms import Prompt, texts_of
 from fsteer_lens.prompts.passes import Passes, PassOptions
-from fsteer_lens.reading.reader import Reader
+from fsteer_lens.reading.reader import read_prompts
 from fsteer_lens.steering.steering import Steering
 
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
@@ -200,8 +200,8 @@ def attack_gate(
         return [{"role": "user", "content": text}] if format is None and run.chat else (format or str)(text)
 
     def read(texts: Sequence[str]) -> Float[Tensor, "n d"]:
-        rows = run.ids(model, [put(text) for text in texts])
-        found = Reader(model, where, batch_size=run.batch_size).last(rows)[where]
+        asked = [put(text) for text in texts]
+        found = read_prompts(model, asked, run, where, (attacked.read,))[attacked.read][where]
         return require_matrix(found, f"activations at layer {where}")
 
     def judged(h: Float[Tensor, "n d"]) -> tuple[list[float], list[bool]]:

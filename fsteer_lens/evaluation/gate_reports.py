@@ -5,7 +5,6 @@ left alone for which it opens. Both are shares of prompts that no gate was fitte
 intervals. A gate is not a security boundary: `attacks` measures how little it takes to shut one.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Unpack
@@ -21,11 +20,14 @@ from fsteer_lens.ground.checks import choice, finite, instance, normalised, opti
 from fsteer_lens.ground.estimates import Proportion, auroc
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.hooks.objects import remembered
-from fsteer_lens.method.gates import OPEN, Gate, oriented, require_gate
+from fsteer_lens.method.contrasting import cut_at_rate
+from fsteer_lens.method.gates import OPEN, Gate, Reading, oriented, require_gate
+from fsteer_lens.method.linalg import require_matrix
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.forms import Prompt, texts_of
 from fsteer_lens.prompts.passes import Passes, PassOptions
-from fsteer_lens.reading.activations import collect_queries
+from fsteer_lens.reading.collecting import READING
+from fsteer_lens.reading.reader import read_prompts
 from fsteer_lens.steering.steering import Steering
 
 Texts = Iterable[str] | Mapping[str, Iterable[str]]
@@ -52,15 +54,8 @@ def threshold_at_rate(gate: Gate, rate: float, general: Float[Tensor, "n d"]) ->
     Raises:
         InputError: a rate outside, or too few activations for it.
     """
-    rate = finite("false-alarm rate", rate, above=0, below=1)
-    k = math.floor(rate * (len(general) + 1) + 1e-9)
-    if k < 1:
-        least = math.ceil(1 / rate) - 1
-        raise InputError("calibration", expected=f"at least {least} prompts for a rate of {rate}", got=len(general))
-    scores = gate.score(general).sort(descending=gate.opens_above).values
-    # a gate opens from its threshold upwards, so that has to lie just above; below it, not at it, where it opens there
-    beyond = scores.nextafter(scores.new_tensor(math.inf)) if gate.opens_above else scores
-    return float(beyond[k - 1])
+    cut = cut_at_rate(oriented(gate, general), finite("false-alarm rate", rate, above=0, below=1))
+    return cut if gate.opens_above else -cut
 
 
 @dataclass(frozen=True)
@@ -256,10 +251,16 @@ def gate_report(
     said = [put(Perturbation(NONE), text) for text in calibration]
     wanted = [(p, kind, text) for p in perturbations for kind, groups in kinds.items() for text in groups[ALL]]
     perturbed = [put(p, text) for p, _, text in wanted]
-    rows = collect_queries(model, said + perturbed, layer=where, **run.options).queries
-    cuts = {name: threshold_at_rate(gate, run.false_alarm_rate, rows[: len(said)]) for name, gate in named.items()}
+    reads: list[Reading] = list(dict.fromkeys(gate.read for gate in named.values()))
+    with run.bar(len(said) + len(perturbed), READING) as advance:
+        read = read_prompts(model, said + perturbed, run, where, reads, advance=advance)
+    rows = {way: require_matrix(found[where], f"activations at layer {where}") for way, found in read.items()}
+    cuts = {
+        name: threshold_at_rate(gate, run.false_alarm_rate, rows[gate.read][: len(said)])
+        for name, gate in named.items()
+    }
     at_rate = {name: gate.at_threshold(cuts[name]) for name, gate in named.items()}
-    queries = {(p.name, kind, text): h for (p, kind, text), h in zip(wanted, rows[len(said) :], strict=True)}
+    places = {(p.name, kind, text): place for place, (p, kind, text) in enumerate(wanted, len(said))}
     same: set[tuple[str, str]] = set()
     if keeps is not None:
         asked = [
@@ -270,8 +271,8 @@ def gate_report(
     found = []
     for name in names:
         for group in dict.fromkeys([*kinds[HARMFUL], *kinds[HARMLESS]]):
-            h = {
-                kind: torch.stack([queries[name, kind, text] for text in groups[group]])
+            at = {
+                kind: [places[name, kind, text] for text in groups[group]]
                 for kind, groups in kinds.items()
                 if group in groups
             }
@@ -279,6 +280,7 @@ def gate_report(
                 [(name, text) in same for text in kinds[HARMFUL].get(group, ())], dtype=torch.bool, device="cpu"
             )
             for gate, own in named.items():
+                h = {kind: rows[own.read][chosen] for kind, chosen in at.items()}
                 for rate, one in ((None, own), (run.false_alarm_rate, at_rate[gate])):
                     found.append(GateRow(gate, name, group, rate, *_shares(own, one, h, kept)))
     return GateReport(tuple(found), run.false_alarm_rate, cuts, len(calibration))

@@ -12,12 +12,12 @@ from fsteer_lens.errors import InputError
 from fsteer_lens.explorer.settings import Subject
 from fsteer_lens.figures.style import expert_colours, group_colours, plain
 from fsteer_lens.ground.checks import optional, whole
-from fsteer_lens.method.gates import OPEN
+from fsteer_lens.method.gates import OPEN, Reading
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.forms import Prompt, prompt_text, prompts_of
 from fsteer_lens.prompts.passes import Passes
-from fsteer_lens.reading.activations import READING
-from fsteer_lens.reading.reader import Reader
+from fsteer_lens.reading.collecting import READING
+from fsteer_lens.reading.reader import read_prompts
 
 MOST_CHARACTERS = 2000
 """A longer prompt is cut where it is shown; what is generated reads all of it."""
@@ -129,12 +129,15 @@ def grouped(prompts: Any, limit: int | None) -> tuple[Group, ...]:
 
 def read(subject: Subject, model: SteerableModel, groups: tuple[Group, ...], passes: Passes) -> Pictured:
     """Read the prompts' activations, and compute what the gate makes of them at every rank."""
-    ids = passes.ids(model, [prompt for group in groups for prompt in group.prompts])
-    layers = (subject.gate_layer, subject.layer)
-    with passes.bar(len(ids), READING) as advance:
-        site, size = subject.steering.site, passes.batch_size
-        found = Reader(model, sorted(set(layers)), site, batch_size=size, advance=advance).last(ids)
-    return pictured(subject, groups, *(found[layer] for layer in layers))
+    prompts = [prompt for group in groups for prompt in group.prompts]
+    asked: Reading = subject.steering.read if subject.gate is None else subject.gate.read
+    routed = subject.steering.read
+    layers = sorted({subject.gate_layer, subject.layer})
+    with passes.bar(len(prompts), READING) as advance:
+        found = read_prompts(
+            model, prompts, passes, layers, (asked, routed), site=subject.steering.site, advance=advance
+        )
+    return pictured(subject, groups, found[asked][subject.gate_layer], found[routed][subject.layer])
 
 
 def pictured(

@@ -19,16 +19,20 @@ from typing import Any, TypeVar, final
 from weakref import WeakKeyDictionary, ref
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from fsteer_lens.errors import HookError, MismatchError, ShapeError
 from fsteer_lens.hooks.positions import View
 from fsteer_lens.hooks.session import Acted, Point, PointHook, Session, State
+from fsteer_lens.method.gates import Reading
 from fsteer_lens.method.linalg import move
 from fsteer_lens.models.attaching import is_compiled, why_idle
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import DEFAULT_SITE, site_name
+from fsteer_lens.prompts.chat import NO_ARGUMENTS
 from fsteer_lens.prompts.formats import PromptFormat, merge_formats
+from fsteer_lens.prompts.tokens import Tokenisation
 from fsteer_lens.reading.fingerprints import Fingerprint, require_model
 from fsteer_lens.trace.trace import Trace
 
@@ -188,8 +192,18 @@ class HookObject(ABC):
             raise HookError(f"{self!r} cannot stay on this model", fix=why_idle(model))
         return Handle(model, self.session_on(model, prompt_lengths, attention_mask))
 
-    def session_on(self, model: SteerableModel, prompt_lengths: Any = None, attention_mask: Any = None) -> Session:
-        """A session for a model that was checked against the fingerprints (once per model)."""
+    def session_on(
+        self,
+        model: SteerableModel,
+        prompt_lengths: Any = None,
+        attention_mask: Any = None,
+        tails: Int[Tensor, " b"] | None = None,
+    ) -> Session:
+        """A session for a model that was checked against the fingerprints (once per model).
+
+        `tails` are the numbers of tokens after the user's turn; None takes every prompt for one of the format that the
+        links remember.
+        """
         for point in self.points:
             site_name(model, point.layer, point.site)
         if self.d_model not in (None, model.cfg.d_model):
@@ -214,7 +228,17 @@ class HookObject(ABC):
             if link.fingerprint not in known:
                 require_model(link.fingerprint, model, link.site)
                 known.add(link.fingerprint)
-        return Session(self, prompt_lengths, attention_mask)
+        own = [_tail(link, model) for link in self.links] if tails is None else [tails] * len(self.links)
+        return Session(self, prompt_lengths, attention_mask, own)
+
+
+def _tail(link: "Link", model: SteerableModel) -> Tensor | None:
+    """The number of tokens after a user's turn, [1], for a link that has to know it; None where nobody does."""
+    known = link.prompt_format
+    if "turn_end" not in link.reads or known is None or known.chat is None:
+        return None
+    told = Tokenisation(model, known.chat, known.arguments or NO_ARGUMENTS)
+    return torch.tensor([told.opening_tail], dtype=torch.long, device="cpu")
 
 
 def remembered(*fitted: Any) -> PromptFormat:
@@ -274,6 +298,11 @@ class Link(HookObject):
     def edited_layers(self) -> tuple[int, ...]:
         """Those of them where the stream may be edited, all of them unless it says otherwise; others are only read."""
         return self.hooked_layers
+
+    @property
+    def reads(self) -> tuple[Reading, ...]:
+        """What it reads of a prompt: the arguments that it gives to `state.query`."""
+        return ("last",)
 
     @property
     def stepwise(self) -> bool:

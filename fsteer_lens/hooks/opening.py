@@ -2,17 +2,20 @@
 
 from typing import Literal
 
-from jaxtyping import Int
+import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import choice, instance, optional
-from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.hooks.objects import HookObject, remembered
 from fsteer_lens.hooks.session import Session
+from fsteer_lens.method.gates import READINGS, Reading
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.tokens import Batch
+from fsteer_lens.prompts.chat import NO_ARGUMENTS
+from fsteer_lens.prompts.tokens import Batch, Tokenisation
 from fsteer_lens.reading import reader
-from fsteer_lens.reading.reader import at
+from fsteer_lens.reading.readings import of_prompt
 
 Read = Literal["clean", "live"]
 
@@ -42,7 +45,9 @@ def open_session(
     """
     instance("steering", hook_object, HookObject, "a steering, probe, ablation or chain")
     optional(choice, "read", read, ("clean", "live"))
-    session = hook_object.session_on(model, prompt_lengths, batch.mask)
+    reads: list[Reading] = [read for read in READINGS if any(read in link.reads for link in hook_object.links)]
+    tails = _tails(model, batch, hook_object, prompt_lengths) if "turn_end" in reads else None
+    session = hook_object.session_on(model, prompt_lengths, batch.mask, tails)
     stepwise = [link for link in hook_object.links if link.stepwise]
     if len(hook_object.points) == 1 or read == "live" or (read is None and stepwise):
         return session
@@ -53,8 +58,26 @@ def open_session(
             got=f"{stepwise[0]!r}, which decides at every step",
             fix='Use read="live".',
         )
-    last = batch.mask.long().argmax(dim=1) + prompt_lengths.to(batch.mask.device) - 1
-    queries = reader.read(model, batch, hook_object.points, lambda activation: at(activation, last))
+    prompt = batch.mask & (batch.mask.cumsum(dim=1) <= prompt_lengths.to(batch.mask.device).unsqueeze(1))
+
+    def keep(activation: Float[Tensor, "b s d"]) -> Float[Tensor, "reads b d"]:
+        return torch.stack([of_prompt(read, activation, prompt, tails) for read in reads])
+
+    queries = reader.read(model, batch, hook_object.points, keep)
     for state in session.states:
-        state.queries = {point.layer: queries[point] for point in state.link.points}
+        state.queries = {
+            read: {point.layer: queries[point][place] for point in state.link.points}
+            for place, read in enumerate(reads)
+        }
     return session
+
+
+def _tails(
+    model: SteerableModel, batch: Batch, hook_object: HookObject, prompt_lengths: Int[Tensor, " b"]
+) -> Int[Tensor, " b"]:
+    """How many tokens of each prompt come after the one that ends the user's turn."""
+    told = Tokenisation(model, arguments=remembered(hook_object).arguments or NO_ARGUMENTS)
+    rows = [
+        row[real][:length].tolist() for row, real, length in zip(batch.tokens, batch.mask, prompt_lengths, strict=True)
+    ]
+    return torch.tensor(told.tails(rows), dtype=torch.long, device="cpu")

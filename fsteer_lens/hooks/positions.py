@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fsteer_lens.errors import HookError
-from fsteer_lens.reading.reader import at
+from fsteer_lens.reading.readings import at
 
 PREFIX_TOLERANCE = 1e-3
 HALF_PREFIX_TOLERANCE = 2e-2

@@ -1,20 +1,21 @@
 """A session: one use of a hook object on one model, with positions, decisions and the trace that it fills."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from threading import Thread, current_thread
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fsteer_lens.errors import HookError, ShapeError
 from fsteer_lens.hooks.positions import Positions, View
+from fsteer_lens.method.gates import Reading
 from fsteer_lens.models.attaching import AddedHooks, OwnHook, hooks_added
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import Point
-from fsteer_lens.reading.reader import at
+from fsteer_lens.reading.readings import at, of_prompt
 from fsteer_lens.trace.trace import Trace
 
 
@@ -63,21 +64,36 @@ class State:
     Attributes:
         decisions: what was decided on the prompts, {layer: anything}; the link's own to fill and to read.
         steps: what was decided at the latest positions, likewise, where a link decides at every step.
-        queries: query activations, {layer: [b d]}, where they are not to be read from the running stream; else None.
+        queries: query activations, {way of reading: {layer: [b d]}}, where they are not to be read from the running
+            stream; else None.
+        tails: how many tokens of each prompt come after the one that ends the user's turn, [b] or [1]; None is unknown.
     """
 
-    def __init__(self, link: Acts) -> None:
-        self.link = link
+    def __init__(self, link: Acts, tails: Int[Tensor, " _"] | None = None) -> None:
+        self.link, self.tails = link, tails
         self.trace = Trace()
         self.decisions: dict[int, Any] = {}
         self.steps: dict[int, Any] = {}
-        self.queries: dict[int, Tensor] | None = None
+        self.queries: dict[Reading, dict[int, Tensor]] | None = None
 
-    def query(self, layer: int, activation: Float[Tensor, "b t d"], view: View) -> Float[Tensor, "b d"]:
-        """The activation at each row's last prompt token, float32; of a new prompt, where `view.fresh`."""
-        if self.queries is None:
+    def query(
+        self, layer: int, activation: Float[Tensor, "b t d"], view: View, read: Reading = "last"
+    ) -> Float[Tensor, "b d"]:
+        """What is read of each row's prompt, by default at its last token, float32; where `view.fresh`.
+
+        Raises:
+            HookError: nobody knows where the user's turns end.
+        """
+        if self.queries is not None:
+            return self.queries[read][layer].to(activation.device)
+        if read == "last":
             return at(activation, view.query).float()
-        return self.queries[layer].to(activation.device)
+        if read == "turn_end" and self.tails is None:
+            fix = "Fit on prompts collected with chat=True, or read the last token or the mean."
+            raise HookError('read="turn_end"', expected="prompts that are known to be chats, or not", fix=fix)
+        prompt = view.real & (view.columns <= view.query.unsqueeze(1))
+        tails = None if self.tails is None else self.tails.expand(len(activation))
+        return of_prompt(read, activation, prompt, tails)
 
     def record(self, layer: int, **values: Tensor | None) -> None:
         """Put a value of each row, [b ...], into the trace, replacing what is there; None is left out.
@@ -105,10 +121,15 @@ class Session:
     """
 
     def __init__(
-        self, hook_object: Acted, prompt_lengths: Tensor | None = None, attention_mask: Tensor | None = None
+        self,
+        hook_object: Acted,
+        prompt_lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        tails: Sequence[Int[Tensor, " _"] | None] | None = None,
     ) -> None:
         self.hook_object = hook_object
-        self.states = [State(link) for link in hook_object.links]
+        ends = [None] * len(hook_object.links) if tails is None else tails
+        self.states = [State(link, end) for link, end in zip(hook_object.links, ends, strict=True)]
         parts = tuple(state.trace for state in self.states)
         self.trace = parts[0] if len(parts) == 1 else Trace(parts=parts)
         self._points = hook_object.points

@@ -1,7 +1,8 @@
-"""`fit_gate`: from activations to a gate, on the energy ratio of a subspace or on a direction."""
+"""`fit_gate`: from activations to a gate, on the energy ratio of a subspace or on what parts two kinds of query."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Final, Literal, NamedTuple, TypedDict, Unpack
 
 import numpy as np
@@ -9,40 +10,48 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.errors import InputError
+from fsteer_lens.errors import InputError, ShapeError
 from fsteer_lens.ground import checks
+from fsteer_lens.method.contrasting import Cutting, Fit, Side, fit_cosine, fit_cut, fit_linear, fit_residual_ratio
 from fsteer_lens.method.folds import Fold, cut_folds
-from fsteer_lens.method.gates import Gate
+from fsteer_lens.method.gates import Gate, Reading, require_reading
 from fsteer_lens.method.linalg import require_matrix, require_rank
-from fsteer_lens.method.linear_gates import CosineGate, LinearGate
 from fsteer_lens.method.subspace import Subspace, fit_subspace
 from fsteer_lens.method.subspace_gates import CalibrationRange, EnergyGate, LogisticGate, QuantileGate
 
 MAX_RANK: Final = 64
 QUANTILE: Final = {"epsilon": 0.003, "gamma": 4.0, "cdf": "linear"}
 FOLDS: Final = 5
+FALSE_ALARMS: Final = 0.05
+RANK: Final = 8
 SUBSPACE_KINDS = ("quantile", "logistic", "energy")
-DIRECTION_KINDS = ("linear", "cosine")
-Kind = Literal["quantile", "logistic", "energy", "linear", "cosine"]
+CONTRASTING_KINDS = ("linear", "residual_ratio", "cosine")
+NEED_GENERAL = ("logistic", *CONTRASTING_KINDS)
+Kind = Literal["quantile", "logistic", "energy", "linear", "residual_ratio", "cosine"]
 
 
 class GateOptions(TypedDict, total=False):
     """What `fit_gate` takes beside its own arguments: see there."""
 
+    calibration: Float[Tensor, "n_calibration d"] | None
     folds: int | None
     seed: int
     epsilon: float
     gamma: float
     cdf: Literal["linear", "step"]
     max_rank: int
+    false_alarms: float | None
+    augment: Mapping[str, Float[Tensor, "_ d"]] | None
 
 
+FOLDED: Final = {"folds", "seed"}
 ALLOWED: Final = {
-    "quantile": frozenset(GateOptions.__annotations__),
-    "logistic": frozenset(GateOptions.__annotations__) - set(QUANTILE),
-    "energy": frozenset(GateOptions.__annotations__) - set(QUANTILE),
-    "linear": frozenset(),
-    "cosine": frozenset(),
+    "quantile": frozenset({"calibration", "max_rank"} | FOLDED | set(QUANTILE)),
+    "logistic": frozenset({"calibration", "max_rank"} | FOLDED),
+    "energy": frozenset({"calibration", "max_rank"} | FOLDED),
+    "linear": frozenset({"false_alarms", "augment"} | FOLDED),
+    "residual_ratio": frozenset({"false_alarms", "augment"} | FOLDED),
+    "cosine": frozenset({"augment"}),
 }
 """Options that have an effect, by kind of gate."""
 
@@ -51,76 +60,100 @@ def fit_gate(
     queries: Float[Tensor, "n d"],
     *,
     rank: int | None = None,
-    kind: Kind = "quantile",
+    kind: Kind | None = None,
     general: Float[Tensor, "n_general d"] | None = None,
+    near_misses: Float[Tensor, "n_near d"] | None = None,
     groups: Iterable[str | None] | None = None,
-    calibration: Float[Tensor, "n_calibration d"] | None = None,
     layer: int | None = None,
+    read: Reading = "last",
     **options: Unpack[GateOptions],
 ) -> Gate:
-    """Fit a gate: on the energy ratio of the queries' subspace, or on a direction that tells them from general ones.
+    """Fit a gate: on the energy ratio of the queries' subspace, or on what parts them from those to be left alone.
 
     Args:
-        queries: activations of the queries that need intervention, at the last prompt token, [n d].
-        rank: rank of the subspace whose energy ratio decides; at most (smallest training fold) − 1. Of the first three
-            kinds.
-        kind: "quantile" (paper Eq. 8), "logistic" (Eq. 9) or "energy" (Eq. 15), on the energy ratio of a subspace;
-            "linear", a linear probe, logistic regression of the two kinds of query, standardised, classes balanced, L2
-            with C = 1; "cosine", the gate of CAST (Lee et al. 2024, arXiv 2409.05907).
-        general: activations of queries to be left alone; "logistic", "linear" and "cosine" need them, and the others
-            raise if they are given.
+        queries: activations of the queries that need intervention, [n d].
+        rank: rank of the subspace whose energy ratio decides, or of both subspaces of "residual_ratio" (None is 8 or
+            what the data allow there); at most (smallest training fold) − 1.
+        kind: None is "linear" where `general` is given, else "quantile". On the energy ratio of one subspace:
+            "quantile" (paper Eq. 8), "logistic" (Eq. 9), "energy" (Eq. 15). On both kinds of query: "linear", a linear
+            probe, logistic regression, standardised, classes balanced, L2 with C = 1; "residual_ratio", the log ratio
+            of the energies that the subspaces of either kind leave; "cosine", the gate of CAST (Lee et al. 2024,
+            arXiv 2409.05907).
+        general: activations of queries to be left alone; "quantile" and "energy" take none, all others need them.
+        near_misses: of queries to be left alone that look like those that need intervention; count as general ones,
+            and are reported apart. For the kinds that know both kinds of query.
         groups: fold group of every query (the template it was made from); a group is never split. None: random folds.
-        calibration: IR queries that the basis does not see; replaces cross-fitting.
         layer: where the queries were read; the gate then refuses to act or to combine elsewhere.
-        options: for subspaces `folds` (5): calibrate on ratios from that many cross-fitting folds (or one for each
-            query or group); None calibrates in-sample, which is biased and is here for comparison only. `seed` (0) of
-            random folds. `max_rank` (64): keep this many ranks (or as many as the data allow) for `.at_rank`. For
-            kind="quantile" `epsilon` (0.003), `gamma` (4.0) and `cdf` ("linear" interpolates F, "step" is the
-            paper's). The paper's ε and γ are not public; the defaults are what measured best on the tutor's valid split
-            (docs/tutor_model_card.md).
+        read: what they are of a prompt, as in `collect`; hook objects and reports ask the gate about the same.
+        options: `folds` (5), cross-fitting folds that a gate is calibrated by (or one for each query or group), and
+            `seed` (0) of random ones; for subspaces None calibrates in-sample, which is biased and is here for
+            comparison only. For subspaces `calibration` (None), IR queries that the basis does not see, in place of
+            folds; `max_rank` (None), keep this many ranks for `.at_rank`: 64, or as many as the data allow. For
+            "linear" and "residual_ratio" `false_alarms` (0.05): open for at most this share of new prompts like the
+            general ones and near misses together; None cuts "linear" at even odds, and needs no folds. For all three
+            that know both kinds `augment` (None), activations of perturbed copies by name of what they are copies of
+            ("queries", "general", "near_misses"): all prompts said in one way, then all in the next; they are fitted
+            to, and never calibrated on. For "quantile" `epsilon` (0.003), `gamma` (4.0) and `cdf` ("linear"
+            interpolates F, "step" is the paper's). The paper's ε and γ are not public; the defaults are what measured
+            best on the tutor's valid split (docs/tutor_model_card.md).
 
     Raises:
-        InputError: `rank` too high or missing, unknown `kind`, or options that contradict each other or have no effect.
+        InputError: `rank` too high or missing, unknown `kind`, too few general queries for the rate, or options that
+            contradict each other or have no effect.
         ShapeError, NonFiniteError: a tensor is no finite floating matrix of the queries' width.
         DataError: fewer than two groups to cut folds from.
     """
-    checks.choice("gate kind", kind, (*SUBSPACE_KINDS, *DIRECTION_KINDS))
-    unused = sorted(set(options) - ALLOWED[kind])
+    by_default = "quantile" if general is None else "linear"
+    kind = checks.choice("gate kind", kind or by_default, (*SUBSPACE_KINDS, *CONTRASTING_KINDS))
+    require_reading(read)
+    given = {name: value for name, value in options.items() if value is not None or name in ("folds", "false_alarms")}
+    cut = kind in ("linear", "residual_ratio") and given.get("false_alarms", FALSE_ALARMS) is not None
     if groups is not None:
         listed = checks.several("groups", groups, "a group for each query")
         groups = [None if checks.is_missing(group) else group for group in listed]
     grouped = groups is not None and any(group is not None for group in groups)
-    if kind in DIRECTION_KINDS:
-        own = {"rank": rank is not None, "calibration": calibration is not None, "groups": grouped}
-        unused += [name for name, given in own.items() if given]
+    allowed = ALLOWED[kind] - (FOLDED if kind == "linear" and not cut else set())
+    unused = sorted(set(given) - allowed)
+    if kind in ("linear", "cosine"):
+        unused += ["rank"] * (rank is not None)
+    if grouped and not (cut or kind in SUBSPACE_KINDS):
+        unused.append("groups")
+    if near_misses is not None and kind not in CONTRASTING_KINDS:
+        unused.append("near_misses")
     if unused:
-        raise InputError(
-            f"fit_gate(kind={kind!r})", expected=f"no other options than {sorted(ALLOWED[kind])}", got=unused
-        )
-    if (kind in ("quantile", "energy")) == (general is not None):
+        raise InputError(f"fit_gate(kind={kind!r})", expected=f"no other options than {sorted(allowed)}", got=unused)
+    if (kind in NEED_GENERAL) == (general is None):
         needs, got = ("needs", None) if general is None else ("takes no", "activations of queries to leave alone")
+        kinds = ", ".join(map(repr, NEED_GENERAL))
         raise InputError(
-            f"the {kind} gate {needs} general=",
-            expected="general= with kind='logistic', 'linear' or 'cosine', and no other",
-            got=got,
+            f"the {kind} gate {needs} general=", expected=f"general= with kind={kinds}, and no other", got=got
         )
     rows = require_matrix(queries, "queries", min_rows=3)
     others = None if general is None else require_matrix(general, "general", d_model=rows.shape[1]).to(rows)
-    if others is not None and kind in DIRECTION_KINDS:
-        return (_fit_linear if kind == "linear" else _fit_cosine)(rows, others, layer)
-    if rank is None:
-        raise InputError(f"fit_gate(kind={kind!r})", expected="rank=, of the subspace", got=None)
-    folds, cut_by = options.get("folds", FOLDS), groups if grouped else None
-    if calibration is not None:
-        given = {"folds": "folds" in options or None, "seed": options.get("seed"), "groups": cut_by}
-        checks.require_unset("calibration=, which replaces the folds", **given)
-    if folds is None:
-        checks.require_unset("folds=None, which cuts none", seed=options.get("seed"), groups=cut_by)
     if grouped:
         checks.require_unset("groups=, which cut the folds, so that none is random", seed=options.get("seed"))
-    folding = _Folding(folds, groups, calibration, checks.seed_of(options.get("seed", 0)))
+    placed: dict[str, Any] = {"layer": layer, "read": read}
+    seed = checks.seed_of(options.get("seed", 0))
+    if others is not None and kind in CONTRASTING_KINDS:
+        parts = {"queries": rows, "general": others}
+        if near_misses is not None:
+            parts["near_misses"] = require_matrix(near_misses, "near_misses", d_model=rows.shape[1]).to(rows)
+        cutting = None
+        if cut:
+            rate = checks.finite("false_alarms", given.get("false_alarms", FALSE_ALARMS), above=0, below=1)
+            folds = checks.whole("folds", options.get("folds", FOLDS), 2)
+            cutting = Cutting(rate, folds, groups if grouped else None, seed)
+        return replace(_fit_contrasting(kind, parts, options.get("augment") or {}, rank, cutting), **placed)
+    if rank is None:
+        raise InputError(f"fit_gate(kind={kind!r})", expected="rank=, of the subspace", got=None)
+    folds, cut_by, calibration = options.get("folds", FOLDS), groups if grouped else None, options.get("calibration")
+    if calibration is not None:
+        replaced = {"folds": "folds" in options or None, "seed": options.get("seed"), "groups": cut_by}
+        checks.require_unset("calibration=, which replaces the folds", **replaced)
+    if folds is None:
+        checks.require_unset("folds=None, which cuts none", seed=options.get("seed"), groups=cut_by)
+    folding = _Folding(folds, groups, calibration, seed)
     subspace, ratios, distance = _cross_fitted(rows, rank, options.get("max_rank"), folding)
-    placed: dict[str, Any] = {"layer": layer}
     if others is not None:
         beside = subspace.energy_ratios(others)
         spanned = torch.cat([ratios, beside]), torch.cat([distance, subspace.distance(others)])
@@ -131,6 +164,47 @@ def fit_gate(
         return EnergyGate(subspace, rank, **placed)
     shape = {name: options.get(name, value) for name, value in QUANTILE.items()}
     return QuantileGate(subspace, rank, ratios.sort(dim=0).values, **shape, **placed)  # pyright: ignore[reportArgumentType]
+
+
+def _fit_contrasting(
+    kind: Kind,
+    parts: Mapping[str, Float[Tensor, "_ d"]],
+    augment: Mapping[str, Any],
+    rank: int | None,
+    cutting: Cutting | None,
+) -> Any:
+    """A gate of both kinds of query; by name, `parts` are activations and `augment` copies of them."""
+    copies = {name: _copies(name, rows, augment.get(name)) for name, rows in parts.items()}
+    unknown = sorted(set(augment) - set(parts))
+    if unknown:
+        raise InputError("augment", expected=f"copies of what is given, by name: {list(parts)}", got=unknown)
+    wanted = Side(parts["queries"], *copies.pop("queries"))
+    beside = [parts[name] for name in copies]
+    starts = [sum(map(len, beside[:place])) for place in range(len(beside))]
+    made = list(copies.values())
+    source = torch.cat([start + of for start, (_, of) in zip(starts, made, strict=True)])
+    others = Side(torch.cat(beside), torch.cat([rows for rows, _ in made]), source)
+    fit: Fit = fit_cosine if kind == "cosine" else fit_linear
+    if kind == "residual_ratio":
+        folds = 1 if cutting is None else cutting.folds
+        smallest = min(len(side.rows) - -(-len(side.rows) // folds) * (folds > 1) for side in (wanted, others))
+        limit = min(smallest - 1, wanted.rows.shape[1] - 1)
+        what = f"min(n, d) - 1 of the smallest training fold, {smallest} queries"
+        fit = partial(fit_residual_ratio, rank=min(RANK, limit) if rank is None else require_rank(rank, limit, what))
+    if cutting is None:
+        return fit(torch.cat([wanted.rows, wanted.copies]), torch.cat([others.rows, others.copies]))
+    return fit_cut(fit, wanted, others, len(parts.get("near_misses", ())), cutting)
+
+
+def _copies(name: str, rows: Float[Tensor, "n d"], given: Any) -> tuple[Float[Tensor, "c d"], Tensor]:
+    """Copies of rows, and which row each is of."""
+    if given is None:
+        return rows[:0], torch.empty(0, dtype=torch.long, device=rows.device)
+    copies = require_matrix(given, f"augment[{name!r}]", d_model=rows.shape[1]).to(rows)
+    if len(copies) % len(rows):
+        expected = f"a whole number of copies of each of {len(rows)} {name}"
+        raise ShapeError(f"augment[{name!r}]", expected=expected, got=f"{len(copies)} rows")
+    return copies, torch.arange(len(copies), device=rows.device) % len(rows)
 
 
 class _Folding(NamedTuple):
@@ -157,10 +231,11 @@ def _cross_fitted(
         f"min(n - 1, d) of the smallest training fold, {smallest} of {n} queries",
         fix="Choose a rank within." if limit == d_model else "Choose a rank within, or fit on more queries.",
     )
-    kept = max(MAX_RANK, rank)
+    kept = min(limit, max(MAX_RANK, rank))
     if max_rank is not None:
-        kept = checks.whole("max_rank", max_rank, rank, fix=f"Leave it out, or let it be at least rank={rank}.")
-    subspace = fit_subspace(rows, rank=min(limit, kept))
+        fix = f"Leave it out, or choose within {rank} to {limit}, what {smallest} of {n} queries allow."
+        kept = checks.whole("max_rank", max_rank, rank, limit, fix=fix)
+    subspace = fit_subspace(rows, rank=kept)
     if folding.calibration is not None or in_sample:
         seen = rows
         if folding.calibration is not None:
@@ -198,33 +273,3 @@ def _fit_logistic(
         slopes.append(slope)
         intercepts.append(float(np.ravel(model.intercept_)[0] - slope * centre))
     return positive.new_tensor(slopes), positive.new_tensor(intercepts)
-
-
-def _fit_linear(rows: Float[Tensor, "n d"], others: Float[Tensor, "m d"], layer: int | None) -> LinearGate:
-    """Logistic regression; the scale is folded into the weight, so that the gate reads raw activations."""
-    from sklearn.linear_model import LogisticRegression
-
-    both = torch.cat([rows, others]).double().cpu()
-    centre, scale = both.mean(dim=0), both.std(dim=0).clamp(min=1e-12)
-    model = LogisticRegression(C=1.0, class_weight="balanced", max_iter=5000)
-    model.fit(((both - centre) / scale).numpy(), [1] * len(rows) + [0] * len(others))
-    weight = torch.from_numpy(model.coef_[0]) / scale
-    return LinearGate(weight.to(rows), float(np.ravel(model.intercept_)[0] - weight @ centre), layer=layer)
-
-
-def _fit_cosine(rows: Float[Tensor, "n d"], others: Float[Tensor, "m d"], layer: int | None) -> CosineGate:
-    """The condition vector c is the first principal direction of both kinds of query around the middle between their
-    two means; θ and the side are what gives the best F1 on these very queries, as the authors choose them. They average
-    activations over all tokens of a prompt; here both are taken where the gate reads."""
-    middle = (rows.mean(dim=0) + others.mean(dim=0)) / 2
-    both = torch.cat([rows, others]) - middle
-    gate = CosineGate(torch.linalg.svd(both.double(), full_matrices=False).Vh[0].to(rows), 0.0, layer=layer)
-    wanted, unwanted = gate.score(rows), gate.score(others)
-    cuts = torch.cat([wanted, unwanted]).unique()
-    sides = []
-    for above, beyond in ((True, torch.ge), (False, torch.lt)):
-        hits, alarms = (beyond(scores, cuts.unsqueeze(1)).sum(dim=1) for scores in (wanted, unwanted))
-        f1 = 2 * hits.float() / (hits + alarms + len(rows))
-        sides.append((float(f1.max()), above, float(cuts[f1.argmax()])))
-    _, above, cut = max(sides, key=lambda side: side[:2])
-    return replace(gate, cut=cut, above=above)

@@ -7,18 +7,28 @@ that one method. Gates combine: `a & b` is the smaller, `a | b` the larger, `~a`
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError, ShapeError
-from fsteer_lens.ground.checks import finite, instance, normalised
+from fsteer_lens.ground.checks import choice, finite, instance, normalised
 from fsteer_lens.method.linalg import move, variant
 
 OPEN = 0.5
 """A gate counts as open from this value on."""
+
+Reading = Literal["last", "mean", "turn_end"]
+"""What is read of a prompt: its last token (the paper), the mean over all its tokens but the first, or the token that
+ends the user's turn of a chat, which is the last one elsewhere."""
+READINGS: tuple[Reading, ...] = ("last", "mean", "turn_end")
+
+
+def require_reading(read: Any) -> Reading:
+    """One of `READINGS`; raises `InputError` for anything else."""
+    return choice("read", read, READINGS)
 
 
 class Gate(ABC):
@@ -36,10 +46,13 @@ class Gate(ABC):
 
     Attributes:
         layer: where it reads; None where nobody has said.
+        read: what it reads of a prompt, "last", "mean" or "turn_end"; see `Reading`. A hook object that holds it reads
+            so.
         d_model: width of the activations; None takes any.
     """
 
     layer: int | None = None
+    read: Reading = "last"
     d_model: int | None = None
 
     @abstractmethod
@@ -149,6 +162,11 @@ class _ComposedGate(Gate):
         return next((part.layer for part in self.parts if part.layer is not None), None)
 
     @property
+    def read(self) -> Reading:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What all parts read."""
+        return self.parts[0].read
+
+    @property
     def d_model(self) -> int | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         """The width that a part knows."""
         return next((part.d_model for part in self.parts if part.d_model is not None), None)
@@ -194,6 +212,13 @@ class _PairGate(_ComposedGate):
                 expected="two gates that read at one layer",
                 got=f"layers {self.left.layer} and {self.right.layer}",
                 fix="Steer both layers with a gate each, or fit both gates at one layer.",
+            )
+        if self.left.read != self.right.read:
+            raise InputError(
+                "a combination of gates",
+                expected="two gates that read the same of a prompt",
+                got=f"read={self.left.read!r} and {self.right.read!r}",
+                fix="Fit both on activations that were read in one way: activations.reading(...).",
             )
         require_gate(self.right, "the second gate", self.left.d_model)
 

@@ -11,27 +11,68 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.ground.checks import finite, normalised, optional, switch, whole
-from fsteer_lens.method.gates import Gate, cut_at
+from fsteer_lens.ground.checks import finite, instance, normalised, optional, switch, whole
+from fsteer_lens.method.gates import Gate, Reading, cut_at, require_reading
 from fsteer_lens.method.linalg import require_shapes, require_width, variant
 
 
-class _DirectionGate(Gate):
-    """A gate on one direction, [d], with a threshold of its own."""
+@dataclass(frozen=True)
+class OutOfFold:
+    """How a gate did on prompts that it was fitted without, each in the fold that was held out.
+
+    Attributes:
+        false_alarm_rate: at which it was cut, on all prompts to be left alone together.
+        missed: share of the queries to be steered for which it stayed shut.
+        general: share of the general queries for which it opened.
+        near_misses: share of the near misses for which it opened; None where there were none.
+        sizes: how many queries, general queries and near misses.
+    """
+
+    false_alarm_rate: float
+    missed: float
+    general: float
+    near_misses: float | None
+    sizes: tuple[int, int, int]
+
+    def __str__(self) -> str:
+        queries, general, near = self.sizes
+        told = f"missed {self.missed:.1%} of {queries}, opened for {self.general:.1%} of {general} general queries"
+        return told if self.near_misses is None else f"{told} and {self.near_misses:.1%} of {near} near misses"
+
+
+class CutScoreGate(Gate):
+    """A gate that was fitted to both kinds of query, with a threshold that is a field of its own."""
+
+    cut: float
+    out_of_fold: OutOfFold | None
+
+    def _check_cut(self) -> None:
+        require_reading(self.read)
+        optional(instance, "out_of_fold", self.out_of_fold, OutOfFold, "an OutOfFold or None")
+        normalised(self, cut=finite("gate's cut", self.cut), layer=optional(whole, "gate's layer", self.layer))
+
+    @property
+    def _told(self) -> str:
+        return "" if self.out_of_fold is None else f"; out of fold: {self.out_of_fold}"
 
     def at_threshold(self, threshold: float) -> Gate:
-        """The same gate with another threshold; shares the tensors."""
-        return variant(self, cut=finite("threshold", threshold))
+        """The same gate with another threshold, of which nothing is known out of fold; shares the tensors."""
+        return variant(self, cut=finite("threshold", threshold), out_of_fold=None)
 
     @property
     def threshold(self) -> float:
         """The score at which the gate opens."""
-        return self.cut  # pyright: ignore[reportAttributeAccessIssue]
+        return self.cut
+
+
+def out_of_fold(gate: Gate) -> OutOfFold | None:
+    """How a gate did on prompts that it was not fitted to, where that is known."""
+    return gate.out_of_fold if isinstance(gate, CutScoreGate) else None
 
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class LinearGate(_DirectionGate):
+class LinearGate(CutScoreGate):
     """A linear probe, g = σ(w·h + b − t): logistic regression of queries against general ones.
 
     Attributes:
@@ -39,24 +80,24 @@ class LinearGate(_DirectionGate):
         bias: b.
         cut: t, the log-odds at which the gate opens; 0 where both kinds are equally frequent.
         layer: where it reads.
+        read: what it reads of a prompt.
+        out_of_fold: how it did on prompts that it was not fitted to; None where it was not cut that way.
     """
 
     weight: Float[Tensor, " d"]
     bias: float
     cut: float = 0.0
     layer: int | None = None
+    read: Reading = "last"
+    out_of_fold: OutOfFold | None = None
 
     def __post_init__(self) -> None:
         require_shapes("linear gate", weight=(self.weight, "d"))
-        normalised(
-            self,
-            bias=finite("linear gate bias", self.bias),
-            cut=finite("linear gate cut", self.cut),
-            layer=optional(whole, "linear gate layer", self.layer),
-        )
+        normalised(self, bias=finite("linear gate bias", self.bias))
+        self._check_cut()
 
     def __repr__(self) -> str:
-        return f"LinearGate(d_model={self.d_model}, threshold={self.cut:g})"
+        return f"LinearGate(d_model={self.d_model}, threshold={self.cut:g}{self._told})"
 
     @property
     def d_model(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -80,7 +121,7 @@ class LinearGate(_DirectionGate):
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class CosineGate(_DirectionGate):
+class CosineGate(CutScoreGate):
     """The gate of CAST (Lee et al. 2024, arXiv 2409.05907): 1 where cos(h, proj_c h) = abs(c·h)/(‖c‖ ‖h‖) ≥ θ, else 0.
 
     Attributes:
@@ -88,24 +129,25 @@ class CosineGate(_DirectionGate):
         cut: θ, in [0, 1].
         above: whether the gate opens above θ; otherwise below it.
         layer: where it reads.
+        read: what it reads of a prompt.
+        out_of_fold: how it did on prompts that it was not fitted to; None where it was not cut that way.
     """
 
     condition: Float[Tensor, " d"]
     cut: float
     above: bool = True
     layer: int | None = None
+    read: Reading = "last"
+    out_of_fold: OutOfFold | None = None
 
     def __post_init__(self) -> None:
         require_shapes("cosine gate", condition=(self.condition, "d"))
-        normalised(
-            self,
-            cut=finite("cosine gate cut", self.cut),
-            above=switch("cosine gate above", self.above),
-            layer=optional(whole, "cosine gate layer", self.layer),
-        )
+        normalised(self, above=switch("cosine gate above", self.above))
+        self._check_cut()
 
     def __repr__(self) -> str:
-        return f"CosineGate(d_model={self.d_model}, {'above' if self.above else 'below'} {self.cut:.3g})"
+        side = "above" if self.above else "below"
+        return f"CosineGate(d_model={self.d_model}, {side} {self.cut:.3g}{self._told})"
 
     @property
     def d_model(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]

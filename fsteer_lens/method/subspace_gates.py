@@ -14,7 +14,7 @@ high; `fit_gate` therefore calibrates on ratios from cross-fitting.
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, final
+from typing import Any, Literal, NamedTuple, final
 
 import torch
 from jaxtyping import Bool, Float
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import choice, finite, instance, normalised, optional, whole
-from fsteer_lens.method.gates import OPEN, Gate, cut_at
+from fsteer_lens.method.gates import OPEN, Gate, Reading, cut_at, require_reading
 from fsteer_lens.method.linalg import require_rank, require_shapes, variant
 from fsteer_lens.method.subspace import Subspace
 
@@ -72,14 +72,17 @@ class SubspaceGate(Gate):
         calibrated: what the calibration queries spanned, general ones included where they were given; None for a gate
             that was put together by hand.
         layer: where it reads; None where nobody has said.
+        read: what it reads of a prompt.
     """
 
     subspace: Subspace
     rank: int
     calibrated: CalibrationRange | None = field(default=None, kw_only=True)
     layer: int | None = field(default=None, kw_only=True)
+    read: Reading = field(default="last", kw_only=True)
 
     def __post_init__(self) -> None:
+        require_reading(self.read)
         rank = require_rank(self.rank, self.subspace.rank, FITTED, fix=MORE_RANKS)
         normalised(self, rank=rank, layer=optional(whole, "gate's layer", self.layer))
         if self.calibrated is not None:
@@ -114,7 +117,8 @@ class SubspaceGate(Gate):
         """A gate on the same subspace and rank that is 1 from this energy ratio on (or down) and 0 elsewhere."""
         if not self.opens_above:
             return super().at_threshold(threshold)
-        return ThresholdGate(self.subspace, self.rank, threshold, calibrated=self.calibrated, layer=self.layer)
+        placed: dict[str, Any] = {"calibrated": self.calibrated, "layer": self.layer, "read": self.read}
+        return ThresholdGate(self.subspace, self.rank, threshold, **placed)
 
     def score(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """The energy ratio at this gate's rank, in [0, 1]."""

@@ -133,10 +133,14 @@ class ChatTemplate:
         """Whether a text is rendered already: it has the special tokens in it with which an answer opens."""
         return bool(self._opening) and self._opening in text
 
+    def after_question(self, *, opening: bool) -> str:
+        """What the template puts after a user's turn, with or without the opening of the answer."""
+        return self._after_mark([{"role": "user", "content": _mark(0)}], add_generation_prompt=opening)
+
     @cached_property
     def _opening(self) -> str:
         """What opens an answer after a user's turn; empty where that is plain text, which anybody may write."""
-        opening = self._after_mark([{"role": "user", "content": _mark(0)}])
+        opening = self.after_question(opening=True)
         return opening.strip() if any(token in opening for token in _special(self._tokenizer)) else ""
 
     def end_of_turn(self) -> str:

@@ -4,7 +4,7 @@ TransformerLens' two classes differ in when they put a beginning-of-sequence tok
 to a tokenizer in memory; so the package tokenises by itself, the same way for both.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -104,6 +104,30 @@ class Tokenisation:
         require_fits(self.model, len(ids), f"prompt {prompt_text(prompt)[:40]!r}")
         return ids
 
+    def tails(self, rows: Iterable[Sequence[int]]) -> list[int]:
+        """How many tokens of each prompt come after the one that ends the user's turn; 0 where none does.
+
+        That is where the chat template's end of a user's turn begins that comes last in the prompt.
+        """
+        end = self._end_of_question
+        return [len(row) - 1 - _last_place(list(row), end) if end else 0 for row in rows]
+
+    @cached_property
+    def opening_tail(self) -> int:
+        """The same of a user's turn that the model is to answer, whatever it says."""
+        tokenizer = require_tokenizer(self.model)
+        if not self.chat:
+            return 0
+        opening = tokenizer(self.template.after_question(opening=True), add_special_tokens=False).input_ids
+        return self.tails([opening])[0]
+
+    @cached_property
+    def _end_of_question(self) -> list[int]:
+        tokenizer = require_tokenizer(self.model)
+        if not getattr(tokenizer, "chat_template", None):
+            return []
+        return list(tokenizer(self.template.after_question(opening=False), add_special_tokens=False).input_ids)
+
     def is_chat(self, prompt: Prompt) -> bool | None:
         """Whether a prompt is put through the chat template; None where somebody may have done so, as in token ids."""
         prompt = as_prompt(prompt)
@@ -118,6 +142,12 @@ class Tokenisation:
 
     def _is_rendered(self, text: str) -> bool:
         return bool(getattr(require_tokenizer(self.model), "chat_template", None)) and self.template.holds(text)
+
+
+def _last_place(row: list[int], part: list[int]) -> int:
+    """Where a part of a row stands that comes last in it; its last place where there is none."""
+    starts = range(len(row) - len(part), -1, -1)
+    return next((start for start in starts if row[start : start + len(part)] == part), len(row) - 1)
 
 
 def answer_ids(model: SteerableModel, answer: str) -> list[int]:

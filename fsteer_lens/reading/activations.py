@@ -1,34 +1,28 @@
-"""Activations of prompts and answers: `collect`, `collect_queries`, and the value that they give."""
+"""Activations of prompts and answers: what `collect` and `collect_queries` give, as a value with a row for each."""
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, SupportsIndex, overload
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.errors import DataError, MismatchError, NonFiniteError, ShapeError
-from fsteer_lens.ground.checks import choice, instance, is_several, normalised, optional, whole
+from fsteer_lens.errors import DataError, InputError, MismatchError, ShapeError
+from fsteer_lens.ground.checks import choice, instance, normalised, optional, whole
+from fsteer_lens.method.gates import Reading, require_reading
 from fsteer_lens.method.linalg import move, require_shapes
-from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import DEFAULT_SITE, SITES
-from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
-from fsteer_lens.prompts.formats import PromptFormat, format_of
-from fsteer_lens.prompts.forms import GivenPrompts, Prompt, prompt_text, prompts_of
-from fsteer_lens.prompts.passes import Passes
-from fsteer_lens.prompts.tokens import answer_ids, require_fits
+from fsteer_lens.prompts.formats import PromptFormat
 from fsteer_lens.reading import stored
-from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint, require_same_model
-from fsteer_lens.reading.reader import Reader
+from fsteer_lens.reading.fingerprints import Fingerprint, require_same_model
 from fsteer_lens.reading.rows import one_a_row, row_numbers
 
 Shift = Literal["response_mean", "last_prompt"]
 SHIFTS = ("response_mean", "last_prompt")
-ROWS = ("queries", "shifts", "labels", "groups")
+ROWS = ("queries", "readings", "shifts", "labels", "groups")
 """Fields that hold one value for each prompt; all others tell how these were read."""
-READING = "reading activations"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -39,7 +33,7 @@ class Activations:
     `.save(path)` and `Activations.load(path)` keep them in a file.
 
     Attributes:
-        queries: activation at the last prompt token of each prompt, [n d], float32.
+        queries: the query activation of each prompt, [n d], float32.
         shifts: preferred minus undesired of each contrast, [n d]; None where only prompts were given.
         labels: label of each prompt; None, or one that is None, has none.
         groups: fold group of each prompt, likewise.
@@ -49,6 +43,9 @@ class Activations:
         fingerprint: of the model; None where they were made by hand. What is fitted to these asks for `model=` when it
             is saved.
         prompt_format: how the prompts became tokens; None is unknown.
+        read: what the queries are of a prompt: "last", its last token; "mean", the mean over all its tokens but the
+            first; "turn_end", the token that ends the user's turn. What is fitted to them reads so.
+        readings: the queries read in the other ways, by name, each [n d]; `reading` puts one of them in their place.
 
     Raises:
         ShapeError, NonFiniteError: no finite floating matrix, no row, or shifts of another shape than the queries.
@@ -65,9 +62,15 @@ class Activations:
     shift: Shift | None = None
     fingerprint: Fingerprint | None = None
     prompt_format: PromptFormat | None = None
+    read: Reading = "last"
+    readings: Mapping[Reading, Float[Tensor, "n d"]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         given = {} if self.shifts is None else {"shifts": (self.shifts, "n d")}
+        for name, rows in dict(instance("readings", self.readings, Mapping, "a mapping")).items():
+            if name == self.read:
+                raise InputError("readings", expected=f"other ways of reading than {name!r}", got=name)
+            given[f"reading {require_reading(name)}"] = (rows, "n d")
         require_shapes("activations", queries=(self.queries, "n d"), **given)
         n = len(self.queries)
         if not n:
@@ -77,6 +80,8 @@ class Activations:
         normalised(
             self,
             queries=self.queries.contiguous(),
+            readings={name: rows.contiguous() for name, rows in self.readings.items()},
+            read=require_reading(self.read),
             shifts=None if self.shifts is None else self.shifts.contiguous(),
             labels=one_a_row("labels", self.labels, n),
             groups=one_a_row("groups", self.groups, n),
@@ -100,6 +105,7 @@ class Activations:
         return replace(
             self,
             queries=self.queries[index],
+            readings={name: rows[index] for name, rows in self.readings.items()},
             shifts=None if self.shifts is None else self.shifts[index],
             labels=tuple(self.labels[row] for row in chosen),
             groups=tuple(self.groups[row] for row in chosen),
@@ -123,10 +129,29 @@ class Activations:
         return replace(
             self,
             queries=torch.cat([self.queries, both.queries]),
+            readings={
+                name: torch.cat([rows, both.readings[name]])
+                for name, rows in self.readings.items()
+                if name in both.readings
+            },
             shifts=None if self.shifts is None else torch.cat([self.shifts, both.shifts]),  # pyright: ignore[reportArgumentType, reportCallIssue]
             labels=self.labels + other.labels,
             groups=self.groups + other.groups,
         )
+
+    def reading(self, read: Reading) -> "Activations":
+        """The same prompts with queries that were read in another way.
+
+        Raises:
+            DataError: they were not, say since these were made by hand or come from an older file.
+        """
+        if require_reading(read) == self.read:
+            return self
+        if read not in self.readings:
+            got = f"queries read by {[self.read, *self.readings]}"
+            raise DataError(f"activations by read={read!r}", expected="activations of collect()", got=got)
+        others = {name: rows for name, rows in self.readings.items() if name != read}
+        return replace(self, queries=self.readings[read], read=read, readings={**others, self.read: self.queries})
 
     @property
     def _about(self) -> dict[str, Any]:
@@ -159,214 +184,8 @@ class Activations:
 
     def __repr__(self) -> str:
         n, d_model = self.queries.shape
-        return f"Activations(n={n}, d_model={d_model}, layer={self.layer}, shift={self.shift})"
+        return f"Activations(n={n}, d_model={d_model}, layer={self.layer}, shift={self.shift}, read={self.read})"
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> "Activations":
         """The same activations on another device or in another dtype."""
         return move(self, device, dtype)
-
-
-@overload
-def collect(
-    model: SteerableModel,
-    contrasts: Iterable[Contrast],
-    *,
-    layer: SupportsIndex,
-    shift: Shift = ...,
-    chat: bool | None = ...,
-    chat_template_kwargs: Mapping[str, Any] | None = ...,
-    prepend_bos: bool | None = ...,
-    batch_size: int = ...,
-    progress: bool = ...,
-) -> Activations: ...
-@overload
-def collect(
-    model: SteerableModel,
-    contrasts: Iterable[Contrast],
-    *,
-    layer: Iterable[SupportsIndex],
-    shift: Shift = ...,
-    chat: bool | None = ...,
-    chat_template_kwargs: Mapping[str, Any] | None = ...,
-    prepend_bos: bool | None = ...,
-    batch_size: int = ...,
-    progress: bool = ...,
-) -> dict[int, Activations]: ...
-def collect(
-    model: SteerableModel,
-    contrasts: Iterable[Contrast],
-    *,
-    layer: SupportsIndex | Iterable[SupportsIndex],
-    shift: Shift = "response_mean",
-    chat: bool | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    prepend_bos: bool | None = None,
-    batch_size: int = 16,
-    progress: bool = True,
-) -> Activations | dict[int, Activations]:
-    """Read the query activation and the response shift δ = h₊ − h₋ of every contrast.
-
-    What is read is the unsteered stream: hooks of this package that are on the model are off while it is read.
-
-    Args:
-        model: a HookedTransformer or TransformerBridge.
-        contrasts: what to read, a `ContrastSet` or anything that gives contrasts one after the other; not empty.
-        layer: one layer, or several: these share one set of forward passes and give {layer: Activations}. A layer that
-            is named twice is read once.
-        shift: "response_mean": prompt with each answer, activations averaged over the answer's tokens (the paper's
-            set-up for truthfulness). "last_prompt": the prompt with and without its context, both at the last prompt
-            token; every contrast needs a context.
-        chat: apply the chat template to string prompts; see `tokens.prompt_ids`.
-        chat_template_kwargs: further arguments of the chat template, such as `{"enable_thinking": False}`.
-        prepend_bos: put a beginning-of-sequence token in front of plain strings; None does as the tokenizer does.
-        batch_size: rows per forward pass, at most: on a CPU rows of about one length only share it. Of shift
-            "response_mean" it counts prompts; their answers follow, twice as many.
-        progress: show a progress bar.
-
-    Returns:
-        Activations, which remember how the prompts became tokens: a steering that is fitted to them is run that way.
-
-    Raises:
-        DataError: no contrasts, a missing context, or two sides that are the same.
-        SiteError: no such layer.
-        ContextLengthError: a prompt with its answer does not fit into the context.
-        NonFiniteError: the model gave NaN or infinity; names the prompt.
-    """
-    contrasts = ContrastSet(contrasts)
-    choice("shift", shift, SHIFTS)
-    passes = Passes(chat, batch_size, progress, chat_template_kwargs, prepend_bos)
-    tokenisation = passes.tokenisation(model)
-    _require_some(contrasts, "contrast set")
-    prompts: list[list[int]] = []
-    sides: list[list[list[int]]] = []
-    for number, contrast in enumerate(contrasts):
-        prompt = tokenisation.ids(contrast.prompt)
-        where = f"contrast {number}, prompt {prompt_text(contrast.prompt)[:40]!r}"
-        if shift == "last_prompt":
-            if contrast.context is None:
-                raise DataError(
-                    f"{where} has no context",
-                    expected="context= text that switches the preferred behaviour on",
-                    fix="Give every contrast a context, or use shift='response_mean'.",
-                )
-            pair = [tokenisation.ids(contrast.prompt, contrast.context), prompt]
-        else:
-            pair = [answer_ids(model, text) for text in (contrast.preferred, contrast.undesired)]
-            if pair[0] == pair[1]:
-                raise DataError(f"{where}: both answers are the same", fix="Drop it, or mend its answers.")
-            require_fits(model, len(prompt) + max(map(len, pair)), f"{where} with its answer")
-        prompts.append(prompt)
-        sides.append(pair)
-    with passes.bar(len(contrasts) * (1 + (shift == "last_prompt")), READING) as advance:
-        reader = Reader(model, layer, batch_size=passes.batch_size, advance=advance)
-        if shift == "last_prompt":
-            preferred = reader.last([with_context for with_context, _ in sides])
-            queries = reader.last(prompts)
-            shifts = {layer: preferred[layer] - queries[layer] for layer in queries}
-        else:
-            queries, means = reader.answers(prompts, sides)
-            shifts = {key: value[:, 0] - value[:, 1] for key, value in means.items()}
-    result = _package(
-        model,
-        queries,
-        shifts,
-        contrasts.labels,
-        [contrast.group for contrast in contrasts],
-        contrasts.prompts,
-        shift,
-        format_of(tokenisation, contrasts.prompts),
-    )
-    return result if is_several(layer) else result[reader.layers[0]]
-
-
-@overload
-def collect_queries(
-    model: SteerableModel,
-    prompts: GivenPrompts,
-    *,
-    layer: SupportsIndex,
-    labels: Iterable[Any] | None = ...,
-    chat: bool | None = ...,
-    chat_template_kwargs: Mapping[str, Any] | None = ...,
-    prepend_bos: bool | None = ...,
-    batch_size: int = ...,
-    progress: bool = ...,
-) -> Activations: ...
-@overload
-def collect_queries(
-    model: SteerableModel,
-    prompts: GivenPrompts,
-    *,
-    layer: Iterable[SupportsIndex],
-    labels: Iterable[Any] | None = ...,
-    chat: bool | None = ...,
-    chat_template_kwargs: Mapping[str, Any] | None = ...,
-    prepend_bos: bool | None = ...,
-    batch_size: int = ...,
-    progress: bool = ...,
-) -> dict[int, Activations]: ...
-def collect_queries(
-    model: SteerableModel,
-    prompts: GivenPrompts,
-    *,
-    layer: SupportsIndex | Iterable[SupportsIndex],
-    labels: Iterable[Any] | None = None,
-    chat: bool | None = None,
-    chat_template_kwargs: Mapping[str, Any] | None = None,
-    prepend_bos: bool | None = None,
-    batch_size: int = 16,
-    progress: bool = True,
-) -> Activations | dict[int, Activations]:
-    """Read the activation at the last token of every prompt; arguments and errors as in `collect`."""
-    prompts = prompts_of(prompts, least=0)
-    _require_some(prompts, "prompts")
-    names = one_a_row("labels", labels, len(prompts))
-    passes = Passes(chat, batch_size, progress, chat_template_kwargs, prepend_bos)
-    with passes.bar(len(prompts), READING) as advance:
-        reader = Reader(model, layer, batch_size=passes.batch_size, advance=advance)
-        at_query = reader.last(passes.ids(model, prompts))
-    known = format_of(passes.tokenisation(model), prompts)
-    result = _package(model, at_query, None, names, [None] * len(prompts), prompts, None, known)
-    return result if is_several(layer) else result[reader.layers[0]]
-
-
-def _require_some(items: Sequence[Any], what: str) -> None:
-    if not len(items):
-        raise DataError(what, expected="at least one", got="none", fix="Did a filter or a split leave nothing?")
-
-
-def _package(
-    model: SteerableModel,
-    queries: Mapping[int, Tensor],
-    shifts: Mapping[int, Tensor] | None,
-    labels: Sequence[str | None],
-    groups: Sequence[str | None],
-    prompts: Sequence[Prompt],
-    shift: Shift | None,
-    prompt_format: PromptFormat,
-) -> dict[int, Activations]:
-    taken = fingerprint(model, sorted(queries))
-    result = {}
-    for layer, values in queries.items():
-        for what in (values, *([shifts[layer]] if shifts else [])):
-            bad = ~what.isfinite().all(dim=1)
-            if bad.any():
-                prompt = prompt_text(prompts[int(bad.nonzero()[0])])
-                raise NonFiniteError(
-                    f"activations at layer {layer}",
-                    expected="finite numbers",
-                    got=f"NaN or infinity for {int(bad.sum())} prompts, first {prompt[:60]!r}",
-                    fix="Half precision overflows on some models: load in bfloat16 or float32.",
-                )
-        result[layer] = Activations(
-            queries=values,
-            shifts=shifts[layer] if shifts else None,
-            labels=tuple(labels),
-            groups=tuple(groups),
-            layer=layer,
-            site=DEFAULT_SITE,
-            shift=shift,
-            fingerprint=taken.at_layer(layer),
-            prompt_format=prompt_format,
-        )
-    return result

@@ -2,27 +2,30 @@
 
 Rows are run once for any number of layers, up to the last of them, with every hook of this package taken off for that
 time: what is read is the unsteered stream, whatever is attached. Of each activation only what is asked for is kept, the
-last token of a row, the mean over an answer, or all of it. What all rows begin with, such as the system message of a
-chat, is run once, and so is a prompt with two answers: what follows goes on from the KV cache.
+last token of a prompt or the mean over it, the mean over an answer, or all of it. What all rows begin with, such as the
+system message of a chat, is run once, and so is a prompt with two answers: what follows goes on from the KV cache.
 """
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
 from itertools import takewhile
-from typing import Any, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fsteer_lens.ground.checks import whole
+from fsteer_lens.method.gates import READINGS, Reading
 from fsteer_lens.models.attaching import hooks_added, hooks_suspended, unsteered
 from fsteer_lens.models.classes import SteerableModel, attention_window
 from fsteer_lens.models.devices import device_of
 from fsteer_lens.models.forward import Forward, run_up_to
 from fsteer_lens.models.points import DEFAULT_SITE, Point, layers_of, site_name
+from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
+from fsteer_lens.prompts.passes import Passes
 from fsteer_lens.prompts.tokens import Batch, pad
+from fsteer_lens.reading.readings import of_prompt
 
 PADDING = 0.125
 """Share of padding, beside the tokens of its rows one by one, from which on a smaller batch is faster on a CPU."""
@@ -32,6 +35,8 @@ SHARED = 8
 
 Keep = Callable[[Tensor], Tensor]
 """What to keep of an activation, [b s d]."""
+Hooks = list[tuple[str, Any]]
+"""Names of hook points with the functions to be called there."""
 Advance = Callable[[int], None]
 """Is told how many rows are done."""
 
@@ -63,9 +68,33 @@ def read(
     return kept
 
 
-def at(activation: Float[Tensor, "b t d"], positions: Int[Tensor, " b"]) -> Float[Tensor, "b d"]:
-    """The activation at one position of each row."""
-    return activation[torch.arange(len(positions), device=activation.device), positions.to(activation.device)]
+def read_prompts(
+    model: SteerableModel,
+    prompts: GivenPrompts,
+    passes: Passes,
+    layers: SupportsIndex | Iterable[SupportsIndex],
+    reads: Sequence[Reading],
+    *,
+    site: str = DEFAULT_SITE,
+    advance: Advance = lambda rows: None,
+) -> dict[Reading, dict[int, Float[Tensor, "n d"]]]:
+    """What is read of each prompt in the given ways, per layer, on the CPU; arguments and errors as of `Reader`."""
+    tokenisation = passes.tokenisation(model)
+    rows = [tokenisation.ids(prompt) for prompt in prompts_of(prompts, least=0)]
+    reader = Reader(model, layers, site, batch_size=passes.batch_size, advance=advance)
+    return reader.prompts(rows, tokenisation.tails(rows), reads)
+
+
+class _Beginning(NamedTuple):
+    """What all rows begin with, run apart: the pass that goes on from it, and the stream of its tokens, [s d]."""
+
+    forward: Forward
+    stream: Mapping[Point, Tensor]
+
+    @property
+    def length(self) -> int:
+        assert self.forward.tokens is not None
+        return self.forward.tokens.shape[1]
 
 
 class Reader:
@@ -100,32 +129,40 @@ class Reader:
 
     def last(self, rows: Sequence[Sequence[int]]) -> dict[int, Float[Tensor, "n d"]]:
         """Activation at the last token of each row, per layer, on the CPU."""
-        found = self._room(len(rows))
+        return self.prompts(rows, [0] * len(rows), ("last",))["last"]
+
+    def prompts(
+        self, rows: Sequence[Sequence[int]], tails: Sequence[int], reads: Sequence[Reading] = READINGS
+    ) -> dict[Reading, dict[int, Float[Tensor, "n d"]]]:
+        """What is read of each row, in every way that is asked for, per layer, on the CPU.
+
+        `tails` are the numbers of tokens after the user's turn, see `Tokenisation.tails`.
+        """
+        found: dict[Reading, dict[int, Tensor]] = {read: self._room(len(rows)) for read in reads}
         start, rests = self._begun(rows)
-        kept: dict[Point, Tensor] = {}
-        last = torch.tensor([0], dtype=torch.long, device="cpu")
-        hooks = _hooks(self._model, self._points, lambda point, h: kept.update({point: at(h, last).float()}))
         for chosen in self._batches([(len(rest), 0) for rest in rests], self._length(start)):
             batch = pad(self._model, [rests[index] for index in chosen], "right")
-            last = batch.mask.sum(dim=1) - 1
+            hooks = self._reading(found, chosen, batch, tails, start)
             with unsteered(self._model), hooks_added(self._model, hooks):
                 self._go_on(start, len(chosen))(batch.tokens, batch.mask)
-            self._store(found, chosen, kept)
+            self._advance(len(chosen))
         return found
 
     def answers(
-        self, prompts: Sequence[Sequence[int]], answers: Sequence[Sequence[Sequence[int]]]
-    ) -> tuple[dict[int, Float[Tensor, "n d"]], dict[int, Float[Tensor, "n 2 d"]]]:
-        """Activation at each prompt's last token, and means over the tokens of its two answers, per layer, on the CPU.
+        self,
+        prompts: Sequence[Sequence[int]],
+        answers: Sequence[Sequence[Sequence[int]]],
+        tails: Sequence[int] | None = None,
+    ) -> tuple[dict[Reading, dict[int, Float[Tensor, "n d"]]], dict[int, Float[Tensor, "n 2 d"]]]:
+        """What is read of each prompt, and means over the tokens of its two answers, per layer, on the CPU.
 
-        A prompt is run once, padded on the left; both of its answers go on from there, padded on the right.
+        A prompt is run once, padded on the left; both of its answers go on from there, padded on the right. `tails` as
+        in `prompts`; None is none.
         """
-        queries, means = self._room(len(prompts)), self._room(len(prompts), 2)
+        queries: dict[Reading, dict[int, Tensor]] = {read: self._room(len(prompts)) for read in READINGS}
+        means, tails = self._room(len(prompts), 2), tails or [0] * len(prompts)
         start, rests = self._begun(prompts, max((len(one) for pair in answers for one in pair), default=0))
         sizes = [(len(rest), max(map(len, pair))) for rest, pair in zip(rests, answers, strict=True)]
-        kept: dict[Point, Tensor] = {}
-        keep: Keep = _last
-        hooks = _hooks(self._model, self._points, lambda point, h: kept.update({point: keep(h).float()}))
         for chosen in self._batches(sizes, self._length(start)):
             prompt = pad(self._model, [rests[index] for index in chosen], "left")
             both = [list(answer) for index in chosen for answer in answers[index]]
@@ -135,20 +172,17 @@ class Reader:
             tokens = pad(self._model, [answer + [0] * (longest - len(answer)) for answer in both], "right").tokens
             mask = (torch.arange(longest, device="cpu") < lengths.unsqueeze(1)).to(tokens.device)
             with unsteered(self._model):
-                keep = _last
                 forward = self._go_on(start, len(chosen), cache=True)
-                with hooks_added(self._model, hooks):
+                with hooks_added(self._model, self._reading(queries, chosen, prompt, tails, start)):
                     forward(prompt.tokens, prompt.mask)
-                self._store(queries, chosen, kept, done=0)
-                keep = partial(_mean_of_pairs, mask=mask)
-                with hooks_added(self._model, hooks):
+                with hooks_added(self._model, self._averaging(means, chosen, mask)):
                     forward.fork(2)(tokens, mask)
-                self._store(means, chosen, kept)
+            self._advance(len(chosen))
         return queries, means
 
     def _begun(
         self, rows: Sequence[Sequence[int]], longest_answer: int = 0
-    ) -> tuple[Forward | None, Sequence[Sequence[int]]]:
+    ) -> tuple[_Beginning | None, Sequence[Sequence[int]]]:
         """A pass over what all rows begin with, None where that is little, and what is left of each of them.
 
         Padding comes between the two, and takes up room in an attention window: so all of a row has to fit into one.
@@ -160,21 +194,23 @@ class Reader:
         fits = max(map(len, rows), default=0) + longest_answer <= attention_window(self._model)
         if len(rows) < 2 or shared < SHARED or not fits:
             return None, rows
-        start = self._go_on(None, 1, cache=True)
+        forward = self._go_on(None, 1, cache=True)
         tokens = pad(self._model, [rows[0][:shared]], "right")
-        with unsteered(self._model):
-            start(tokens.tokens, tokens.mask)
-        return start, [row[shared:] for row in rows]
+        stream: dict[Point, Tensor] = {}
+        hooks = _hooks(self._model, self._points, lambda point, h: stream.update({point: h[0].float()}))
+        with unsteered(self._model), hooks_added(self._model, hooks):
+            forward(tokens.tokens, tokens.mask)
+        return _Beginning(forward, stream), [row[shared:] for row in rows]
 
-    def _go_on(self, start: Forward | None, times: int, cache: bool = False) -> Forward:
+    def _go_on(self, start: _Beginning | None, times: int, cache: bool = False) -> Forward:
         """Passes of so many rows, up to the last layer that is read, that go on from `start`."""
         if start is not None:
-            return start.fork(times)
+            return start.forward.fork(times)
         return Forward(self._model, cache=cache, layers=max(self.layers) + 1)
 
     @staticmethod
-    def _length(start: Forward | None) -> int:
-        return 0 if start is None or start.tokens is None else start.tokens.shape[1]
+    def _length(start: _Beginning | None) -> int:
+        return 0 if start is None else start.length
 
     def _room(self, *shape: int) -> dict[int, Tensor]:
         return {
@@ -182,12 +218,31 @@ class Reader:
             for layer in self.layers
         }
 
-    def _store(
-        self, room: Mapping[int, Tensor], rows: Sequence[int], kept: Mapping[Point, Tensor], done: int | None = None
-    ) -> None:
-        for point in self._points:
-            room[point.layer][rows] = kept[point].cpu()
-        self._advance(len(rows) if done is None else done)
+    def _reading(
+        self,
+        rooms: Mapping[Reading, Mapping[int, Tensor]],
+        rows: Sequence[int],
+        batch: Batch,
+        tails: Sequence[int],
+        start: _Beginning | None,
+    ) -> Hooks:
+        """Hooks that put into the rooms what is read of the prompts."""
+        own = torch.tensor([tails[row] for row in rows], dtype=torch.long, device="cpu")
+
+        def keep(point: Point, h: Tensor) -> None:
+            before = None if start is None else start.stream[point].to(h.device)
+            for read, room in rooms.items():
+                room[point.layer][rows] = of_prompt(read, h, batch.mask, own, before).cpu()
+
+        return _hooks(self._model, self._points, keep)
+
+    def _averaging(self, room: Mapping[int, Tensor], rows: Sequence[int], mask: Tensor) -> Hooks:
+        """Hooks that put into the room the means over both answers of each prompt."""
+
+        def keep(point: Point, h: Tensor) -> None:
+            room[point.layer][rows] = _mean_of_pairs(h, mask).cpu()
+
+        return _hooks(self._model, self._points, keep)
 
     def _batches(self, sizes: Sequence[tuple[int, int]], before: int) -> Iterator[list[int]]:
         """Numbers of rows of about one length: at most `batch_size` at once, within the context, with little padding.
@@ -213,9 +268,7 @@ class Reader:
             yield chosen
 
 
-def _hooks(
-    model: SteerableModel, points: Sequence[Point], keep: Callable[[Point, Tensor], None]
-) -> list[tuple[str, Any]]:
+def _hooks(model: SteerableModel, points: Sequence[Point], keep: Callable[[Point, Tensor], None]) -> Hooks:
     """Hooks that hand the activation at each point to `keep`, and leave it as it is."""
 
     def hook_of(point: Point) -> Any:
@@ -225,10 +278,6 @@ def _hooks(
         return hook_function
 
     return [(site_name(model, point.layer, point.site), hook_of(point)) for point in points]
-
-
-def _last(activation: Float[Tensor, "b s d"]) -> Float[Tensor, "b d"]:
-    return activation[:, -1]
 
 
 def _mean_of_pairs(activation: Float[Tensor, "b s d"], mask: Bool[Tensor, "b s"]) -> Float[Tensor, "n 2 d"]:

@@ -18,7 +18,7 @@ from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
 from fsteer_lens.prompts.forms import GivenPrompts, Prompt, prompt_text, prompts_of
 from fsteer_lens.prompts.passes import Passes, PassOptions
-from fsteer_lens.reading.reader import Reader
+from fsteer_lens.reading.reader import read_prompts
 from fsteer_lens.report.page import Report
 from fsteer_lens.report.settings import add_settings, machine_rows, steering_rows
 from fsteer_lens.run.generation import Generation, Generations, generate
@@ -116,11 +116,13 @@ def steering_report(
         CAPTIONS["compare"],
     )
     most = max(range(len(contrasts)), key=lambda index: float(_kl(made[index]).sum()))
-    reader = Reader(model, steering.hooked_layers, steering.site, batch_size=passes.batch_size)
-    for layer, queries in reader.last(passes.ids(model, prompts)).items():
+    read = read_prompts(model, prompts, passes, steering.hooked_layers, steering.reads, site=steering.site)
+    for layer in steering.hooked_layers:
         where = "" if len(steering.hooked_layers) == 1 else f", layer {layer}"
-        _add_gate(report, model, steering, layer, where, queries, prompts, len(contrasts), most, passes)
-        _add_experts(report, model, steering, layer, where, queries, contrasts, passes)
+        gate = steering.gate_at(layer)
+        asked = read[steering.read if gate is None else gate.read][layer]
+        _add_gate(report, model, steering, layer, where, asked, prompts, len(contrasts), most, passes)
+        _add_experts(report, model, steering, layer, where, read[steering.read][layer], contrasts, passes)
     _add_generation(report, model, steering, made, most, passes)
     if sweep and len(general):
         methods: dict[str, Steering] = {"as it is": steering}

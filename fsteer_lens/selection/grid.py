@@ -22,10 +22,11 @@ from fsteer_lens.ground.files import read_text, write_atomically
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import layers_of
-from fsteer_lens.reading.activations import Activations, Shift, collect, collect_queries
+from fsteer_lens.reading.activations import Activations, Shift
+from fsteer_lens.reading.collecting import collect, collect_queries
 from fsteer_lens.reading.fingerprints import fingerprint
 from fsteer_lens.selection.splits import SplitData
-from fsteer_lens.steering.fitting import fit
+from fsteer_lens.steering.fitting import put_together
 from fsteer_lens.steering.steering import FineSteer, Steering
 
 STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
@@ -225,7 +226,7 @@ def search(
 
 
 def _fit_default(activations: Activations, general: Activations | None) -> Steering:
-    return fit(activations)
+    return put_together(activations)
 
 
 def _prompt(item: Any) -> Any:

@@ -359,4 +359,5 @@ def _shifts(activations: Activations) -> Float[Tensor, "n d"]:
 
 def _about(activations: Activations) -> dict[str, Any]:
     """Where the activations come from, as fields of a steering."""
-    return {name: getattr(activations, name) for name in ("layer", "shift", "site", "fingerprint", "prompt_format")}
+    shared = ("layer", "shift", "site", "fingerprint", "prompt_format", "read")
+    return {name: getattr(activations, name) for name in shared}

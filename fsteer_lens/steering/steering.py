@@ -24,7 +24,7 @@ from fsteer_lens.hooks.positions import View
 from fsteer_lens.hooks.scopes import Schedule, Scope, in_scope, require_scope
 from fsteer_lens.hooks.session import State
 from fsteer_lens.method.experts import Experts
-from fsteer_lens.method.gates import Gate, require_gate
+from fsteer_lens.method.gates import Gate, Reading, require_gate, require_reading
 from fsteer_lens.models.points import DEFAULT_SITE
 from fsteer_lens.prompts.formats import PromptFormat
 from fsteer_lens.reading.fingerprints import Fingerprint
@@ -82,6 +82,7 @@ class Steering(Link):
         fingerprint: of the model it was fitted on; checked when it is put on a model.
         prompt_format: how the prompts became tokens that it was fitted on: chat template or not. What runs prompts
             follows it where nothing else is asked for, and refuses what contradicts it.
+        read: what the query activation ĥ is of a prompt, as in `Activations`; a gate reads by its own `read`.
     """
 
     layer: int | None = None
@@ -95,8 +96,10 @@ class Steering(Link):
     site: str = DEFAULT_SITE
     fingerprint: Fingerprint | None = None
     prompt_format: PromptFormat | None = None
+    read: Reading = "last"
 
     def __post_init__(self) -> None:
+        require_reading(self.read)
         if self.scope is None:
             normalised(self, scope=SCOPE_OF_SHIFT.get(self.shift))
         require_scope(self.scope)
@@ -115,6 +118,13 @@ class Steering(Link):
             raise InputError(
                 'refresh="step" has no effect with scope="prompt"',
                 fix='Use scope="all", "generated" or a Window.',
+            )
+        if self.refresh == "step" and self.reads != ("last",):
+            raise InputError(
+                'refresh="step" decides at single tokens',
+                expected='gate and vector that read="last"',
+                got=self.reads,
+                fix='Fit them on activations.reading("last"), or leave refresh= out.',
             )
         if self.gate_layer is not None:
             if self.gate_layer > min(self.layers):
@@ -157,6 +167,12 @@ class Steering(Link):
         return self.layers
 
     @property
+    def reads(self) -> tuple[Reading, ...]:
+        """What vector and gates read of a prompt."""
+        gates = [self.gate_at(layer) for layer in self.hooked_layers]
+        return tuple(dict.fromkeys([self.read, *(gate.read for gate in gates if gate is not None)]))
+
+    @property
     def stepwise(self) -> bool:
         """Whether it decides again at every later position."""
         return self.refresh == "step"
@@ -182,19 +198,37 @@ class Steering(Link):
         """The same steering that decides and records and edits nothing, or one that acts again; shares all tensors."""
         return replace(self, monitor=monitor)
 
-    def decide(self, layer: int, h: Float[Tensor, "*batch d"], gate: Float[Tensor, "*batch"] | None = None) -> Decision:
-        """Decide for activations at one layer; `gate` overrides the layer's own gate.
+    def decide(
+        self,
+        layer: int,
+        h: Float[Tensor, "*batch d"],
+        gate: Float[Tensor, "*batch"] | None = None,
+        asked: Float[Tensor, "*batch d"] | None = None,
+    ) -> Decision:
+        """Decide for activations at one layer.
+
+        Args:
+            layer: a hooked one.
+            h: what the vector is made from.
+            gate: overrides the layer's own gate.
+            asked: what the gate is asked about, where it reads prompts in another way; None is `h`.
 
         Raises:
             NonFiniteError: an activation is NaN or infinite.
+            InputError: no `asked` for a gate that reads in another way than the vector.
         """
         steered = layer in self.layers
         decision = self.vectors(layer, h) if steered else Decision(h.new_ones(h.shape[:-1]), torch.zeros_like(h))
         own = self.gate_at(layer)
         if own is not None:
-            decision = decision._replace(**own.readings(h))
+            if asked is None and own.read != self.read:
+                expected, got = f"asked=, the prompts read by {own.read!r}", f"what was read by {self.read!r} alone"
+                raise InputError(f"the gate of layer {layer}", expected=expected, got=got)
+            asked = h if asked is None else asked
+            decision = decision._replace(**own.readings(asked))
         if gate is None and own is not None:
-            gate = own(h).to(h)
+            assert asked is not None
+            gate = own(asked).to(h)
             if gate.shape != h.shape[:-1]:
                 expected = f"a gate value for each activation, {list(h.shape[:-1])}"
                 raise ShapeError(f"{type(own).__name__} at layer {layer}", expected=expected, got=list(gate.shape))
@@ -220,8 +254,10 @@ class Steering(Link):
     def edit(self, state: State, layer: int, activation: Tensor, view: View) -> Tensor | None:
         """Decide on a new prompt (with refresh="step" at every later position too), and scale by scope and schedule."""
         if view.fresh:
-            h = state.query(layer, activation, view)
-            decision = self.decide(layer, h, self._shared_gate(layer, state.decisions, h))
+            h = state.query(layer, activation, view, self.read)
+            own = self.gate_at(layer)
+            asked = h if own is None or own.read == self.read else state.query(layer, activation, view, own.read)
+            decision = self.decide(layer, h, self._shared_gate(layer, state.decisions, h), asked)
             state.decisions[layer] = decision
             kept = decision._asdict()
             del kept["vector"]

@@ -17,7 +17,8 @@ from fsteer_lens.hooks.scopes import Schedule, Window
 from fsteer_lens.method.controller import Controller, LinearController
 from fsteer_lens.method.experts import Experts, FitReport, HeldOut
 from fsteer_lens.method.gates import CutGate, MaxGate, MinGate, NotGate
-from fsteer_lens.method.linear_gates import CosineGate, LinearGate
+from fsteer_lens.method.linear_gates import CosineGate, LinearGate, OutOfFold
+from fsteer_lens.method.residual_gates import ResidualRatioGate
 from fsteer_lens.method.subspace import Subspace
 from fsteer_lens.method.subspace_gates import CalibrationRange, EnergyGate, LogisticGate, QuantileGate, ThresholdGate
 from fsteer_lens.models.classes import SteerableModel
@@ -50,9 +51,11 @@ CLASSES: Mapping[str, Any] = {
         NearestCentroid,
         NotGate,
         NullSpaceSteering,
+        OutOfFold,
         PcaDirection,
         PromptFormat,
         QuantileGate,
+        ResidualRatioGate,
         RidgeSteering,
         Schedule,
         Subspace,

@@ -9,7 +9,7 @@ from fsteer_lens.evaluation.perturbations import PERTURBATIONS, Perturbation, gi
 from fsteer_lens.method.fitting_gates import fit_gate
 from fsteer_lens.method.gates import Gate
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.reading.activations import collect_queries
+from fsteer_lens.reading.collecting import collect_queries
 from fsteer_lens.tutor.splits import data
 from fsteer_lens.tutor.steering import LAYER, activations, fit
 from fsteer_lens.tutor.world import chat, user_text

@@ -12,7 +12,8 @@ from fsteer_lens.evaluation import Evaluation, Method, Prompting, evaluate
 from fsteer_lens.ground.estimates import Proportion, auroc
 from fsteer_lens.method.gates import OPEN, Gate
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.reading.activations import Activations, collect, collect_queries
+from fsteer_lens.reading.activations import Activations
+from fsteer_lens.reading.collecting import collect, collect_queries
 from fsteer_lens.steering.baselines import fit_mean_shift
 from fsteer_lens.steering.steering import FineSteer, Steering
 from fsteer_lens.tutor.splits import BEHAVIOURS

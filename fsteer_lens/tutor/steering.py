@@ -4,9 +4,10 @@ from typing import Any, Final
 
 from fsteer_lens.ground.checks import require_unset
 from fsteer_lens.method.fitting_experts import Preset
-from fsteer_lens.method.fitting_gates import DIRECTION_KINDS, SUBSPACE_KINDS
+from fsteer_lens.method.fitting_gates import NEED_GENERAL, SUBSPACE_KINDS
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.reading.activations import Activations, collect, collect_queries
+from fsteer_lens.reading.activations import Activations
+from fsteer_lens.reading.collecting import collect, collect_queries
 from fsteer_lens.steering import fitting
 from fsteer_lens.steering.steering import FineSteer
 from fsteer_lens.tutor.splits import data
@@ -17,8 +18,6 @@ RANK: Final = 32
 STRENGTH: Final = 1.25
 
 _BATCH: Final = 64
-CONTRASTING: Final = ("logistic", *DIRECTION_KINDS)
-"""Gates that need queries to be left alone."""
 
 
 def activations(
@@ -67,7 +66,7 @@ def fit(
         require_unset(f"activations of layer {activations.layer}", layer=layer)
     trained = _collected(model, behaviour, layer=layer, progress=progress) if activations is None else activations
     gate = options.get("gate")
-    if gate in CONTRASTING and "general" not in options:
+    if gate in NEED_GENERAL and "general" not in options:
         prompts = [task.prompt for task in data(behaviour).general_train]
         options["general"] = collect_queries(model, prompts, layer=trained.layer, batch_size=_BATCH, progress=progress)
     if options.get("experts") is None:
@@ -75,7 +74,7 @@ def fit(
     options = {"strength": STRENGTH, **options}
     if rank is None and (gate is None or gate in SUBSPACE_KINDS):
         rank = RANK
-    return fitting.fit(trained, rank=rank, preset=preset, **options)
+    return fitting.put_together(trained, rank=rank, preset=preset, **options)
 
 
 _collected = activations
