@@ -1,4 +1,4 @@
-"""`fit_gate`: from activations to a gate, on the energy ratio of a subspace or on a direction."""
+"""`fit_gate`: from activations to a gate, on the energy ratio of a subspace, on a direction, or a null space."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground import checks
+from fsteer_lens.method.fitting_null_space import fit_null_space_gate
 from fsteer_lens.method.folds import Fold, cut_folds
 from fsteer_lens.method.gates import Gate
 from fsteer_lens.method.linalg import require_matrix, require_rank
@@ -23,7 +24,8 @@ QUANTILE: Final = {"epsilon": 0.003, "gamma": 4.0, "cdf": "linear"}
 FOLDS: Final = 5
 SUBSPACE_KINDS = ("quantile", "logistic", "energy")
 DIRECTION_KINDS = ("linear", "cosine")
-Kind = Literal["quantile", "logistic", "energy", "linear", "cosine"]
+NULL_SPACE = "null_space"
+Kind = Literal["quantile", "logistic", "energy", "linear", "cosine", "null_space"]
 
 
 class GateOptions(TypedDict, total=False):
@@ -35,14 +37,16 @@ class GateOptions(TypedDict, total=False):
     gamma: float
     cdf: Literal["linear", "step"]
     max_rank: int
+    domains: Iterable[str | None] | None
 
 
 ALLOWED: Final = {
-    "quantile": frozenset(GateOptions.__annotations__),
-    "logistic": frozenset(GateOptions.__annotations__) - set(QUANTILE),
-    "energy": frozenset(GateOptions.__annotations__) - set(QUANTILE),
+    "quantile": frozenset(GateOptions.__annotations__) - {"domains"},
+    "logistic": frozenset(GateOptions.__annotations__) - {"domains", *QUANTILE},
+    "energy": frozenset(GateOptions.__annotations__) - {"domains", *QUANTILE},
     "linear": frozenset(),
     "cosine": frozenset(),
+    "null_space": frozenset({"folds", "seed", "domains"}),
 }
 """Options that have an effect, by kind of gate."""
 
@@ -66,9 +70,10 @@ def fit_gate(
             kinds.
         kind: "quantile" (paper Eq. 8), "logistic" (Eq. 9) or "energy" (Eq. 15), on the energy ratio of a subspace;
             "linear", a linear probe, logistic regression of the two kinds of query, standardised, classes balanced, L2
-            with C = 1; "cosine", the gate of CAST (Lee et al. 2024, arXiv 2409.05907).
-        general: activations of queries to be left alone; "logistic", "linear" and "cosine" need them, and the others
-            raise if they are given.
+            with C = 1; "cosine", the gate of CAST (Lee et al. 2024, arXiv 2409.05907); "null_space", a map that is 0
+            on general queries and 1 on these, see `NullSpaceGate`.
+        general: activations of queries to be left alone; "logistic", "linear", "cosine" and "null_space" need them, and
+            the others raise if they are given.
         groups: fold group of every query (the template it was made from); a group is never split. None: random folds.
         calibration: IR queries that the basis does not see; replaces cross-fitting.
         layer: where the queries were read; the gate then refuses to act or to combine elsewhere.
@@ -77,21 +82,23 @@ def fit_gate(
             random folds. `max_rank` (64): keep this many ranks (or as many as the data allow) for `.at_rank`. For
             kind="quantile" `epsilon` (0.003), `gamma` (4.0) and `cdf` ("linear" interpolates F, "step" is the
             paper's). The paper's ε and γ are not public; the defaults are what measured best on the tutor's valid split
-            (docs/tutor_model_card.md).
+            (docs/tutor_model_card.md). For kind="null_space" `folds`, `seed`, and `domains`: of each general query
+            where it is from, so that the gate knows what is left of the steering there.
 
     Raises:
         InputError: `rank` too high or missing, unknown `kind`, or options that contradict each other or have no effect.
         ShapeError, NonFiniteError: a tensor is no finite floating matrix of the queries' width.
         DataError: fewer than two groups to cut folds from.
     """
-    checks.choice("gate kind", kind, (*SUBSPACE_KINDS, *DIRECTION_KINDS))
+    checks.choice("gate kind", kind, (*SUBSPACE_KINDS, *DIRECTION_KINDS, NULL_SPACE))
     unused = sorted(set(options) - ALLOWED[kind])
     if groups is not None:
         listed = checks.several("groups", groups, "a group for each query")
         groups = [None if checks.is_missing(group) else group for group in listed]
     grouped = groups is not None and any(group is not None for group in groups)
-    if kind in DIRECTION_KINDS:
-        own = {"rank": rank is not None, "calibration": calibration is not None, "groups": grouped}
+    if kind not in SUBSPACE_KINDS:
+        cut = grouped and kind != NULL_SPACE
+        own = {"rank": rank is not None, "calibration": calibration is not None, "groups": cut}
         unused += [name for name, given in own.items() if given]
     if unused:
         raise InputError(
@@ -101,9 +108,12 @@ def fit_gate(
         needs, got = ("needs", None) if general is None else ("takes no", "activations of queries to leave alone")
         raise InputError(
             f"the {kind} gate {needs} general=",
-            expected="general= with kind='logistic', 'linear' or 'cosine', and no other",
+            expected="general= with kind='logistic', 'linear', 'cosine' or 'null_space', and no other",
             got=got,
         )
+    if general is not None and kind == NULL_SPACE:
+        given: dict[str, Any] = dict(options)
+        return fit_null_space_gate(queries, general, groups=groups if grouped else None, layer=layer, **given)
     rows = require_matrix(queries, "queries", min_rows=3)
     others = None if general is None else require_matrix(general, "general", d_model=rows.shape[1]).to(rows)
     if others is not None and kind in DIRECTION_KINDS:

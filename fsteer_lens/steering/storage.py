@@ -18,6 +18,7 @@ from fsteer_lens.method.controller import Controller, LinearController
 from fsteer_lens.method.experts import Experts, FitReport, HeldOut
 from fsteer_lens.method.gates import CutGate, MaxGate, MinGate, NotGate
 from fsteer_lens.method.linear_gates import CosineGate, LinearGate
+from fsteer_lens.method.null_space import DomainShare, NullSpaceGate
 from fsteer_lens.method.subspace import Subspace
 from fsteer_lens.method.subspace_gates import CalibrationRange, EnergyGate, LogisticGate, QuantileGate, ThresholdGate
 from fsteer_lens.models.classes import SteerableModel
@@ -34,6 +35,7 @@ CLASSES: Mapping[str, Any] = {
         Controller,
         CosineGate,
         CutGate,
+        DomainShare,
         EnergyGate,
         ExpertProbe,
         Experts,
@@ -49,6 +51,7 @@ CLASSES: Mapping[str, Any] = {
         MinGate,
         NearestCentroid,
         NotGate,
+        NullSpaceGate,
         NullSpaceSteering,
         PcaDirection,
         PromptFormat,
