@@ -340,5 +340,19 @@ def test_a_gate_put_together_by_hand_is_checked() -> None:
         NullSpaceGate(weight, float("inf"))
     with pytest.raises(InputError, match="layer"):
         NullSpaceGate(weight, 0.0, layer=-1)
+    with pytest.raises(InputError, match="kept"):
+        NullSpaceGate(weight, 0.0, kept=1.5)
+    wrong: list[tuple[str, dict[str, Any]]] = [
+        ("share", {"share": -0.1}),
+        ("left_out", {"left_out": 2.0}),
+        ("n", {"n": 0}),
+    ]
+    for what, field in wrong:
+        with pytest.raises(InputError, match=what):
+            replace(share, **field)
+    with pytest.raises(InputError, match="name"):
+        replace(share, name="a\0")
+    hostile = NullSpaceGate(weight, 0.0, domains=(replace(share, name="\x1b[2J\n"),))
+    assert "\x1b" not in repr(hostile) + hostile.to_markdown() and "\\x1b[2J\\n" in repr(hostile)
     gate = replace(NullSpaceGate(weight, 0.0), kept=0.5)
     assert repr(gate) == "NullSpaceGate(d_model=3, kept=0.50)"

@@ -10,12 +10,12 @@ of the steering there, and what would be left had that domain not been shown.
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.ground.checks import finite, instance, normalised, optional, several, whole
+from fsteer_lens.ground.checks import clean_text, finite, instance, normalised, optional, several, whole
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.method.gates import Gate
 from fsteer_lens.method.linalg import require_shapes, require_width
@@ -37,6 +37,15 @@ class DomainShare:
     n: int
     share: float
     left_out: float | None = None
+
+    def __post_init__(self) -> None:
+        normalised(
+            self,
+            name=clean_text("domain name", self.name),
+            n=whole("domain n", self.n, 1),
+            share=_share("domain share", self.share),
+            left_out=optional(_share, "domain left_out", self.left_out),
+        )
 
 
 @final
@@ -66,19 +75,19 @@ class NullSpaceGate(Gate):
         normalised(
             self,
             bias=finite("null space gate bias", self.bias),
-            layer=optional(whole, "null space gate layer", self.layer),
-            kept=optional(finite, "null space gate kept", self.kept),
+            layer=optional(whole, "null space gate layer", self.layer, 0),
+            kept=optional(_share, "null space gate kept", self.kept),
             domains=tuple(domains),
         )
 
     def __repr__(self) -> str:
         told = [f"d_model={self.d_model}"] + ([] if self.kept is None else [f"kept={self.kept:.2f}"])
-        told += [f"{one.name}={one.share:.2f} (left out {_number(one.left_out)})" for one in self.domains]
+        told += [f"{_shown(one.name)}={one.share:.2f} (left out {_number(one.left_out)})" for one in self.domains]
         return f"NullSpaceGate({', '.join(told)})"
 
     def to_markdown(self) -> str:
         """What is left of the steering, domain by domain, as a table."""
-        rows = [[one.name, str(one.n), f"{one.share:.3f}", _number(one.left_out, 3)] for one in self.domains]
+        rows = [[_shown(one.name), str(one.n), f"{one.share:.3f}", _number(one.left_out, 3)] for one in self.domains]
         return markdown(["domain", "queries", "left of the steering", "had it been left out"], rows)
 
     @property
@@ -99,6 +108,15 @@ class NullSpaceGate(Gate):
     def gate(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """clamp(w·h + b, 0, 1)."""
         return self.score(h).clamp(0, 1)
+
+
+def _share(name: str, value: Any) -> float:
+    return finite(name, value, least=0, most=1)
+
+
+def _shown(name: str) -> str:
+    """A name as it may reach a terminal: one out of a file may hold escape sequences and line breaks."""
+    return repr(name)[1:-1]
 
 
 def _number(value: float | None, digits: int = 2) -> str:
