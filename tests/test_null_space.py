@@ -11,7 +11,19 @@ import torch
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import GroupKFold, KFold
 
-from fsteer_lens import Activations, FineSteer, collect_queries, explore, figures, fit, fit_gate, generate, load, save
+from fsteer_lens import (
+    Activations,
+    FineSteer,
+    collect_queries,
+    explore,
+    figures,
+    fit,
+    fit_gate,
+    generate,
+    load,
+    save,
+    tutor,
+)
 from fsteer_lens.errors import DataError, InputError, MismatchError, NonFiniteError, ShapeError
 from fsteer_lens.method import DomainShare, NullSpaceGate
 from fsteer_lens.method.gates import CutGate, MinGate
@@ -237,6 +249,21 @@ def test_on_the_tutor_in_a_file_and_in_pictures(
     assert explorer.choose(threshold=0.25).state.gate_at(LAYER).threshold == 0.25  # type: ignore[union-attr]
     figure: Any = figures.gate_separation(gate, harmful, harmless)
     assert figure.layout.xaxis.title.text == gate.score_name
+
+
+def test_the_tutors_own_fit_knows_it(
+    tutor_model: SteerableModel, steering: FineSteer, trained: dict[int, Activations]
+) -> None:
+    told, own = data("safe"), trained[4]
+    experts = steering.experts_at(LAYER)
+    by_kind = tutor.fit(tutor_model, activations=own, gate="null_space", experts=experts, progress=False).gate_at(4)
+    assert isinstance(by_kind, NullSpaceGate)
+    assert {one.name for one in by_kind.domains} == {task.kind for task in told.general_train}
+    read: dict[str, Any] = {"layer": 4, "progress": False}
+    tasks = told.general_train[::20]
+    general_ = collect_queries(tutor_model, [t.prompt for t in tasks], labels=[t.kind for t in tasks], **read)
+    alone = tutor.fit(tutor_model, activations=own, null_space=general_, experts=experts).gate_at(4)
+    assert isinstance(alone, NullSpaceGate), "no gate was asked for, so there is none beside it"
 
 
 def test_a_mean_shift_in_the_null_space(tmp_path: Path) -> None:
