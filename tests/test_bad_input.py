@@ -116,6 +116,14 @@ cases = {
     "context with a NUL": lambda: prompt_ids(model, "a", context="b" + chr(0)),
     "wrong gate kind": lambda: fl.fit_gate(h, rank=4, kind="cosines"),
     "cosine gate without general queries": lambda: fl.fit_gate(h, kind="cosine"),
+    "null-space gate without general queries": lambda: fl.fit_gate(h, kind="null_space"),
+    "null-space gate with one name for all domains": lambda: fl.fit_gate(
+        h, kind="null_space", general=d, domains="stories"
+    ),
+    "null-space gate of two widths": lambda: fl.fit_gate(h, kind="null_space", general=d[:, :64]),
+    "null space from bare queries": lambda: fl.fit(acts, null_space=d, epochs=2),
+    "null-space gate told of domains in words": lambda: fl.method.NullSpaceGate(h[0], 0.0, domains=["stories"]),
+    "null-space gate at half a layer": lambda: fl.method.NullSpaceGate(h[0], 0.0, layer=1.5),
     "rank of a linear gate": lambda: fl.fit_gate(h, rank=4, kind="linear", general=d),
     "epsilon of a logistic gate": lambda: fl.fit_gate(h, rank=4, kind="logistic", general=d, epsilon=0.1),
     "subspace gate without a rank": lambda: fl.fit_gate(h),

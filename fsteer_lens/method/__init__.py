@@ -5,11 +5,13 @@ from fsteer_lens.method.fitting_experts import fit_experts
 from fsteer_lens.method.fitting_gates import fit_gate
 from fsteer_lens.method.gates import Gate
 from fsteer_lens.method.linear_gates import CosineGate, LinearGate
+from fsteer_lens.method.null_space import DomainShare, NullSpaceGate
 from fsteer_lens.method.subspace import Subspace, fit_subspace
 from fsteer_lens.method.subspace_gates import EnergyGate, LogisticGate, QuantileGate, SubspaceGate, ThresholdGate
 
 __all__ = [
     "CosineGate",
+    "DomainShare",
     "EnergyGate",
     "Experts",
     "FitReport",
@@ -17,6 +19,7 @@ __all__ = [
     "HeldOut",
     "LinearGate",
     "LogisticGate",
+    "NullSpaceGate",
     "Parts",
     "QuantileGate",
     "Subspace",

@@ -13,6 +13,7 @@ from torch import Tensor
 from fsteer_lens.errors import InputError, ShapeError
 from fsteer_lens.ground import checks
 from fsteer_lens.method.contrasting import Cutting, Fit, Side, fit_cosine, fit_cut, fit_linear, fit_residual_ratio
+from fsteer_lens.method.fitting_null_space import fit_null_space_gate
 from fsteer_lens.method.folds import Fold, cut_folds
 from fsteer_lens.method.gates import Gate, Reading, require_reading
 from fsteer_lens.method.linalg import require_matrix, require_rank
@@ -26,8 +27,9 @@ FALSE_ALARMS: Final = 0.05
 RANK: Final = 8
 SUBSPACE_KINDS = ("quantile", "logistic", "energy")
 CONTRASTING_KINDS = ("linear", "residual_ratio", "cosine")
-NEED_GENERAL = ("logistic", *CONTRASTING_KINDS)
-Kind = Literal["quantile", "logistic", "energy", "linear", "residual_ratio", "cosine"]
+NULL_SPACE: Final = "null_space"
+NEED_GENERAL = ("logistic", *CONTRASTING_KINDS, NULL_SPACE)
+Kind = Literal["quantile", "logistic", "energy", "linear", "residual_ratio", "cosine", "null_space"]
 
 
 class GateOptions(TypedDict, total=False):
@@ -42,6 +44,7 @@ class GateOptions(TypedDict, total=False):
     max_rank: int
     false_alarms: float | None
     augment: Mapping[str, Float[Tensor, "_ d"]] | None
+    domains: Iterable[str | None] | None
 
 
 FOLDED: Final = {"folds", "seed"}
@@ -52,6 +55,7 @@ ALLOWED: Final = {
     "linear": frozenset({"false_alarms", "augment"} | FOLDED),
     "residual_ratio": frozenset({"false_alarms", "augment"} | FOLDED),
     "cosine": frozenset({"augment"}),
+    NULL_SPACE: frozenset({"domains"} | FOLDED),
 }
 """Options that have an effect, by kind of gate."""
 
@@ -78,7 +82,7 @@ def fit_gate(
             "quantile" (paper Eq. 8), "logistic" (Eq. 9), "energy" (Eq. 15). On both kinds of query: "linear", a linear
             probe, logistic regression, standardised, classes balanced, L2 with C = 1; "residual_ratio", the log ratio
             of the energies that the subspaces of either kind leave; "cosine", the gate of CAST (Lee et al. 2024,
-            arXiv 2409.05907).
+            arXiv 2409.05907); "null_space", a map that is 0 on general queries and 1 on these, see `NullSpaceGate`.
         general: activations of queries to be left alone; "quantile" and "energy" take none, all others need them.
         near_misses: of queries to be left alone that look like those that need intervention; count as general ones,
             and are reported apart. For the kinds that know both kinds of query.
@@ -95,7 +99,8 @@ def fit_gate(
             ("queries", "general", "near_misses"): all prompts said in one way, then all in the next; they are fitted
             to, and never calibrated on. For "quantile" `epsilon` (0.003), `gamma` (4.0) and `cdf` ("linear"
             interpolates F, "step" is the paper's). The paper's ε and γ are not public; the defaults are what measured
-            best on the tutor's valid split (docs/tutor_model_card.md).
+            best on the tutor's valid split (docs/tutor_model_card.md). For "null_space" `domains` (None): of each
+            general query where it is from, so that the gate knows what is left of the steering there.
 
     Raises:
         InputError: `rank` too high or missing, unknown `kind`, too few general queries for the rate, or options that
@@ -104,9 +109,11 @@ def fit_gate(
         DataError: fewer than two groups to cut folds from.
     """
     by_default = "quantile" if general is None else "linear"
-    kind = checks.choice("gate kind", kind or by_default, (*SUBSPACE_KINDS, *CONTRASTING_KINDS))
+    kind = checks.choice("gate kind", kind or by_default, (*SUBSPACE_KINDS, *CONTRASTING_KINDS, NULL_SPACE))
     require_reading(read)
-    given = {name: value for name, value in options.items() if value is not None or name in ("folds", "false_alarms")}
+    given: dict[str, Any] = {
+        name: value for name, value in options.items() if value is not None or name in ("folds", "false_alarms")
+    }
     cut = kind in ("linear", "residual_ratio") and given.get("false_alarms", FALSE_ALARMS) is not None
     if groups is not None:
         listed = checks.several("groups", groups, "a group for each query")
@@ -114,9 +121,9 @@ def fit_gate(
     grouped = groups is not None and any(group is not None for group in groups)
     allowed = ALLOWED[kind] - (FOLDED if kind == "linear" and not cut else set())
     unused = sorted(set(given) - allowed)
-    if kind in ("linear", "cosine"):
+    if kind in ("linear", "cosine", NULL_SPACE):
         unused += ["rank"] * (rank is not None)
-    if grouped and not (cut or kind in SUBSPACE_KINDS):
+    if grouped and not (cut or kind in (*SUBSPACE_KINDS, NULL_SPACE)):
         unused.append("groups")
     if near_misses is not None and kind not in CONTRASTING_KINDS:
         unused.append("near_misses")
@@ -128,11 +135,13 @@ def fit_gate(
         raise InputError(
             f"the {kind} gate {needs} general=", expected=f"general= with kind={kinds}, and no other", got=got
         )
+    placed: dict[str, Any] = {"layer": layer, "read": read}
+    if general is not None and kind == NULL_SPACE:
+        return replace(fit_null_space_gate(queries, general, groups=groups if grouped else None, **given), **placed)
     rows = require_matrix(queries, "queries", min_rows=3)
     others = None if general is None else require_matrix(general, "general", d_model=rows.shape[1]).to(rows)
     if grouped:
         checks.require_unset("groups=, which cut the folds, so that none is random", seed=options.get("seed"))
-    placed: dict[str, Any] = {"layer": layer, "read": read}
     seed = checks.seed_of(options.get("seed", 0))
     if others is not None and kind in CONTRASTING_KINDS:
         parts = {"queries": rows, "general": others}

@@ -6,7 +6,7 @@
   `fit_gate(kind="cosine")` gives the gate, for any of the others
 - directional ablation (Arditi et al. 2024, arXiv 2406.11717): `fit_directional_ablation`
 - a linear map of the query in the null space of general queries (AlphaSteer, Sheng et al. 2025, arXiv 2506.07022):
-  `fit_null_space`
+  `fit_null_space`; `fit_gate(kind="null_space")` makes such a map of a number, a gate for any of the others
 - the mean shift of the nearest cluster, experts without a learned router: `fit_nearest_centroid`
 - a linear map of the query to its shift by ridge regression, the honest rival of any mixture: `fit_ridge`
 """

@@ -8,13 +8,13 @@ from typing import Any
 
 from fsteer_lens.errors import DataError, InputError, MismatchError, UncheckedGateWarning
 from fsteer_lens.ground.checks import choice, instance, require_unset
-from fsteer_lens.hooks.scopes import Scope
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.fitting_experts import CLOSED, PRESETS, Preset, fit_experts
 from fsteer_lens.method.fitting_gates import (
     CONTRASTING_KINDS,
     FOLDS,
     NEED_GENERAL,
+    NULL_SPACE,
     SUBSPACE_KINDS,
     GateOptions,
     Kind,
@@ -32,9 +32,8 @@ OFTEN_OPEN = 0.2
 """A gate that opens for a larger share of general queries is warned of."""
 WORSE = 0.05
 """Share of queries that may be missed more by reading the mean, which holds out better against other words."""
-PLACING = {"schedule", "refresh", "gate_layer"}
+PLACING = {"scope", "schedule", "refresh", "gate_layer"}
 """Options of `fit` that are fields of the steering."""
-
 
 Layered = Activations | Mapping[int, Activations]
 """Activations of one layer, or by layer."""
@@ -46,10 +45,10 @@ def fit(
     rank: int | None = None,
     general: Layered | None = None,
     near_misses: Layered | None = None,
+    null_space: Layered | None = None,
     gate: Gate | Kind | None = None,
     experts: Experts | None = None,
     strength: float = 1.0,
-    scope: Scope | None = None,
     preset: Preset | None = None,
     **options: Any,
 ) -> FineSteer:
@@ -61,13 +60,17 @@ def fit(
         general: from `collect_queries`, queries to be left alone. A gate that knows only the queries to be steered is
             not fitted to them, but looked at: it is warned of where it opens for more than 20 % of them.
         near_misses: queries to be left alone that look like those to be steered, as in `fit_gate`.
+        null_space: from `collect_queries`, queries to be left alone; their labels name the domains that they are from.
+            The vector is then scaled by a map that is 0 on these and 1 on queries that need steering, a
+            `NullSpaceGate`. It takes the gate's place where no gate is asked for, by `gate`, `general` or `rank`; else
+            both have to be open, and the smaller of the two counts.
         gate: kind of gate as in `fit_gate`, or a gate. None: "linear" where `general` is given, else "quantile".
         experts: fitted experts; None fits them.
-        strength, scope: as in `FineSteer`.
+        strength: as in `FineSteer`.
         preset: "paper" is the published method: experts of Eq. 11-14, a step CDF calibrated on the very queries that
             the basis was fitted to, every position steered. "0.1" and "closed_form" are about the experts alone, see
             `fit_experts`; folds of the latter never split a group of the activations.
-        options: `schedule`, `refresh` and `gate_layer` of `FineSteer`, and further arguments of `fit_gate` and
+        options: `scope`, `schedule`, `refresh` and `gate_layer` of `FineSteer`, and further arguments of `fit_gate` and
             `fit_experts`, by name; `seed` goes to both. `read` is what the gate reads of a prompt, the vector reads as
             the activations do: None is "mean" for the gates that know both kinds of query, unless that misses over 5 %
             more of the queries out of fold than the activations' own reading, which all other gates take. `augment`
@@ -79,25 +82,25 @@ def fit(
     Raises:
         InputError: an unknown option, or one that has no effect.
         DataError: activations without shifts.
-        MismatchError: `general` from another layer or model.
+        MismatchError: `general`, `near_misses` or `null_space` from another layer or model.
     """
     steering = put_together(
         activations,
         rank=rank,
         general=general,
         near_misses=near_misses,
+        null_space=null_space,
         gate=gate,
         experts=experts,
         strength=strength,
-        scope=scope,
         preset=preset,
         **options,
     )
-    for layer in steering.hooked_layers:
+    looked_at = null_space if general is None else general
+    for layer, own in _by_layer(activations).items():
         fitted = steering.gate_at(layer)
-        own = activations if isinstance(activations, Activations) else activations[layer]
-        if fitted is not None:
-            _check_gate(fitted, None if general is None else _of_layer("general", general, layer, own), layer)
+        assert fitted is not None
+        _check_gate(fitted, None if looked_at is None else _of_layer("general", looked_at, own), layer)
     return steering
 
 
@@ -107,50 +110,40 @@ def put_together(
     rank: int | None = None,
     general: Layered | None = None,
     near_misses: Layered | None = None,
+    null_space: Layered | None = None,
     gate: Gate | Kind | None = None,
     experts: Experts | None = None,
     strength: float = 1.0,
-    scope: Scope | None = None,
     preset: Preset | None = None,
     **options: Any,
 ) -> FineSteer:
     """`fit` without a look at what the gate does with queries that it should leave alone."""
-    layers = {activations.layer: activations} if isinstance(activations, Activations) else dict(activations)
-    if not layers:
-        raise DataError("activations", expected="at least one layer", got="none")
-    by_default = "quantile" if general is None else "linear"
-    kind = None if isinstance(gate, Gate) else by_default if gate is None else gate
+    layers = _by_layer(activations)
+    kind = _kind(rank, general, null_space, gate, preset)
     if preset is not None:
         choice("preset", preset, [name for name in PRESETS if name is not None])
         if preset != "paper" and experts is not None:
             raise InputError(f"fit(preset={preset!r})", expected="to fit the experts", got="experts=")
     if preset == "paper":
-        kind = "quantile" if gate is None else kind
-        if kind is None or kind in NEED_GENERAL or experts is not None:
+        if kind is None or kind in NEED_GENERAL or experts is not None or null_space is not None:
             expected = "to fit a gate that knows the queries to be steered alone, and the experts"
-            raise InputError('fit(preset="paper")', expected=expected, got="a gate of another kind, or fitted parts")
-        options = {"folds": None, **({"cdf": "step"} if kind == "quantile" else {}), **options}
-        scope = scope or "all"
+            raise InputError('fit(preset="paper")', expected=expected, got="another gate, fitted parts or null_space=")
+        options = {"folds": None, **({"cdf": "step"} if kind == "quantile" else {}), "scope": "all", **options}
     if kind is None and rank is not None:
         fix = "Use gate.at_rank(rank)." if isinstance(gate, Gate) and gate.ranks else "Leave it out."
         raise InputError("fit", got="rank= with a fitted gate", fix=fix)
     if near_misses is not None and kind not in CONTRASTING_KINDS:
         raise InputError("near_misses=", expected=f"a gate to fit of kind {CONTRASTING_KINDS}", got=kind or gate)
-    for_gate = set() if kind is None else {"read", *GateOptions.__annotations__}
+    by_map = null_space is not None or kind == NULL_SPACE
+    for_gate = set() if kind is None else {"read", *GateOptions.__annotations__} - {"domains"}
     for_experts = set() if experts is not None else set(inspect.signature(fit_experts).parameters)
     for_experts -= {"queries", "shifts", "preset", "groups"}
-    known = for_gate | for_experts | PLACING
+    known = for_gate | for_experts | PLACING | ({"seed"} if by_map else set())
     unknown = set(options) - known
     if unknown:
         fix = "Options of a part that is given already fitted have no effect."
         raise InputError("fit", expected=f"options among {sorted(known)}", got=sorted(unknown), fix=fix)
-    if kind in SUBSPACE_KINDS:
-        folded = options.get("calibration") is None and options.get("folds", FOLDS) is not None
-    else:
-        folded = kind in ("linear", "residual_ratio") and options.get("false_alarms", FOLDS) is not None
     for_gate -= {"seed", "read", "augment"}  # these are looked at first
-    beside = {"general": general, "near_misses": near_misses}
-    augment = dict(options.get("augment") or {})
     gates: dict[int, Gate] = {}
     mixtures: dict[int, Experts] = {}
     for layer, own in layers.items():
@@ -158,15 +151,17 @@ def put_together(
             raise DataError(
                 f"activations of layer {layer}", expected="response shifts", got="queries only", fix="Use collect()."
             )
-        others = {name: _of_layer(name, given, layer, own) for name, given in beside.items() if given is not None}
-        copies = {name: _of_layer(f"augment[{name!r}]", given, layer, own) for name, given in augment.items()}
+        beside = {"general": general, "near_misses": near_misses}
+        others = {name: _of_layer(name, given, own) for name, given in beside.items() if given is not None}
+        given = dict(options.get("augment") or {})
+        copies = {name: _of_layer(f"augment[{name!r}]", one, own) for name, one in given.items()}
+        seeded = {"seed": options["seed"]} if "seed" in options else {}
+        drawn = seeded if _draws(kind, own, options) else {}
+        if experts is not None and not drawn and not by_map:
+            require_unset("fitted experts and a gate that draws nothing", seed=options.get("seed"))
         if isinstance(gate, Gate):
             gates[layer] = gate
-        else:
-            grouped = any(group is not None for group in own.groups)
-            drawn = {"seed": options["seed"]} if "seed" in options and folded and not grouped else {}
-            if experts is not None and not drawn:
-                require_unset("fitted experts and a gate that draws nothing", seed=options.get("seed"))
+        elif kind is not None:
             make = partial(
                 _fit_gate,
                 own,
@@ -174,12 +169,16 @@ def put_together(
                 copies,
                 rank=RANK if rank is None and kind in SUBSPACE_KINDS else rank,
                 kind=kind,
-                groups=own.groups if folded else None,
-                layer=layer,
+                groups=_folded_by(kind, own, options),
                 **drawn,
                 **{name: value for name, value in options.items() if name in for_gate},
             )
             gates[layer] = _fit_reading(make, kind, options.get("read"), own, [*others.values(), *copies.values()])
+        if null_space is not None:
+            left_alone = {"general": _of_layer("null_space", null_space, own)}
+            read = gates[layer].read if layer in gates else own.read
+            scaled = _fit_gate(own, left_alone, {}, kind=NULL_SPACE, groups=_groups_of(own), read=read, **seeded)
+            gates[layer] = gates[layer] & scaled if layer in gates else scaled
         mixtures[layer] = experts or fit_experts(
             own.queries,
             own.shifts,
@@ -194,7 +193,6 @@ def put_together(
         gates[first.layer] if single else gates,
         layer=first.layer if single else None,
         strength=strength,
-        scope=scope,
         **{name: value for name, value in options.items() if name in PLACING},
         shift=first.shift,
         site=first.site,
@@ -202,6 +200,45 @@ def put_together(
         prompt_format=merge_formats(own.prompt_format for own in layers.values()),
         read=first.read,
     )
+
+
+def _by_layer(activations: Layered) -> dict[int, Activations]:
+    layers = {activations.layer: activations} if isinstance(activations, Activations) else dict(activations)
+    if not layers:
+        raise DataError("activations", expected="at least one layer", got="none")
+    return layers
+
+
+def _kind(rank: Any, general: Any, null_space: Any, gate: Gate | Kind | None, preset: Any) -> Kind | None:
+    """The kind of gate to fit; None where it is fitted already, or only the null space is asked for."""
+    if isinstance(gate, Gate):
+        return None
+    if gate is not None:
+        return gate
+    if preset == "paper":
+        return "quantile"
+    if general is not None:
+        return "linear"
+    return None if null_space is not None and rank is None else "quantile"
+
+
+def _folded_by(kind: Kind, own: Activations, options: Mapping[str, Any]) -> tuple[str | None, ...] | None:
+    """Groups of the queries, for a gate that is fitted in folds."""
+    if kind == NULL_SPACE:
+        return _groups_of(own)
+    return own.groups if _is_folded(kind, options) else None
+
+
+def _is_folded(kind: Kind | None, options: Mapping[str, Any]) -> bool:
+    if kind in SUBSPACE_KINDS:
+        return options.get("calibration") is None and options.get("folds", FOLDS) is not None
+    return kind in ("linear", "residual_ratio") and options.get("false_alarms", FOLDS) is not None
+
+
+def _draws(kind: Kind | None, own: Activations, options: Mapping[str, Any]) -> bool:
+    """Whether a gate of this kind is fitted in random folds."""
+    grouped = any(group is not None for group in own.groups)
+    return kind == NULL_SPACE or (_is_folded(kind, options) and not grouped)
 
 
 def _fit_gate(
@@ -216,11 +253,13 @@ def _fit_gate(
     by_name = {name: one.reading(read).queries for name, one in others.items()}
     if copies:
         options["augment"] = {name: one.reading(read).queries for name, one in copies.items()}
-    return fit_gate(own.reading(read).queries, read=read, **by_name, **options)
+    if options["kind"] == NULL_SPACE:
+        options["domains"] = others["general"].labels if "general" in others else None
+    return fit_gate(own.reading(read).queries, read=read, layer=own.layer, **by_name, **options)
 
 
 def _fit_reading(
-    make: Callable[..., Gate], kind: Kind | None, read: Reading | None, own: Activations, others: Sequence[Activations]
+    make: Callable[..., Gate], kind: Kind, read: Reading | None, own: Activations, others: Sequence[Activations]
 ) -> Gate:
     """The gate that reads as is asked for, or else the mean of a prompt where it can and that serves."""
     if read is not None:
@@ -237,21 +276,18 @@ def _fit_reading(
 def _check_gate(gate: Gate, general: Activations | None, layer: int) -> None:
     """Warn of a gate that is not known to leave alone what it should."""
     if general is None:
-        warnings.warn(
-            f"the gate of layer {layer} has not been looked at with queries that it should leave alone: give general=",
-            UncheckedGateWarning,
-            stacklevel=3,
+        problem = "has not been looked at with queries that it should leave alone: give general="
+    else:
+        told = out_of_fold(gate)
+        rows = general.reading(gate.read).queries
+        opened = float((gate(rows) >= OPEN).float().mean()) if told is None else told.general
+        if opened <= OFTEN_OPEN:
+            return
+        problem = (
+            f"opens for {opened:.0%} of the general queries, which it should leave alone: give them as general=, with"
+            ' gate="linear", which is fitted to both kinds'
         )
-        return
-    told = out_of_fold(gate)
-    opened = float((gate(general.reading(gate.read).queries) >= OPEN).float().mean()) if told is None else told.general
-    if opened > OFTEN_OPEN:
-        warnings.warn(
-            f"the gate of layer {layer} opens for {opened:.0%} of the general queries, which it should leave alone:"
-            ' try gate="linear", which is fitted to both kinds',
-            UncheckedGateWarning,
-            stacklevel=3,
-        )
+    warnings.warn(f"the gate of layer {layer} {problem}", UncheckedGateWarning, stacklevel=3)
 
 
 def _groups_of(own: Activations) -> tuple[str | None, ...] | None:
@@ -267,12 +303,11 @@ def _fingerprint_of(activations: Sequence[Activations]) -> Fingerprint | None:
     return merge_fingerprints(known) if known else None
 
 
-def _of_layer(name: str, given: Layered, layer: int, own: Activations) -> Activations:
-    """Activations of one layer, of the same model and of prompts that became tokens as those to be steered."""
-    if isinstance(given, Mapping) and layer not in given:
-        raise DataError(name, expected=f"activations of layer {layer}", got=f"layers {sorted(given)}")
-    others = given[layer] if isinstance(given, Mapping) else given
-    instance(name, others, Activations, "activations of collect_queries()")
+def _of_layer(name: str, given: Layered, own: Activations) -> Activations:
+    """Activations of the layer of these, of the same model and of prompts that became tokens as theirs."""
+    if isinstance(given, Mapping) and own.layer not in given:
+        raise DataError(name, expected=f"activations of layer {own.layer}", got=f"layers {sorted(given)}")
+    others = instance(name, given[own.layer] if isinstance(given, Mapping) else given, Activations, "Activations")
     if (own.layer, own.site) != (others.layer, others.site):
         raise MismatchError(
             f"{name} activations",

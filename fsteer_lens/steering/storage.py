@@ -18,6 +18,7 @@ from fsteer_lens.method.controller import Controller, LinearController
 from fsteer_lens.method.experts import Experts, FitReport, HeldOut
 from fsteer_lens.method.gates import CutGate, MaxGate, MinGate, NotGate
 from fsteer_lens.method.linear_gates import CosineGate, LinearGate, OutOfFold
+from fsteer_lens.method.null_space import DomainShare, NullSpaceGate
 from fsteer_lens.method.residual_gates import ResidualRatioGate
 from fsteer_lens.method.subspace import Subspace
 from fsteer_lens.method.subspace_gates import CalibrationRange, EnergyGate, LogisticGate, QuantileGate, ThresholdGate
@@ -35,6 +36,7 @@ CLASSES: Mapping[str, Any] = {
         Controller,
         CosineGate,
         CutGate,
+        DomainShare,
         EnergyGate,
         ExpertProbe,
         Experts,
@@ -50,6 +52,7 @@ CLASSES: Mapping[str, Any] = {
         MinGate,
         NearestCentroid,
         NotGate,
+        NullSpaceGate,
         NullSpaceSteering,
         OutOfFold,
         PcaDirection,

@@ -56,8 +56,9 @@ def fit(
         rank: of the gate's subspace; None takes the tutor's own.
         activations: from `tutor.activations`, where they are collected already.
         progress: show progress bars.
-        options: further arguments of `fsteer_lens.fit`. With a `gate` of kind "logistic", "linear" or "cosine" the
-            general training tasks (training near misses among them) are collected too.
+        options: further arguments of `fsteer_lens.fit`. With a `gate` of kind "logistic", "linear", "cosine" or
+            "null_space" the general training tasks (training near misses among them) are collected too, labelled by
+            their kind.
 
     Raises:
         InputError: an unknown behaviour or option, or one without effect.
@@ -67,12 +68,15 @@ def fit(
     trained = _collected(model, behaviour, layer=layer, progress=progress) if activations is None else activations
     gate = options.get("gate")
     if gate in NEED_GENERAL and "general" not in options:
-        prompts = [task.prompt for task in data(behaviour).general_train]
-        options["general"] = collect_queries(model, prompts, layer=trained.layer, batch_size=_BATCH, progress=progress)
+        tasks = data(behaviour).general_train
+        prompts, labels = [task.prompt for task in tasks], [task.kind for task in tasks]
+        read: dict[str, Any] = {"layer": trained.layer, "batch_size": _BATCH, "progress": progress}
+        options["general"] = collect_queries(model, prompts, labels=labels, **read)
     if options.get("experts") is None:
         options["progress"] = progress
     options = {"strength": STRENGTH, **options}
-    if rank is None and (gate is None or gate in SUBSPACE_KINDS):
+    by_default = gate is None and options.get("null_space") is None
+    if rank is None and (by_default or gate in SUBSPACE_KINDS):
         rank = RANK
     return fitting.put_together(trained, rank=rank, preset=preset, **options)
 
