@@ -14,6 +14,7 @@ from fsteer_lens.method.gates import Gate
 from fsteer_lens.prompts.formats import merge_formats
 from fsteer_lens.reading.activations import Activations
 from fsteer_lens.reading.fingerprints import Fingerprint, merge_fingerprints, require_same_model
+from fsteer_lens.steering.lengths import mean_shift_length
 from fsteer_lens.steering.steering import FineSteer
 
 RANK = 8
@@ -131,6 +132,7 @@ def fit(
         site=first.site,
         fingerprint=_fingerprint_of(list(layers.values())),
         prompt_format=merge_formats(own.prompt_format for own in layers.values()),
+        shift_lengths={layer: mean_shift_length(own) for layer, own in layers.items()},
     )
 
 
