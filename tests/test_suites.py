@@ -90,9 +90,9 @@ def test_numbers_of_a_part_are_those_of_its_items(tutor_model: SteerableModel) -
             n = len(measure.groups)
             shift = before if isinstance(suite, RefusalSuite) else 0
             kept = [row - shift for row in rows if 0 <= row - shift < n]
-            assert torch.allclose(
-                whole.items("it", measure.name)[kept], part.items("it", measure.name), atol=1e-5
-            ), suite
+            assert torch.allclose(whole.items("it", measure.name)[kept], part.items("it", measure.name), atol=1e-5), (
+                suite
+            )
             before += n
 
 

@@ -32,8 +32,8 @@ class Trial:
         utility: mean utility over the general prompts.
         scope, schedule: the rest of the setting; None is the method's own.
         length: how much is added to the stream, ‖λ · g · v‖ on average over the prompts of train, in lengths of the
-            mean shift: unlike strengths it compares across methods. None where an earlier version ran the trial, or
-            where the method steers at other layers than the one it was given.
+            mean shift: unlike strengths it compares across methods. A schedule counts by its first factor. None where
+            an earlier version ran the trial, or where the method steers at other layers than the one it was given.
     """
 
     layer: int
