@@ -68,7 +68,7 @@ takes_prompts = {
             model,
             general,
             kl=0.5,
-            steered_prompts=p,
+            steered_prompts=[] if p is None else p,  # None asks for nothing to be generated
             max_new_tokens=2,
             answer_tokens=2,
             **quiet,
