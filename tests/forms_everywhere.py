@@ -62,6 +62,18 @@ takes_prompts = {
     "generate": lambda p: fl.generate(model, p, steering, max_new_tokens=2, **quiet).texts,
     "collect_queries": lambda p: fl.collect_queries(model, p, layer=4, **quiet).queries.tolist(),
     "calibrate": lambda p: fl.calibrate(steering, model, p, kl=0.5, max_new_tokens=2, **quiet).curve,
+    "calibrate, steered": lambda p: (
+        fl.calibrate(
+            steering.with_gate(None),
+            model,
+            general,
+            kl=0.5,
+            steered_prompts=[] if p is None else p,  # None asks for nothing to be generated
+            max_new_tokens=2,
+            answer_tokens=2,
+            **quiet,
+        ).length
+    ),
     "explore": lambda p: fl.explore(steering, model, p, **quiet).figure.to_json(),
     "explore groups": lambda p: fl.explore(steering, model, {"all": p}, **quiet).figure.to_json(),
     "general_divergence": lambda p: effects.general_divergence(model, steering, p).tolist(),
@@ -105,6 +117,8 @@ takes_texts = {
         evaluation.attack_gate(model, steering.gate, ["bomb"], words=t, format=tutor.chat, budget=1, **quiet)
     ),
     "RefusalSuite": lambda t: evaluation.RefusalSuite("mine", t, ("a", "b")).harmful,
+    "Repetition": lambda t: evaluation.Repetition(t).prompts,
+    "GeneralKL": lambda t: evaluation.GeneralKL(t, ("a", "b"), ("c", "d")).prompts,
     "refuses": lambda t: evaluation.refuses("a poison", phrases=t),
 }
 

@@ -1,16 +1,20 @@
 """`search`: the grid is tried whole, the choice is the best within the budget, test is read once, work is not lost."""
 
 import json
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
-from fsteer_lens import Activations, generate, search, tutor
+from fsteer_lens import Activations, Schedule, Window, collect, evaluate, fit, generate, search, tutor
 from fsteer_lens.errors import DataError, InputError
+from fsteer_lens.evaluation import Measure, RefusalSuite, Setting, Suite, TruthfulQA
+from fsteer_lens.evaluation.truthfulness import Choice
 from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.selection import SplitData, Splits
@@ -202,3 +206,188 @@ def test_a_method_without_ranks_is_not_asked_for_one(tutor_model: SteerableModel
             tutor_model, SPLITS, budget=1.0, layers=[4], strengths=[1.0], shift="last_prompt", progress=False,
             method=lambda own, general: made_up.steering(layer=4), effect=lambda *_: torch.zeros(3),
         )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ scopes and schedules
+
+DECAY = Schedule.decay(0.5)
+
+
+def by_place(model: SteerableModel, steering: HookObject | None, items: object) -> Tensor:
+    """An effect that is known for every scope and schedule."""
+    assert isinstance(steering, Steering)
+    told = {"all": 1.0, "prompt": 2.0, "generated": 3.0}.get(str(steering.scope), 4.0)
+    return torch.full((len(items),), told + 10 * (steering.schedule is DECAY))  # type: ignore[arg-type]
+
+
+def nothing_lost(model: SteerableModel, steering: HookObject | None, items: object) -> Tensor:
+    return torch.zeros(len(items))  # type: ignore[arg-type]
+
+
+PLACED = {
+    "budget": 1.0, "method": mean_shift, "effect": by_place, "utility": nothing_lost, "layers": [3],
+    "strengths": [1.0], "shift": "last_prompt", "progress": False,
+}  # fmt: skip
+
+
+def test_scopes_and_schedules_are_part_of_the_grid(tutor_model: SteerableModel) -> None:
+    scopes = [None, "all", Window(1, 3)]
+    found = search(tutor_model, SPLITS, scopes=scopes, schedules=[None, DECAY], **PLACED)  # type: ignore[arg-type]
+    tried = {(trial.scope, trial.schedule): trial.effect for trial in found.trials}
+    assert tried == {
+        (None, None): 2.0, (None, DECAY): 12.0, ("all", None): 1.0, ("all", DECAY): 11.0,
+        (Window(1, 3), None): 4.0, (Window(1, 3), DECAY): 14.0,
+    }, "None is the method's own: that of last-prompt shifts is the prompt"  # fmt: skip
+    assert (found.steering.scope, found.steering.schedule) == (Window(1, 3), DECAY)
+    assert (found.chosen.scope, found.chosen.schedule) == (Window(1, 3), DECAY) and "scope=" in repr(found)
+    records = found.to_records()
+    assert json.loads(json.dumps(records)) == records
+    assert records[-1]["scope"] == "1:3" and records[-1]["schedule"].startswith("1 0.5 0.25 ")
+    for options, message in (
+        ({"scopes": ["everywhere"]}, "scope"),
+        ({"schedules": [[1.0, 0.5]]}, "schedules"),
+        ({"scopes": []}, "no scopes"),
+    ):
+        with pytest.raises(InputError, match=message):
+            search(tutor_model, SPLITS, **PLACED, **options)  # type: ignore[arg-type]
+
+
+def test_decay_is_geometric_and_ends() -> None:
+    steps = torch.arange(-2, 40)
+    wanted = torch.tensor([0.8 ** max(int(step), 0) for step in steps])
+    found = Schedule.decay(0.8).at(steps)
+    assert torch.allclose(found, torch.where(wanted < 1e-3, torch.zeros(()), wanted)) and found[-1] == 0
+    assert Schedule.decay(0.1).factors == pytest.approx((1, 0.1, 0.01, 0.001, 0))
+    for rate in (0.0, 1.0, math.nan):
+        with pytest.raises(InputError, match="rate"):
+            Schedule.decay(rate)
+
+
+def test_a_file_of_an_earlier_version_is_gone_on_with(tutor_model: SteerableModel, tmp_path: Path) -> None:
+    """Its trials know no scope, schedule or length: they are those of the method's own, and are not run again."""
+    journal = tmp_path / "search.jsonl"
+    search(tutor_model, SPLITS, resume=journal, **PLACED)  # type: ignore[arg-type]
+    header, line = journal.read_text().splitlines()
+    before = {name: json.loads(line)[name] for name in ("layer", "rank", "strength", "effect", "utility")}
+    journal.write_text(f"{header}\n{json.dumps({**before, 'effect': 2.5})}\n")
+    scopes = [None, "generated", Window(1)]
+    again = search(tutor_model, SPLITS, resume=journal, scopes=scopes, schedules=[None, DECAY], **PLACED)  # type: ignore[arg-type]
+    assert again.trials[0].effect == 2.5 and again.trials[0].length is None, "as it stood in the file"
+    assert [trial.effect for trial in again.trials[1:]] == [12, 3, 13, 4, 14]
+    lines = journal.read_text().splitlines()
+    assert len(lines) == 7
+    once_more = search(
+        tutor_model, SPLITS, resume=journal, scopes=scopes, schedules=[None, Schedule(DECAY.factors)], **PLACED  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert once_more.trials == again.trials and journal.read_text().splitlines() == lines
+
+
+def test_trials_tell_how_much_is_added(tutor_model: SteerableModel) -> None:
+    def experts(own: Activations, general: Activations | None) -> Steering:
+        return fit(own, epochs=5, rank=8)
+
+    options = {**PLACED, "layers": [3, 4], "strengths": [0.5, 2.0]}
+    plain = search(tutor_model, SPLITS, **options)  # type: ignore[arg-type]
+    assert [trial.length for trial in plain.trials] == pytest.approx([0.5, 2.0, 0.5, 2.0])
+    mixed = search(tutor_model, SPLITS, **{**options, "method": experts})  # type: ignore[arg-type]
+    trained = collect(tutor_model, SPLITS.train, layer=[3, 4], shift="last_prompt", progress=False)
+    for trial in mixed.trials:
+        own = trained[trial.layer]
+        assert own.shifts is not None and trial.length is not None
+        method = experts(own, None)
+        gate = method.gate_at(trial.layer)
+        assert gate is not None
+        added = trial.strength * gate(own.queries) * method.vectors(trial.layer, own.queries).vector.norm(dim=1)
+        assert trial.length == pytest.approx(float(added.mean() / own.shifts.mean(dim=0).norm()), rel=1e-3)
+    elsewhere = search(
+        tutor_model, SPLITS, **{**PLACED, "method": lambda own, general: made_up.steering(layer=2)}  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert elsewhere.trials[0].length is None
+
+
+# -------------------------------------------------------------------------------------------------------------- suites
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PlantedSuite(Suite):
+    """Rows with a known effect and utility at every strength; remembers what it was asked."""
+
+    rows: tuple[int, ...]
+    asked: ClassVar[list[tuple[tuple[int, ...], float]]] = []
+    name = "planted"
+
+    @property
+    def measures(self) -> tuple[Measure, ...]:
+        groups = ("all",) * len(self.rows)
+        return Measure("gain", groups, "effect"), Measure("kept", groups, "utility"), Measure("other", groups)
+
+    def taking(self, rows: object) -> "PlantedSuite":
+        return PlantedSuite(tuple(self.rows[row] for row in rows))  # type: ignore[attr-defined]
+
+    def measure(self, model: SteerableModel, steering: HookObject | None, setting: Setting) -> tuple[Tensor, ...]:
+        strength = steering.strength if isinstance(steering, Steering) else 0.0
+        self.asked.append((self.rows, strength))
+        rows = torch.tensor(self.rows, dtype=torch.float32)
+        return rows + strength, 1 - 0.1 * strength * torch.ones(len(rows)), rows - strength
+
+
+def test_a_part_of_a_suite_is_chosen_on_and_another_tested_on(tutor_model: SteerableModel, tmp_path: Path) -> None:
+    suite, asked = PlantedSuite(tuple(range(10))), PlantedSuite.asked
+    asked.clear()
+    splits = Splits(TOLD.train[::12], suite[:4], suite[4:6], test=suite[6:9], general_test=suite[[9]])
+    options = {"method": mean_shift, "layers": [3], "strengths": [1.0, 2.0, 4.0], "shift": "last_prompt"}
+    found = search(tutor_model, splits, budget=0.25, progress=False, **options)  # type: ignore[arg-type]
+    assert [trial.effect for trial in found.trials] == [2.5, 3.5, 5.5]
+    assert [trial.utility for trial in found.trials] == pytest.approx([0.9, 0.8, 0.6])
+    assert found.chosen.strength == 2.0 and (found.effect_name, found.utility_name) == ("gain", "kept")
+    assert found.test_effect is not None and found.test_effect.value == 9.0
+    assert found.test_utility is not None and found.test_utility.value == pytest.approx(0.8)
+    assert {strength for rows, strength in asked if rows in ((6, 7, 8), (9,))} == {2.0}, "test is read once"
+    other = search(tutor_model, splits, budget=9, effect="other", utility="other", progress=False, **options)  # type: ignore[arg-type]
+    assert other.chosen.effect == 0.5 and other.effect_name == "other"
+    journal = tmp_path / "suite.jsonl"
+    search(tutor_model, splits, budget=0.25, resume=journal, progress=False, **options)  # type: ignore[arg-type]
+    asked.clear()
+    search(tutor_model, splits, budget=0.25, resume=journal, progress=False, **options)  # type: ignore[arg-type]
+    assert (suite.rows[:4], 1.0) not in asked, "it is all in the file"
+    for changed in (replace(splits, valid=suite[1:5]), replace(splits, general_valid=suite[3:5])):
+        with pytest.raises(DataError, match="another search"):
+            search(tutor_model, changed, budget=0.25, resume=journal, progress=False, **options)  # type: ignore[arg-type]
+
+
+def test_the_numbers_are_those_of_an_evaluation(tutor_model: SteerableModel) -> None:
+    """MC1 and MC2 of the chosen steering, and the phrases of answers that it left alone, by `evaluate`."""
+    answers = (("yes it is.", True), ("no, not so.", False), ("five.", False))
+    questions = TruthfulQA(tuple(Choice(task.prompt, answers, answers) for task in TOLD.general_valid[:6]))
+    phrases = RefusalSuite("made", (), (), tuple(t.prompt for t in TOLD.general_test[:4]), ("x",) * 4, ("the", "it"), 6)
+    splits = Splits(TOLD.train[::12], questions[:4], phrases[:2], test=questions[4:], general_test=phrases[2:])
+    for effect, name in ((None, "MC2"), ("MC1", "MC1")):
+        found = search(
+            tutor_model, splits, budget=1.0, method=mean_shift, effect=effect, layers=[3], strengths=[2.0],
+            shift="last_prompt", progress=False,
+        )  # fmt: skip
+        table = [
+            evaluate(tutor_model, {"it": found.steering}, part, progress=False) for part in (splits.valid, splits.test)
+        ]  # type: ignore[arg-type]
+        values = [float(one.items("it", name).double().mean()) for one in table]
+        assert found.effect_name == name and found.test_effect is not None
+        assert [found.chosen.effect, found.test_effect.value] == pytest.approx(values, abs=1e-6)
+        assert found.utility_name == "not over-refused"
+
+
+def test_suites_and_measures_that_do_not_fit_are_refused(tutor_model: SteerableModel) -> None:
+    suite = PlantedSuite((0, 1, 2, 3))
+    options = {"budget": 1.0, "method": mean_shift, "layers": [3], "shift": "last_prompt", "progress": False}
+    whole = Splits(TOLD.train[::12], suite[:2], suite[2:])
+    for splits, more, error, message in (
+        (whole, {"effect": "gains"}, InputError, "effect= on .*one of"),
+        (whole, {"effect": by_place}, InputError, "effect= on .*one of"),
+        (SPLITS, {"effect": "gain"}, InputError, "a measure by name"),
+        (replace(whole, test=SPLITS.test, general_test=suite), {}, DataError, "in valid and in its test part"),
+        (replace(whole, test=suite, general_test=SPLITS.general_test), {}, DataError, "in general_valid and"),
+    ):
+        with pytest.raises(error, match=message):
+            search(tutor_model, splits, **options, **more)  # type: ignore[arg-type]
+    two = RefusalSuite("made", ("a",), ("x",))
+    with pytest.raises(InputError, match=r"utility= on .*one of \['refused'\]"):
+        search(tutor_model, replace(whole, general_valid=two), **options)  # type: ignore[arg-type]

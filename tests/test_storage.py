@@ -29,6 +29,7 @@ def test_a_steering_comes_back_whole(
     assert isinstance(found, FineSteer)
     assert repr(found) == repr(kept) and found.fingerprint == kept.fingerprint
     assert (found.scope, found.schedule, found.shift) == (kept.scope, kept.schedule, kept.shift)
+    assert found.shift_lengths == kept.shift_lengths and list(found.shift_lengths or ()) == [LAYER]
     assert same(found.experts_at(LAYER).report, kept.experts_at(LAYER).report)
     h = torch.randn(6, 128)
     assert torch.equal(found.experts_at(LAYER).vector(h), kept.experts_at(LAYER).vector(h))

@@ -3,6 +3,7 @@
 from fsteer_lens.evaluation.ablations import fit_ablations
 from fsteer_lens.evaluation.attacks import Attack, AttackReport, Substitution, attack_gate
 from fsteer_lens.evaluation.evaluating import Evaluation, Method, Prompting, evaluate
+from fsteer_lens.evaluation.fluency import GeneralKL, Repetition
 from fsteer_lens.evaluation.gate_reports import (
     GateReport,
     GateRow,
@@ -11,8 +12,10 @@ from fsteer_lens.evaluation.gate_reports import (
 )
 from fsteer_lens.evaluation.perturbations import PERTURBATIONS, Perturbation, gives_same_answer, prefix, suffix, typos
 from fsteer_lens.evaluation.refusals import REFUSAL_PHRASES, RefusalSuite, harmbench, refuses, xstest
-from fsteer_lens.evaluation.suites import Measure, Setting, Suite, every
+from fsteer_lens.evaluation.suites import Measure, Setting, Suite
 from fsteer_lens.evaluation.truthfulness import TruthfulQA
+from fsteer_lens.ground.spread import every
+from fsteer_lens.run.repetition import repeats, repetition_rate
 
 __all__ = [
     "PERTURBATIONS",
@@ -22,11 +25,13 @@ __all__ = [
     "Evaluation",
     "GateReport",
     "GateRow",
+    "GeneralKL",
     "Measure",
     "Method",
     "Perturbation",
     "Prompting",
     "RefusalSuite",
+    "Repetition",
     "Setting",
     "Substitution",
     "Suite",
@@ -40,6 +45,8 @@ __all__ = [
     "harmbench",
     "prefix",
     "refuses",
+    "repeats",
+    "repetition_rate",
     "suffix",
     "threshold_at_rate",
     "typos",

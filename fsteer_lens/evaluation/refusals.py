@@ -6,7 +6,7 @@ harms nobody, and one that apologises and then explains all the same counts as r
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 import torch
@@ -14,8 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import DataError
-from fsteer_lens.evaluation.suites import Measure, Role, Setting, Suite, every
-from fsteer_lens.ground.checks import normalised, several
+from fsteer_lens.evaluation.suites import Measure, Role, Setting, Suite
+from fsteer_lens.ground.checks import choice, normalised, several
+from fsteer_lens.ground.spread import every
 from fsteer_lens.ground.tables import read_csv
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
@@ -39,6 +40,10 @@ REFUSAL_PHRASES: Final = (
 """Of JailbreakBench (Chao et al. 2024, arXiv 2404.01318), as Arditi et al. (2024, arXiv 2406.11717) extended them."""
 
 
+FUNCTIONAL: Final = "FunctionalCategory"
+"""Column of HarmBench's file."""
+
+
 def refuses(text: str, phrases: Iterable[str] = REFUSAL_PHRASES) -> bool:
     """Whether a text holds one of the phrases, in upper or lower case and with any apostrophe.
 
@@ -55,9 +60,9 @@ class RefusalSuite(Suite):
 
     Attributes:
         name: of the data.
-        harmful: prompts that should be refused.
+        harmful: prompts that should be refused; may be empty where there are others.
         harmful_groups: kind of each.
-        harmless: prompts that should be answered; may be empty.
+        harmless: prompts that should be answered; may be empty. As items they follow the harmful ones.
         harmless_groups: kind of each.
         phrases: what counts as a refusal.
         max_new_tokens: length of the answers that are looked at.
@@ -77,9 +82,28 @@ class RefusalSuite(Suite):
         for name in ("harmful_groups", "harmless_groups"):
             normalised(self, **{name: tuple(several(name, getattr(self, name), "a group for each prompt"))})
         pairs = ((self.harmful, self.harmful_groups), (self.harmless, self.harmless_groups))
-        if not self.harmful or any(len(prompts) != len(groups) for prompts, groups in pairs):
+        if not any(map(len, self._prompts)) or any(len(prompts) != len(groups) for prompts, groups in pairs):
             sizes = [(len(prompts), len(groups)) for prompts, groups in pairs]
-            raise DataError(self.name, expected="harmful prompts, and a group for every prompt", got=sizes)
+            raise DataError(self.name, expected="prompts, and a group for every prompt", got=sizes)
+
+    @property
+    def _prompts(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return self.harmful, self.harmless
+
+    def __len__(self) -> int:
+        return sum(map(len, self._prompts))
+
+    def taking(self, rows: Sequence[int]) -> "RefusalSuite":
+        """The same with these prompts alone: harmful ones first, whatever the order of the rows."""
+        n = len(self.harmful)
+        harmful, harmless = [row for row in rows if row < n], [row - n for row in rows if row >= n]
+        return replace(
+            self,
+            harmful=tuple(self.harmful[row] for row in harmful),
+            harmful_groups=tuple(self.harmful_groups[row] for row in harmful),
+            harmless=tuple(self.harmless[row] for row in harmless),
+            harmless_groups=tuple(self.harmless_groups[row] for row in harmless),
+        )
 
     @property
     def measures(self) -> tuple[Measure, ...]:
@@ -106,18 +130,31 @@ class RefusalSuite(Suite):
             [float(refuses(answer.text, self.phrases)) for answer in answers], dtype=torch.float32, device="cpu"
         )
         n = len(self.harmful)
-        return (refused[:n], 1 - refused[n:]) if self.harmless else (refused,)
+        return tuple(values for values in (refused[:n], 1 - refused[n:]) if len(values))
 
 
-def harmbench(path: str | os.PathLike[str], *, limit: int | None = None) -> RefusalSuite:
+def harmbench(
+    path: str | os.PathLike[str], *, functional: str | Iterable[str] | None = None, limit: int | None = None
+) -> RefusalSuite:
     """Read harmbench_behaviors_text_all.csv (Mazeika et al. 2024, arXiv 2402.04249), grouped by SemanticCategory.
 
-    A behaviour's ContextString, where it has one, stands before it. `limit` takes at most so many, evenly spread.
+    A behaviour's ContextString, where it has one, stands before it. `functional` takes one FunctionalCategory, or
+    several: "standard" behaviours stand by themselves, "contextual" ones come with a context, and "copyright" ones ask
+    for a protected text, which a model that does not know it can only fail to give. `limit` takes at most so many,
+    evenly spread.
 
     Raises:
         DataError: no such file, or columns that are missing.
+        InputError: a functional category that the file does not have.
     """
-    rows = every(_rows(path, ("Behavior", "SemanticCategory", "ContextString")), limit)
+    columns = ("Behavior", "SemanticCategory", "ContextString", *(() if functional is None else (FUNCTIONAL,)))
+    rows = _rows(path, columns)
+    if functional is not None:
+        known = sorted({row[FUNCTIONAL] for row in rows})
+        wanted = [functional] if isinstance(functional, str) else several("functional", functional, "categories")
+        kept = {choice("functional", one, known, "one of") for one in wanted}
+        rows = [row for row in rows if row[FUNCTIONAL] in kept]
+    rows = every(rows, limit)
     prompts = tuple("\n\n".join(filter(None, (row["ContextString"], row["Behavior"]))) for row in rows)
     return RefusalSuite("HarmBench", prompts, tuple(row["SemanticCategory"] for row in rows))
 

@@ -1,20 +1,23 @@
 """Suites: what is measured of a steered model, item by item."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.ground.checks import several, whole
+from fsteer_lens.effects.answers import one_each
+from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import choice, is_bool, several, whole
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
 from fsteer_lens.prompts.passes import Passes
 
 Role = Literal["effect", "utility"]
+Own = TypeVar("Own", bound="Suite")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,11 @@ class Setting:
 
 
 class Suite(ABC):
-    """A set of items and what is measured on them."""
+    """A set of items and what is measured on them.
+
+    `suite[:50]` and `suite[rows]`, rows being numbers of items or a mask, are suites of these items alone, so that what
+    is chosen on is not what is tested on; one of your own can be cut if it has `taking`.
+    """
 
     name: str
 
@@ -82,19 +89,47 @@ class Suite(ABC):
     ) -> tuple[Float[Tensor, " _"], ...]:
         """A number for each item, for each of the measures; `steering=None` is the bare model."""
 
+    def measured(
+        self, name: str, model: SteerableModel, steering: HookObject | None, passes: Passes
+    ) -> Float[Tensor, " _"]:
+        """One of the measures by its name, a number for each of its items: what `search` asks for.
+
+        Raises:
+            InputError: no such measure, or not a number for each item.
+        """
+        names = [measure.name for measure in self.measures]
+        index = names.index(choice("measure", name, names, f"one of suite {self.name!r},"))
+        found = self.measure(model, steering, Setting(None, passes))
+        return one_each(f"measure {name}", found[index], len(self.measures[index].groups))
+
+    def taking(self: Own, rows: Sequence[int]) -> Own:
+        """The same suite with these items alone, in this order."""
+        raise InputError(f"{self!r} cannot be cut", fix="Make it of fewer items, or give its class `taking`.")
+
+    def __len__(self) -> int:
+        return max((len(measure.groups) for measure in self.measures), default=0)
+
+    def __getitem__(self: Own, which: Any) -> Own:
+        return self.taking(_rows(which, len(self)))
+
     def __repr__(self) -> str:
         told = ", ".join(f"{measure.name}: {len(measure.groups)}" for measure in self.measures)
         return f"{type(self).__name__}({self.name!r}, {told})"
 
 
-def every(items: Iterable[Any], limit: int | None) -> list[Any]:
-    """At most `limit` items, evenly spread over all of them; None takes all.
-
-    Raises:
-        InputError: a limit below 1.
-    """
-    given = several("items", items, "a list of them")
-    limit = len(given) if limit is None else whole("limit", limit, 1)
-    if len(given) <= limit:
-        return given
-    return [given[index * len(given) // limit] for index in range(limit)]
+def _rows(which: Any, n: int) -> list[int]:
+    """Numbers of the items that a slice, a list of numbers or a mask takes."""
+    told = "a slice, or a list of rows or of a bool for each"
+    if isinstance(which, slice):
+        rows = list(range(n)[which])
+    else:
+        listed = several("rows of a suite", which, told)
+        if listed and all(map(is_bool, listed)):
+            if len(listed) != n:
+                raise InputError("rows of a suite", expected=f"a bool for each of {n} items", got=len(listed))
+            rows = [row for row, taken in enumerate(listed) if taken]
+        else:
+            rows = [whole("row of a suite", row, -n, n - 1) % n for row in listed]
+    if not rows:
+        raise InputError("rows of a suite", expected=f"at least one of {n} items", got="none")
+    return rows

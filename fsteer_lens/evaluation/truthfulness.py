@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import DataError, NonFiniteError
-from fsteer_lens.evaluation.suites import Measure, Setting, Suite, every
+from fsteer_lens.evaluation.suites import Measure, Setting, Suite
 from fsteer_lens.ground.files import read_text
+from fsteer_lens.ground.spread import every
 from fsteer_lens.ground.tables import parse_json
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
@@ -41,6 +43,10 @@ class TruthfulQA(Suite):
 
     choices: tuple[Choice, ...]
     name = "TruthfulQA"
+
+    def taking(self, rows: Sequence[int]) -> "TruthfulQA":
+        """The same with these questions alone."""
+        return TruthfulQA(tuple(self.choices[row] for row in rows))
 
     @classmethod
     def from_json(cls, path: str | os.PathLike[str], *, limit: int | None = None) -> "TruthfulQA":

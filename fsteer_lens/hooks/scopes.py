@@ -4,6 +4,7 @@ Step k is the position that predicts generated token k: the prompt's last token 
 values, so that a steering that has them can be saved.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal, final
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from fsteer_lens.ground.checks import choice, finite, normalised, several, whole
 
 SCOPES = ("all", "prompt", "generated")
+NEGLIGIBLE = 1e-3
+"""A factor below which a decaying strength counts as none."""
 
 
 @final
@@ -67,6 +70,17 @@ class Schedule:
     def __post_init__(self) -> None:
         factors = several("schedule", self.factors, "a list of at least one finite number", least=1)
         normalised(self, factors=tuple(finite("schedule", factor) for factor in factors))
+
+    @classmethod
+    def decay(cls, rate: float) -> "Schedule":
+        """A factor of rate^k at step k, until that is below a thousandth, and 0 from there on.
+
+        Raises:
+            InputError: a rate that is not between 0 and 1.
+        """
+        rate = finite("rate", rate, above=0, below=1)
+        steps = 1 + int(math.log(NEGLIGIBLE) / math.log(rate) + 1e-9)
+        return cls((*(rate**step for step in range(steps)), 0.0))
 
     def at(self, steps: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """Factor at each step."""

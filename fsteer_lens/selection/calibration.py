@@ -1,31 +1,39 @@
-"""`calibrate`: the strength that a budget of divergence allows."""
+"""`calibrate`: the strength that a budget of divergence, and one of repetition, allow."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Unpack
+from dataclasses import dataclass, field
+from typing import Any, Literal, Unpack
 
 import torch
 
-from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import finite, optional, options_of, require_unset, whole
+from fsteer_lens.errors import InputError, NonFiniteError
+from fsteer_lens.ground.checks import finite, normalised, optional, options_of, require_unset, whole
+from fsteer_lens.ground.spread import every
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
+from fsteer_lens.prompts.forms import GivenPrompts, Prompt, prompts_of
 from fsteer_lens.prompts.passes import Passes, PassOptions
+from fsteer_lens.reading.reader import read_prompts
 from fsteer_lens.run.generation import generate
-from fsteer_lens.run.teacher_forcing import answer_divergences, answered
+from fsteer_lens.run.repetition import repetition_rate
+from fsteer_lens.run.teacher_forcing import Advance, Answered, answer_divergences, answered
+from fsteer_lens.steering.lengths import added_lengths
 from fsteer_lens.steering.steering import Steering
 
 NEW_TOKENS = 32
 STRENGTHS_A_ROUND = 8
 ROUNDS = 3
+LADDER = tuple(0.8**step for step in range(1, 9))
+"""Where to look for a strength without loops, in parts of the largest that the budget of divergence allows."""
+
+Bound = Literal["kl", "loops"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Calibration:
-    """A steering at the strength that a budget of KL divergence allows.
+    """A steering at the strength that a budget of KL divergence, and one of repetition, allow.
 
     Attributes:
         steering: the steering at that strength.
@@ -34,8 +42,15 @@ class Calibration:
         budget: what it was allowed to cost.
         curve: the cost at every strength that was tried, {strength: nats}.
         n_tokens: number of answer tokens that it was measured on.
-        bounded: whether the budget bounds the strength; False where even the largest strength that was tried stays
-            within it, as it does where a gate keeps shut on all these prompts.
+        bound: which budget bounds the strength; None where even the largest strength that was tried stays within it, as
+            it does where a gate keeps shut on all these prompts.
+        loops: share of answers that repeat themselves at that strength; None where nothing was generated.
+        loops_budget: the largest share that was allowed.
+        loops_curve: the share at every strength that answers were generated at, {strength: share}; at 0 the unsteered
+            model's, and infinity where the model's numbers blew up.
+        length: how much is added to the stream on the prompts that are to be steered, ‖λ · g · v‖ on average, in
+            lengths of the mean shift: unlike strengths it compares across methods. None without such prompts, or where
+            the steering does not know the mean shift.
     """
 
     steering: Steering
@@ -44,11 +59,63 @@ class Calibration:
     budget: float
     curve: Mapping[float, float]
     n_tokens: int
-    bounded: bool
+    bound: Bound | None
+    loops: float | None = None
+    loops_budget: float | None = None
+    loops_curve: Mapping[float, float] = field(default_factory=dict)
+    length: float | None = None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether a budget bounds the strength."""
+        return self.bound is not None
 
     def __repr__(self) -> str:
-        bound = "" if self.bounded else ", not bounded by the budget"
-        return f"Calibration(strength={self.strength:.3g}, kl={self.kl:.3g} of {self.budget:g}{bound})"
+        told = f"strength={self.strength:.3g}, kl={self.kl:.3g} of {self.budget:g}"
+        if self.loops is not None:
+            told += f", loops={self.loops:.2g} of {self.loops_budget:.2g}"
+        if self.length is not None:
+            told += f", length={self.length:.3g}"
+        told += {None: ", not bounded by the budget", "kl": "", "loops": ", bounded by loops"}[self.bound]
+        return f"Calibration({told})"
+
+
+class CalibrateOptions(PassOptions, total=False):
+    """What `calibrate` takes beside its own arguments: see there."""
+
+    loops: float | None
+    n_answers: int
+    answer_tokens: int
+
+
+@dataclass(frozen=True)
+class _Calibrating(Passes):
+    """How a steering is calibrated; fields as in `calibrate`."""
+
+    loops: float | None = 0.05
+    n_answers: int = 30
+    answer_tokens: int = 40
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        normalised(
+            self,
+            loops=optional(finite, "loops", self.loops, 0, 1),
+            n_answers=whole("n_answers", self.n_answers, 1),
+            answer_tokens=whole("answer_tokens", self.answer_tokens, 1),
+        )
+
+    def repetition(self, model: SteerableModel, steering: Steering | None, prompts: Sequence[Prompt]) -> float:
+        """Share of generated answers that repeat themselves; infinite where the model's numbers blow up."""
+        options = {**self.options, "max_new_tokens": self.answer_tokens}
+        try:
+            with unsteered(model):
+                made = generate(model, prompts, steering, **options)  # pyright: ignore[reportArgumentType]
+        except NonFiniteError:
+            if steering is None:
+                raise
+            return math.inf
+        return repetition_rate([one.tokens for one in made])
 
 
 def calibrate(
@@ -61,7 +128,8 @@ def calibrate(
     quantile: float = 0.95,
     max_strength: float = 8.0,
     max_new_tokens: int | None = None,
-    **options: Unpack[PassOptions],
+    steered_prompts: GivenPrompts | None = None,
+    **options: Unpack[CalibrateOptions],
 ) -> Calibration:
     """Find the strength at which a steering costs what a budget allows on prompts that it should leave alone.
 
@@ -70,6 +138,13 @@ def calibrate(
     smallest that did not; so every smaller strength that was tried is within the budget too. A strength at which the
     model's numbers blow up on any of the prompts costs more than any budget. Two methods that are calibrated on the
     same prompts to the same budget can be compared at equal cost.
+
+    That says nothing about what becomes of the prompts that are to be steered: a strength that a gate keeps from
+    general prompts altogether may send all others round in circles. With `steered_prompts` these are answered as well,
+    greedily, by the unsteered model and at strengths within the budget of divergence, the largest first and each 0.8
+    of the one before, until the share of answers that repeat themselves (some four tokens in a row that stand there
+    three times) is at most the unsteered model's plus `loops`. Loops do not grow evenly with the strength, so smaller
+    strengths may well loop more; the largest that was tried and does not is taken, and 0 where all of them loop.
 
     Args:
         steering: a FineSteer or a baseline; its present strength does not matter.
@@ -80,18 +155,21 @@ def calibrate(
         quantile: which quantile of the divergences counts.
         max_strength: the largest strength to try.
         max_new_tokens: length of the reference answers that are generated; None is 32.
-        options: `chat`, `chat_template_kwargs` and `prepend_bos` (as the steering was fitted), how prompts become
-            tokens, see `tokens.prompt_ids`; `batch_size` (16), rows per forward pass; `progress` (True), show a
-            progress bar.
+        steered_prompts: prompts that are to be steered; None measures no loops.
+        options: `loops` (0.05), by how much the share of answers that repeat themselves may exceed the unsteered
+            model's, None for any share; `n_answers` (30), how many of `steered_prompts` are answered, evenly spread
+            where there are more; `answer_tokens` (40), the length of these answers. `chat`, `chat_template_kwargs` and
+            `prepend_bos` (as the steering was fitted), how prompts become tokens, see `tokens.prompt_ids`; `batch_size`
+            (16), rows per forward pass; `progress` (True), show a progress bar.
 
     Raises:
-        InputError: no prompts, options out of range, or a steering that only monitors.
+        InputError: no prompts, options out of range or without effect, or a steering that only monitors.
         NonFiniteError: the unsteered model's numbers blow up.
         HookError: the hooks do not run on this model.
         ContextLengthError: a prompt with its answer does not fit into the context.
         MismatchError: the steering was fitted on another model.
     """
-    passes = options_of("calibrate", Passes, options)
+    run = options_of("calibrate", _Calibrating, options)
     kl, quantile = finite("kl", kl, above=0), finite("quantile", quantile, most=1, above=0)
     max_strength = finite("max_strength", max_strength, above=0)
     if not isinstance(steering, Steering) or steering.monitor:
@@ -99,43 +177,90 @@ def calibrate(
     max_new_tokens = optional(whole, "max_new_tokens", max_new_tokens, 1)
     if answers is not None:
         require_unset("answers= that are given", max_new_tokens=max_new_tokens)
+    of_loops = {name: options.get(name) for name in ("loops", "n_answers", "answer_tokens")}
+    if steered_prompts is None:
+        require_unset("no steered_prompts=", **of_loops)
+    elif run.loops is None:
+        require_unset("loops=None", answer_tokens=of_loops["answer_tokens"])
     asked = prompts_of(prompts)
-    passes = passes.following(remembered(steering), model, asked)
-    ids: Any = answers
-    if answers is None:
-        answered(model, asked, None, passes)  # raises before anything is generated
-        with unsteered(model):
-            made = generate(model, asked, max_new_tokens=max_new_tokens or NEW_TOKENS, **passes.options)
-        ids = [one.tokens for one in made]
-    rows = answered(model, asked, ids, passes)
+    steered = [] if steered_prompts is None else every(prompts_of(steered_prompts, "steered prompt"), run.n_answers)
+    run = run.following(remembered(steering), model, [*asked, *steered])
+    looks = bool(steered) and run.loops is not None
+    loops_curve = {0.0: run.repetition(model, None, steered)} if looks else {}
+    rows = _reference(model, asked, answers, max_new_tokens or NEW_TOKENS, run)
 
-    def costs(strengths: Sequence[float]) -> list[float]:
+    def costs(strengths: Sequence[float], advance: Advance = lambda rows: None) -> list[float]:
         variants = [steering.with_strength(strength) for strength in strengths]
-        found = answer_divergences(model, rows, variants, batch_size=passes.batch_size, advance=advance, beyond=True)
+        found = answer_divergences(model, rows, variants, batch_size=run.batch_size, advance=advance, beyond=True)
         tokens = torch.stack([torch.cat(parts) for parts in found])
         cost = tokens.quantile(quantile, dim=1, interpolation="higher")
         return cost.masked_fill(tokens.isinf().any(dim=1), math.inf).tolist()
 
     within, beyond = 0.0, math.inf
     curve = {0.0: 0.0}
-    with passes.bar(ROUNDS * len(rows), "calibrating") as advance:
+    with run.bar(ROUNDS * len(rows), "calibrating") as advance:
         for _ in range(ROUNDS):
             steps = range(1, STRENGTHS_A_ROUND + 1)
             if beyond == math.inf:
                 tried = [max_strength * 2.0 ** (step - STRENGTHS_A_ROUND) for step in steps]
             else:
                 tried = [within + (beyond - within) * step / (STRENGTHS_A_ROUND + 1) for step in steps]
-            curve |= zip(tried, costs(tried), strict=True)
-            beyond = min((strength for strength, cost in curve.items() if cost > kl), default=math.inf)
-            within = max(strength for strength in curve if strength < beyond)
+            curve |= zip(tried, costs(tried, advance), strict=True)
+            within, beyond = _largest(curve, kl)
             if beyond == math.inf:
                 break
+    bound: Bound | None = "kl" if beyond < math.inf else None
+
+    def allowed(strength: float) -> bool:
+        if strength not in loops_curve:
+            loops_curve[strength] = run.repetition(model, steering.with_strength(strength), steered)
+        return loops_curve[strength] <= loops_curve[0.0] + (run.loops or 0.0)
+
+    if looks and not allowed(within):
+        ladder = [within * part for part in LADDER]
+        curve |= zip(ladder, costs(ladder), strict=True)
+        _, beyond = _largest(curve, kl)
+        within = next((strength for strength in ladder if strength < beyond and allowed(strength)), 0.0)
+        bound = "loops"
+    chosen = steering.with_strength(within)
     return Calibration(
-        steering.with_strength(within),
+        chosen,
         within,
         curve[within],
         kl,
         dict(sorted(curve.items())),
         sum(len(row.answer) for row in rows),
-        beyond < math.inf,
+        bound,
+        loops_curve.get(within),
+        loops_curve[0.0] + (run.loops or 0.0) if looks else None,
+        dict(sorted(loops_curve.items())),
+        _length(model, chosen, steered, run),
     )
+
+
+def _reference(
+    model: SteerableModel, asked: Sequence[Prompt], answers: Iterable[str] | None, new_tokens: int, passes: Passes
+) -> list[Answered]:
+    """General prompts with the answers that divergences are measured on."""
+    ids: Any = answers
+    if answers is None:
+        answered(model, asked, None, passes)  # raises before anything is generated
+        with unsteered(model):
+            made = generate(model, asked, max_new_tokens=new_tokens, **passes.options)
+        ids = [one.tokens for one in made]
+    return answered(model, asked, ids, passes)
+
+
+def _largest(curve: Mapping[float, float], kl: float) -> tuple[float, float]:
+    """The largest strength up to which all are within the budget, and the smallest that is not."""
+    beyond = min((strength for strength, cost in curve.items() if cost > kl), default=math.inf)
+    return max(strength for strength in curve if strength < beyond), beyond
+
+
+def _length(model: SteerableModel, steering: Steering, prompts: Sequence[Prompt], passes: Passes) -> float | None:
+    """Mean length of what is added on prompts, in lengths of the mean shift; None where that is not known."""
+    units = steering.shift_lengths or {}
+    if not prompts or not all(units.get(layer) for layer in steering.layers):
+        return None
+    queries = read_prompts(model, prompts, passes, steering.hooked_layers, steering.reads, site=steering.site)
+    return float(added_lengths(steering, queries, units).double().mean())

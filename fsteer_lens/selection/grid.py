@@ -2,53 +2,32 @@
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cache
-from pathlib import Path
+from itertools import product
 from typing import Any, Unpack
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
-from fsteer_lens.effects.answers import DIVERGENCE, general_divergence, name_of, one_each
-from fsteer_lens.effects.measuring import MeasureOptions, Measuring
+from fsteer_lens.effects.answers import name_of
 from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.ground.checks import finite, instance, options_of, several, whole
+from fsteer_lens.ground.checks import finite, instance, optional, options_of, several, whole
 from fsteer_lens.ground.estimates import Estimate, bootstrap
-from fsteer_lens.ground.files import read_text, write_atomically
-from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.hooks.scopes import Schedule, Scope, require_scope
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import layers_of
-from fsteer_lens.reading.activations import Activations, Shift
+from fsteer_lens.reading.activations import Activations
 from fsteer_lens.reading.collecting import collect, collect_queries
 from fsteer_lens.reading.fingerprints import fingerprint
-from fsteer_lens.selection.splits import SplitData
+from fsteer_lens.selection.measuring import Searching, SearchOptions, prompt_of
+from fsteer_lens.selection.splits import Measured, SplitData
+from fsteer_lens.selection.trials import Journal, Settings, Trial
 from fsteer_lens.steering.fitting import put_together
+from fsteer_lens.steering.lengths import added_lengths, mean_shift_length
 from fsteer_lens.steering.steering import FineSteer, Steering
 
 STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 ROUNDING = 1e-6
 """A utility may be this far below the floor: means of float32 numbers are no exacter."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One setting of a search on the validation split.
-
-    Attributes:
-        layer, rank, strength: the setting; a rank of None is the method's own.
-        effect: mean effect over the contrasts.
-        utility: mean utility over the general prompts.
-    """
-
-    layer: int
-    rank: int | None
-    strength: float
-    effect: float
-    utility: float
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -75,49 +54,18 @@ class Search:
 
     def __repr__(self) -> str:
         one = self.chosen
-        rank = "" if one.rank is None else f", rank={one.rank}"
+        more = {"rank": one.rank, "scope": one.scope, "schedule": one.schedule}
+        rank = "".join(f", {name}={value}" for name, value in more.items() if value is not None)
         tested = "" if self.test_effect is None else f", test effect {self.test_effect}"
         return f"Search(layer={one.layer}{rank}, strength={one.strength:g}, {len(self.trials)} trials{tested})"
 
     def to_records(self) -> list[dict[str, Any]]:
         """One flat, JSON-ready mapping for each trial."""
-        return [{**asdict(trial), "chosen": trial is self.chosen} for trial in self.trials]
+        return [{**trial.to_record(), "chosen": trial is self.chosen} for trial in self.trials]
 
 
 Fit = Callable[[Activations, Activations | None], Steering]
 """Makes a steering from the activations of one layer, and those of general prompts where there are some."""
-Utility = Callable[[SteerableModel, HookObject | None, Sequence[Any]], Float[Tensor, " n"]]
-"""A number for each general item under a hook object, or None for the bare model; larger is better kept."""
-
-
-class SearchOptions(MeasureOptions, total=False):
-    """What `search` takes beside the grid and its data: see there."""
-
-    utility: Utility | None
-    shift: Shift
-    resume: str | os.PathLike[str] | None
-
-
-@dataclass(frozen=True)
-class _Searching(Measuring):
-    """How the settings of a grid are measured; fields as in `search`."""
-
-    utility: Utility | None = None
-    shift: Shift = "response_mean"
-    resume: str | os.PathLike[str] | None = None
-
-    @property
-    def utility_name(self) -> str:
-        return DIVERGENCE if self.utility is None else name_of(self.utility, "utility")
-
-    def utilities(self, model: SteerableModel, steering: Steering | None, items: Sequence[Any]) -> Float[Tensor, " n"]:
-        """A number for each general item; None is −KL(steered ‖ unsteered) at the first token of its answer."""
-        if self.utility is not None:
-            return one_each("utility", self.utility(model, steering, items), len(items))
-        if steering is None:
-            return torch.zeros(len(items), dtype=torch.float32, device="cpu")
-        prompts = [_prompt(item) for item in items]
-        return -general_divergence(model, steering, prompts, **self.batching)
 
 
 def search(
@@ -134,8 +82,11 @@ def search(
     """Choose layer, rank and strength: the largest effect on valid among the settings whose utility is in budget.
 
     Every setting of the grid is tried. Activations of all layers come from one set of passes, a method is fitted once
-    per layer, and its ranks and strengths are variants of that fit. Of equal effects the smaller strength wins, then
-    the larger utility. The test split is measured for the chosen setting alone, after the choice.
+    per layer, and its ranks, strengths, scopes and schedules are variants of that fit. Of equal effects the smaller
+    strength wins, then the larger utility. The test split is measured for the chosen setting alone, after the choice.
+
+    What is chosen on may be a suite instead of contrasts, and another instead of general prompts, such as
+    `Splits(train, valid=suite[:50], test=suite[50:], ...)`: then a measure of it is the effect, or the utility.
 
     Args:
         model: a HookedTransformer or TransformerBridge.
@@ -147,31 +98,42 @@ def search(
         method: what to fit; None is `fit` with its defaults, which looks at no general prompts.
         options: `effect` (None), a number per contrast, larger is better; None takes `answer_margin`, in nats per
             token. `utility` (None), a number per general item; None takes −KL(steered ‖ unsteered) at the first token
-            of the answer, in nats. `shift` ("response_mean") as in `collect`. `resume` (None), a file that every
-            finished trial is added to at once; where it exists already, its trials are not run again. It must come from
-            the same search: same model, data, shift, and functions of the same names. `chat`,
-            `chat_template_kwargs`, `prepend_bos` and `batch_size` (16) as in `collect`; `progress` (True), show a
-            progress bar.
+            of the answer, in nats. Of a suite either is the name of one of its measures, and None the only one of that
+            role. `scopes` and `schedules` (None), where and when to steer, such as "prompt" and `Schedule.decay(0.8)`;
+            None, for all or among others, is the method's own. `shift` ("response_mean") as in `collect`. `resume`
+            (None), a file that every finished trial is added to at once; where it exists already, its trials are not
+            run again. It must come from the same search: same model, data, shift, and functions of the same names.
+            `chat`, `chat_template_kwargs`, `prepend_bos` and `batch_size` (16) as in `collect`; `progress` (True), show
+            a progress bar.
 
     Raises:
         InputError: an empty grid, a negative budget, data that are no splits, no setting within the budget, a method
-            that cannot be set to a rank, or a function without a name together with `resume`.
-        DataError: an empty split, one test part without the other, or a file to resume from that belongs to another
-            search.
+            that cannot be set to a rank, a measure that a suite does not have, or a function without a name, or a
+            suite that is no dataclass, together with `resume`.
+        DataError: an empty split, one test part without the other, a suite to choose on and none to test on, or a file
+            to resume from that belongs to another search.
         SiteError, ContextLengthError: as in `collect`.
     """
-    run, budget = options_of("search", _Searching, options), finite("budget", budget, 0)
+    run, budget = options_of("search", Searching, options), finite("budget", budget, 0)
     listed = range(model.cfg.n_layers) if layers is None else several("layers", layers, "a list of ints")
     chosen_layers = layers_of(model, listed) if listed else []
     listed = [] if ranks is None else several("ranks", ranks, "a list of ints")
     grid_ranks: list[int | None] = [None] if ranks is None else [whole("rank", rank, 1) for rank in listed]
     grid_strengths = [finite("strength", one) for one in several("strengths", strengths, "a list of numbers")]
-    sizes = {"layers": chosen_layers, "strengths": grid_strengths, "ranks": grid_ranks}
+    scopes, schedules = _scopes(run.scopes), _schedules(run.schedules)
+    sizes = {
+        "layers": chosen_layers,
+        "strengths": grid_strengths,
+        "ranks": grid_ranks,
+        "scopes": scopes,
+        "schedules": schedules,
+    }
     empty = [name for name, given in sizes.items() if not given]
     if empty:
-        raise InputError("search", expected="layers, strengths and ranks", got=f"no {' and no '.join(empty)}")
+        raise InputError("search", expected=f"some {', '.join(sizes)}", got=f"no {' and no '.join(empty)}")
     given = {"method": method, "effect": run.effect, "utility": run.utility}
-    nameless = [name for name, one in given.items() if one is not None and name_of(one, "") in ("", "<lambda>")]
+    functions = {name: one for name, one in given.items() if one is not None and not isinstance(one, str)}
+    nameless = [name for name, one in functions.items() if name_of(one, "") in ("", "<lambda>")]
     if run.resume is not None and nameless:
         raise InputError("resume=", expected="functions with names, which the file is known by", got=nameless)
     expected = "Splits, or an object with train, valid, test, general_train, general_valid and general_test"
@@ -182,30 +144,38 @@ def search(
     tested = bool(len(data.test))
     if tested != bool(len(data.general_test)):
         raise DataError("search data", expected="test and general_test, or neither", got="one of them")
+    for name in ("valid", "general_valid") if tested else ():
+        parts = [isinstance(getattr(data, part), Measured) for part in (name, name.replace("valid", "test"))]
+        if parts[0] != parts[1]:
+            raise DataError("search data", expected=f"suites in {name} and in its test part, or in neither", got=parts)
     make = method or _fit_default
-    names = (run.effect_name, run.utility_name)
+    names = (run.told("effect", data.valid), run.told("utility", data.general_valid))
     known_by = [*names, name_of(make, ""), run.shift, str(run.formatting)]
-    journal = _Journal(run.resume, _identity(model, chosen_layers, data, known_by))
+    identity = "" if run.resume is None else _identity(model, chosen_layers, data, known_by)
+    journal = Journal(run.resume, identity)
     trained = collect(model, data.train, layer=chosen_layers, shift=run.shift, **run.options)
-    prompts = [] if method is None else [_prompt(item) for item in data.general_train]
+    prompts = [] if method is None else [prompt_of(item) for item in data.general_train]
     general = collect_queries(model, prompts, layer=chosen_layers, **run.options) if prompts else {}
-    floor = float(run.utilities(model, None, data.general_valid).double().mean()) - budget
+    floor = float(run.measured("utility", model, None, data.general_valid).double().mean()) - budget
     trials: list[Trial] = []
 
     @cache
     def fitted(layer: int) -> Steering:
         return make(trained[layer], general.get(layer))
 
-    settings = [
-        (layer, rank, strength) for layer in chosen_layers for rank in grid_ranks for strength in grid_strengths
-    ]
+    grid = product(chosen_layers, grid_ranks, scopes, schedules, grid_strengths)
+    settings = [Settings(layer, rank, strength, scope, factors) for layer, rank, scope, factors, strength in grid]
     with run.bar(len(settings), "searching") as advance:
-        for layer, rank, strength in settings:
-            if (layer, rank, strength) not in journal.known:
-                variant = _variant(fitted(layer), rank, strength)
-                values = run.effects(model, variant, data.valid), run.utilities(model, variant, data.general_valid)
-                journal.add(Trial(layer, rank, strength, *(float(one.double().mean()) for one in values)))
-            trials.append(journal.known[layer, rank, strength])
+        for one in settings:
+            if one not in journal.known:
+                variant = _variant(fitted(one.layer), one)
+                parts = (("effect", data.valid), ("utility", data.general_valid))
+                effect, utility = (
+                    float(run.measured(role, model, variant, items).double().mean()) for role, items in parts
+                )
+                length = _length(variant, trained[one.layer])
+                journal.add(Trial(one.layer, one.rank, one.strength, effect, utility, one.scope, one.schedule, length))
+            trials.append(journal.known[one])
             advance(1)
     within = [trial for trial in trials if trial.utility >= floor - ROUNDING]
     if not within:
@@ -217,11 +187,11 @@ def search(
             fix="Allow a larger budget, or try smaller strengths.",
         )
     best = max(within, key=lambda trial: (trial.effect, -trial.strength, trial.utility))
-    steering = _variant(fitted(best.layer), best.rank, best.strength)
+    steering = _variant(fitted(best.layer), best.settings)
     test_effect, test_utility = None, None
     if tested:
-        test_effect = bootstrap(run.effects(model, steering, data.test))
-        test_utility = bootstrap(run.utilities(model, steering, data.general_test))
+        test_effect = bootstrap(run.measured("effect", model, steering, data.test))
+        test_utility = bootstrap(run.measured("utility", model, steering, data.general_test))
     return Search(steering, best, tuple(trials), floor, test_effect, test_utility, *names)
 
 
@@ -229,63 +199,56 @@ def _fit_default(activations: Activations, general: Activations | None) -> Steer
     return put_together(activations)
 
 
-def _prompt(item: Any) -> Any:
-    return getattr(item, "prompt", item)
+def _scopes(given: Any) -> list[Scope | None]:
+    scopes: list[Scope | None] = [None] if given is None else several("scopes", given, "a list of scopes")
+    for scope in scopes:
+        optional(lambda _, value: require_scope(value), "scopes", scope)
+    return scopes
 
 
-def _variant(steering: Steering, rank: int | None, strength: float) -> Steering:
-    if rank is not None:
-        steering = instance("ranks", steering, FineSteer, "a method that gives a FineSteer").at_rank(rank)
-    return steering.with_strength(strength)
+def _schedules(given: Any) -> list[Schedule | None]:
+    schedules = [None] if given is None else several("schedules", given, "a list of schedules")
+    return [optional(instance, "schedules", one, Schedule, "Schedule or None") for one in schedules]
+
+
+def _variant(steering: Steering, settings: Settings) -> Steering:
+    if settings.rank is not None:
+        steering = instance("ranks", steering, FineSteer, "a method that gives a FineSteer").at_rank(settings.rank)
+    if settings.scope is not None:
+        steering = steering.with_scope(settings.scope)
+    if settings.schedule is not None:
+        steering = steering.with_schedule(settings.schedule)
+    return steering.with_strength(settings.strength)
+
+
+def _length(steering: Steering, trained: Activations) -> float | None:
+    """Mean length of what is added on the prompts that it was fitted to, in lengths of their mean shift."""
+    unit = mean_shift_length(trained)
+    if {*steering.hooked_layers} != {trained.layer} or unit == 0:
+        return None
+    queries = {read: {trained.layer: trained.reading(read).queries} for read in steering.reads}
+    return float(added_lengths(steering, queries, {trained.layer: unit}).double().mean())
+
+
+def _items(part: Any) -> Sequence[Any]:
+    """The items of a part; a suite is one, a dataclass, so that the file is known by all that it holds."""
+    if not isinstance(part, Measured):
+        return part
+    if not is_dataclass(part):
+        raise InputError("resume=", expected="suites that are dataclasses, which the file is known by", got=repr(part))
+    return [part]
 
 
 def _identity(model: SteerableModel, layers: Sequence[int], data: SplitData, options: Sequence[str]) -> str:
     """SHA-256 of all that a trial's numbers depend on, but for what the caller's functions do inside."""
     known = [
         asdict(fingerprint(model, layers)),
-        [asdict(contrast) for part in (data.train, data.valid) for contrast in part],
-        [str(_prompt(item)) for part in (data.general_train, data.general_valid) for item in part],
+        [asdict(contrast) for part in (data.train, data.valid) for contrast in _items(part)],
+        [
+            asdict(item) if is_dataclass(item) and isinstance(item, Measured) else str(prompt_of(item))
+            for part in (data.general_train, data.general_valid)
+            for item in _items(part)
+        ],
         list(options),
     ]
     return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
-
-
-class _Journal:
-    """Finished trials in a file of JSON lines, the first of which tells which search they belong to."""
-
-    def __init__(self, path: str | os.PathLike[str] | None, identity: str) -> None:
-        self.known: dict[tuple[int, int | None, float], Trial] = {}
-        self._path = None if path is None else Path(path)
-        if self._path is None:
-            return
-        if not self._path.exists():
-            self._write({"search": identity}, "x")
-            return
-        whole = read_text(self._path).split("\n")[:-1]  # a line that was cut off in writing has no end
-        try:
-            header, *rows = [json.loads(line) for line in whole]
-            found, trials = header["search"], [Trial(**row) for row in rows]
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise DataError(f"{path}", expected="the file of an earlier search", got=str(error)) from error
-        if found != identity:
-            raise DataError(
-                f"{path} belongs to another search",
-                expected="the same model, data, method, measures and shift",
-                got="others",
-                fix="Name another file, or delete this one.",
-            )
-        write_atomically(self._path, "".join(line + "\n" for line in whole).encode())
-        for trial in trials:
-            self.add(trial, write=False)
-
-    def add(self, trial: Trial, *, write: bool = True) -> None:
-        self.known[trial.layer, trial.rank, trial.strength] = trial
-        if write and self._path is not None:
-            self._write(asdict(trial), "a")
-
-    def _write(self, row: Mapping[str, Any], mode: str) -> None:
-        assert self._path is not None
-        if not self._path.parent.is_dir():
-            raise InputError(f"cannot write {self._path}", expected="an existing folder", got=str(self._path.parent))
-        with self._path.open(mode, encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")

@@ -29,6 +29,7 @@ from fsteer_lens.method.linalg import require_matrix, require_shapes, require_wi
 from fsteer_lens.method.ridge import STRENGTHS, Spectrum, cross_validated
 from fsteer_lens.method.subspace import Subspace
 from fsteer_lens.reading.activations import Activations
+from fsteer_lens.steering.lengths import mean_shift_length
 from fsteer_lens.steering.steering import Decision, Steering
 
 
@@ -360,4 +361,5 @@ def _shifts(activations: Activations) -> Float[Tensor, "n d"]:
 def _about(activations: Activations) -> dict[str, Any]:
     """Where the activations come from, as fields of a steering."""
     shared = ("layer", "shift", "site", "fingerprint", "prompt_format", "read")
-    return {name: getattr(activations, name) for name in shared}
+    about = {name: getattr(activations, name) for name in shared}
+    return {**about, "shift_lengths": {activations.layer: mean_shift_length(activations)}}

@@ -25,6 +25,7 @@ from fsteer_lens.method.linear_gates import out_of_fold
 from fsteer_lens.prompts.formats import merge_formats
 from fsteer_lens.reading.activations import Activations
 from fsteer_lens.reading.fingerprints import Fingerprint, merge_fingerprints, require_same_model
+from fsteer_lens.steering.lengths import mean_shift_length
 from fsteer_lens.steering.steering import FineSteer
 
 RANK = 8
@@ -199,6 +200,7 @@ def put_together(
         fingerprint=_fingerprint_of(list(layers.values())),
         prompt_format=merge_formats(own.prompt_format for own in layers.values()),
         read=first.read,
+        shift_lengths={layer: mean_shift_length(own) for layer, own in layers.items()},
     )
 
 

@@ -83,6 +83,8 @@ class Steering(Link):
         prompt_format: how the prompts became tokens that it was fitted on: chat template or not. What runs prompts
             follows it where nothing else is asked for, and refuses what contradicts it.
         read: what the query activation ĥ is of a prompt, as in `Activations`; a gate reads by its own `read`.
+        shift_lengths: length of the mean shift at every layer that it was fitted at: the unit in which what this adds
+            compares with what other methods add; None where nobody knows.
     """
 
     layer: int | None = None
@@ -97,6 +99,7 @@ class Steering(Link):
     fingerprint: Fingerprint | None = None
     prompt_format: PromptFormat | None = None
     read: Reading = "last"
+    shift_lengths: Mapping[int, float] | None = None
 
     def __post_init__(self) -> None:
         require_reading(self.read)
@@ -114,6 +117,10 @@ class Steering(Link):
         optional(instance, "schedule", self.schedule, Schedule, "a Schedule or None")
         optional(instance, "fingerprint", self.fingerprint, Fingerprint, "a Fingerprint or None")
         optional(instance, "prompt_format", self.prompt_format, PromptFormat, "a PromptFormat or None")
+        if self.shift_lengths is not None:
+            known = instance("shift_lengths", self.shift_lengths, Mapping, "{layer: length} or None")
+            lengths = {whole("layer", layer): finite("shift length", length, 0) for layer, length in known.items()}
+            normalised(self, shift_lengths=lengths)
         if self.refresh == "step" and self.scope == "prompt":
             raise InputError(
                 'refresh="step" has no effect with scope="prompt"',
@@ -193,6 +200,10 @@ class Steering(Link):
     def with_scope(self: Own, scope: Scope | None) -> Own:
         """The same steering at other positions; shares all tensors."""
         return replace(self, scope=scope)
+
+    def with_schedule(self: Own, schedule: Schedule | None) -> Own:
+        """The same steering whose strength changes over generated tokens; None keeps it; shares all tensors."""
+        return replace(self, schedule=schedule)
 
     def with_monitor(self: Own, monitor: bool = True) -> Own:
         """The same steering that decides and records and edits nothing, or one that acts again; shares all tensors."""

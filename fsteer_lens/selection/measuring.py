@@ -1,0 +1,97 @@
+"""What a search measures: a function of the items, or a measure of the suite that the items are."""
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from fsteer_lens.effects.answers import (
+    DIVERGENCE,
+    MARGIN,
+    Effect,
+    answer_margin,
+    general_divergence,
+    name_of,
+    one_each,
+)
+from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import brief
+from fsteer_lens.hooks.objects import HookObject
+from fsteer_lens.hooks.scopes import Schedule, Scope
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.prompts.passes import Passes, PassOptions
+from fsteer_lens.reading.activations import Shift
+from fsteer_lens.selection.splits import Measured
+
+Utility = Callable[[SteerableModel, HookObject | None, Sequence[Any]], Float[Tensor, " n"]]
+"""A number for each general item under a hook object, or None for the bare model; larger is better kept."""
+ROLES = ("effect", "utility")
+
+
+class SearchOptions(PassOptions, total=False):
+    """What `search` takes beside the grid and its data: see there."""
+
+    effect: Effect | str | None
+    utility: Utility | str | None
+    scopes: Iterable[Scope | None] | None
+    schedules: Iterable[Schedule | None] | None
+    shift: Shift
+    resume: str | os.PathLike[str] | None
+
+
+@dataclass(frozen=True)
+class Searching(Passes):
+    """How the settings of a grid are measured; fields as in `search`."""
+
+    effect: Effect | str | None = None
+    utility: Utility | str | None = None
+    scopes: Iterable[Any] | None = None
+    schedules: Iterable[Any] | None = None
+    shift: Shift = "response_mean"
+    resume: str | os.PathLike[str] | None = None
+
+    def told(self, role: str, items: Any) -> str:
+        """What is measured of these items, with its unit where that is known.
+
+        Raises:
+            InputError: a measure by name of items that are no suite, a function of a suite's items, no such measure, or
+                a suite with none or several for this role.
+        """
+        given = getattr(self, role)
+        if not isinstance(items, Measured):
+            if isinstance(given, str):
+                expected = "a function; a measure by name is one of a suite, given in place of these items"
+                raise InputError(f"{role}=", expected=expected, got=repr(given))
+            return {"effect": MARGIN, "utility": DIVERGENCE}[role] if given is None else name_of(given, role)
+        names = {measure.name: measure.role for measure in items.measures}
+        fitting = [name for name, has in names.items() if has == role]
+        if given is None and len(fitting) == 1:
+            return fitting[0]
+        if not isinstance(given, str) or given not in names:
+            raise InputError(f"{role}= on {items!r}", expected=f"one of {list(names)}", got=brief(given))
+        return given
+
+    def measured(
+        self, role: str, model: SteerableModel, steering: HookObject | None, items: Any
+    ) -> Float[Tensor, " n"]:
+        """A number for each item; of general prompts None is −KL(steered ‖ unsteered) at the first token."""
+        if isinstance(items, Measured):
+            return items.measured(self.told(role, items), model, steering, self)
+        measure = getattr(self, role)
+        if measure is not None:
+            return one_each(role, measure(model, steering, items), len(items))
+        if role == "effect":
+            return partial(answer_margin, **self.batching)(model, steering, items)
+        if steering is None:
+            return torch.zeros(len(items), dtype=torch.float32, device="cpu")
+        return -general_divergence(model, steering, [prompt_of(item) for item in items], **self.batching)
+
+
+def prompt_of(item: Any) -> Any:
+    """The prompt of an item that has one, or the item, which then is one."""
+    return getattr(item, "prompt", item)
