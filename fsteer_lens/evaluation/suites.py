@@ -1,7 +1,7 @@
 """Suites: what is measured of a steered model, item by item."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -81,6 +81,17 @@ class Suite(ABC):
         self, model: SteerableModel, steering: HookObject | None, setting: Setting
     ) -> tuple[Float[Tensor, " _"], ...]:
         """A number for each item, for each of the measures; `steering=None` is the bare model."""
+
+    def measure_each(
+        self, model: SteerableModel, steerings: Sequence[HookObject | None], setting: Setting
+    ) -> Sequence[tuple[Float[Tensor, " _"], ...]]:
+        """`measure` under each of several, in their order; a suite that can share passes among them says how."""
+        return [self.measure(model, steering, setting) for steering in steerings]
+
+    @property
+    def shares(self) -> bool:
+        """Whether it measures several steerings together."""
+        return type(self).measure_each is not Suite.measure_each
 
     def __repr__(self) -> str:
         told = ", ".join(f"{measure.name}: {len(measure.groups)}" for measure in self.measures)

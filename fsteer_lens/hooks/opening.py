@@ -15,6 +15,7 @@ from fsteer_lens.reading import reader
 from fsteer_lens.reading.reader import at
 
 Read = Literal["clean", "live"]
+EXPECTED = "a steering, probe, ablation or chain"
 
 
 def open_session(
@@ -40,7 +41,7 @@ def open_session(
         InputError: no hook object, or read="clean" for several points where something decides again at every step.
         MismatchError, SiteError: the hook object does not fit the model.
     """
-    instance("steering", hook_object, HookObject, "a steering, probe, ablation or chain")
+    instance("steering", hook_object, HookObject, EXPECTED)
     optional(choice, "read", read, ("clean", "live"))
     session = hook_object.session_on(model, prompt_lengths, batch.mask)
     stepwise = [link for link in hook_object.links if link.stepwise]

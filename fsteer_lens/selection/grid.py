@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.effects.answers import DIVERGENCE, general_divergence, name_of, one_each
+from fsteer_lens.effects.answers import DIVERGENCE, divergences_of_each, name_of, one_each
 from fsteer_lens.effects.measuring import MeasureOptions, Measuring
 from fsteer_lens.errors import DataError, InputError
 from fsteer_lens.ground.checks import finite, instance, options_of, several, whole
@@ -83,6 +83,8 @@ class Search:
         return [{**asdict(trial), "chosen": trial is self.chosen} for trial in self.trials]
 
 
+Means = tuple[float, float]
+"""Mean effect and mean utility."""
 Fit = Callable[[Activations, Activations | None], Steering]
 """Makes a steering from the activations of one layer, and those of general prompts where there are some."""
 Utility = Callable[[SteerableModel, HookObject | None, Sequence[Any]], Float[Tensor, " n"]]
@@ -111,12 +113,28 @@ class _Searching(Measuring):
 
     def utilities(self, model: SteerableModel, steering: Steering | None, items: Sequence[Any]) -> Float[Tensor, " n"]:
         """A number for each general item; None is −KL(steered ‖ unsteered) at the first token of its answer."""
-        if self.utility is not None:
-            return one_each("utility", self.utility(model, steering, items), len(items))
-        if steering is None:
+        if self.utility is None and steering is not None:
+            prompts = [_prompt(item) for item in items]
+            return -divergences_of_each(model, [steering], prompts, **self.batching)[0]
+        if self.utility is None:
             return torch.zeros(len(items), dtype=torch.float32, device="cpu")
-        prompts = [_prompt(item) for item in items]
-        return -general_divergence(model, steering, prompts, **self.batching)
+        return one_each("utility", self.utility(model, steering, items), len(items))
+
+    def trials(self, model: SteerableModel, steerings: Sequence[Steering], data: SplitData) -> Iterator[Means]:
+        """Mean effect and utility on valid of steerings at one layer, which share what their measures allow.
+
+        Each comes as soon as it is known: all at once, or one by one where both measures are the caller's.
+        """
+        prompts = [_prompt(item) for item in data.general_valid]
+        shared_effects = self.effects_of_each(model, steerings, data.valid) if self.effect is None else None
+        shared_costs = divergences_of_each(model, steerings, prompts, **self.batching) if self.utility is None else None
+        for number, steering in enumerate(steerings):
+            effect = self.effects(model, steering, data.valid) if shared_effects is None else shared_effects[number]
+            if shared_costs is None:
+                utility = self.utilities(model, steering, data.general_valid)
+            else:
+                utility = -shared_costs[number]
+            yield float(effect.double().mean()), float(utility.double().mean())
 
 
 def search(
@@ -146,11 +164,11 @@ def search(
         method: what to fit; None is `fit` with its defaults, which looks at no general prompts.
         options: `effect` (None), a number per contrast, larger is better; None takes `answer_margin`, in nats per
             token. `utility` (None), a number per general item; None takes −KL(steered ‖ unsteered) at the first token
-            of the answer, in nats. `shift` ("response_mean") as in `collect`. `resume` (None), a file that every
-            finished trial is added to at once; where it exists already, its trials are not run again. It must come from
-            the same search: same model, data, shift, and functions of the same names. `chat`,
-            `chat_template_kwargs`, `prepend_bos` and `batch_size` (16) as in `collect`; `progress` (True), show a
-            progress bar.
+            of the answer, in nats. Where either is None the settings of a layer share its passes. `shift`
+            ("response_mean") as in `collect`. `resume` (None), a file that every finished trial is added to at once;
+            where it exists already, its trials are not run again. It must come from the same search: same model, data,
+            shift, and functions of the same names. `chat`, `chat_template_kwargs`, `prepend_bos` and `batch_size` (16)
+            as in `collect`; `progress` (True), show a progress bar.
 
     Raises:
         InputError: an empty grid, a negative budget, data that are no splits, no setting within the budget, a method
@@ -199,13 +217,16 @@ def search(
         (layer, rank, strength) for layer in chosen_layers for rank in grid_ranks for strength in grid_strengths
     ]
     with run.bar(len(settings), "searching") as advance:
-        for layer, rank, strength in settings:
-            if (layer, rank, strength) not in journal.known:
-                variant = _variant(fitted(layer), rank, strength)
-                values = run.effects(model, variant, data.valid), run.utilities(model, variant, data.general_valid)
-                journal.add(Trial(layer, rank, strength, *(float(one.double().mean()) for one in values)))
-            trials.append(journal.known[layer, rank, strength])
-            advance(1)
+        for layer in chosen_layers:
+            own = [setting for setting in settings if setting[0] == layer]
+            left = [setting for setting in dict.fromkeys(own) if setting not in journal.known]
+            advance(len(own) - len(left))
+            if left:
+                variants = [_variant(fitted(layer), rank, strength) for _, rank, strength in left]
+                for setting, means in zip(left, run.trials(model, variants, data), strict=True):
+                    journal.add(Trial(*setting, *means))
+                    advance(1)
+            trials += [journal.known[setting] for setting in own]
     within = [trial for trial in trials if trial.utility >= floor - ROUNDING]
     if not within:
         closest = max(trials, key=lambda trial: trial.utility)
