@@ -86,7 +86,10 @@ def can_begin_above(model: SteerableModel) -> bool:
     from its last layer on. A model whose layers share more than the stream gives other logits then.
     """
     if model not in _tried:
-        _tried[model] = model.cfg.n_layers > 1 and hasattr(model, "blocks") and _same(model)
+        try:
+            _tried[model] = model.cfg.n_layers > 1 and hasattr(model, "blocks") and _same(model)
+        except Exception:  # whatever a model does there that it was not made for: run plainly, it says what is wrong
+            _tried[model] = False
     return _tried[model]
 
 

@@ -31,8 +31,10 @@ from fsteer_lens.prompts.tokens import Batch, pad, require_tokenizer
 from fsteer_lens.reading.reader import PADDING
 from fsteer_lens.run.overflow import blown_up, undefined
 
+PASS_OF_ANY_MODEL = 12
 PASS_COST = 3e6
-"""What a pass costs on a CPU beside its tokens, as so many of these: this number over d_model²."""
+"""What a pass costs on a CPU beside its tokens, as so many of these: weights are read once a pass, which takes as long
+as 12 tokens do, and Python takes its time for every layer, as long as this number over d_model²."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class _Stage:
     Attributes:
         tokens, mask: as in `Batch`.
         keep: places whose logits are wanted, [b kept].
-        numbers: of the answers that its rows are; of the first pass only where it holds their answers.
+        numbers: of the rows whose logits are complete with this pass.
         owners: row of the first pass that each row goes on from.
     """
 
@@ -90,13 +92,18 @@ class AnswerPasses:
     Args:
         model: what to run.
         rows: prompts with answers; those of one prompt share its pass.
-        hook_objects: all that these rows will be run under.
+        hook_objects: all that these rows will be run under; the unsteered model first, where it is among them.
+        batch_size: rows of a pass at most.
     """
 
     def __init__(
-        self, model: SteerableModel, rows: Sequence[Answered], hook_objects: Sequence[HookObject | None]
+        self,
+        model: SteerableModel,
+        rows: Sequence[Answered],
+        hook_objects: Sequence[HookObject | None],
+        batch_size: int,
     ) -> None:
-        self._model, self._rows = model, rows
+        self._model, self._rows, self._batch_size = model, rows, batch_size
         self._several = shares_prompts(model, rows, hook_objects)
         starts = {_first_layer(one) for one in hook_objects if one is not None} - {0}
         self._starts = starts if len(hook_objects) > 1 and starts and can_begin_above(model) else set()
@@ -104,66 +111,70 @@ class AnswerPasses:
         self._base: _Base | None = None
 
     def logits(self, hook_object: HookObject | None) -> list[Float[Tensor, "tokens vocab"]]:
-        """Raw logits that predict the tokens of each answer under one of the hook objects.
+        """Raw logits that predict the tokens of each answer under one of the hook objects; errors as in `each`."""
+        found = dict(self.each(hook_object))
+        return [found[number] for number in range(len(self._rows))]
+
+    def each(self, hook_object: HookObject | None) -> Iterator[tuple[int, Float[Tensor, "tokens vocab"]]]:
+        """Number of every row and the logits that predict its answer, as the passes come to it.
 
         Raises:
             NonFiniteError: some of them are NaN or infinite.
             HookError: a hook did not run.
         """
-        if hook_object is None:
-            found, self._base = self._run(None, 0)
-            return self._required(found, None)
-        layer = _first_layer(hook_object)
-        if layer not in self._starts:
-            layer = 0
-        elif self._base is None:
-            _, self._base = self._run(None, 0, stop=max(self._starts))
-        batch = Batch(self._stages[0].tokens, self._stages[0].mask)
-        found, _ = self._run(open_session(self._model, batch, hook_object, self._lengths), layer)
-        return self._required(found, hook_object)
+        session, layer = None, 0
+        if hook_object is not None:
+            first = Batch(self._stages[0].tokens, self._stages[0].mask)
+            session = open_session(self._model, first, hook_object, self._lengths)
+            layer = _first_layer(hook_object) if _first_layer(hook_object) in self._starts else 0
+        if layer and self._base is None:
+            for _ in self._run(None, 0, stop=max(self._starts)):
+                pass
+        prompts = torch.empty(0, dtype=torch.float32, device="cpu")
+        for stage, logits in zip(self._stages, self._run(session, layer), strict=True):
+            if stage.owners is None:
+                prompts = logits
+            found = self._by_row(stage, prompts, logits)
+            require_defined(self._model, [self._rows[number] for number in found], [*found.values()], hook_object)
+            yield from found.items()
 
     @torch.no_grad()
-    def _run(self, session: Session | None, layer: int, stop: int | None = None) -> tuple[list[Tensor], _Base]:
-        """All passes, begun at a layer; logits of every row, and what the passes of others can begin with.
+    def _run(self, session: Session | None, layer: int, stop: int | None = None) -> Iterator[Tensor]:
+        """Logits of each pass, begun at a layer; those of the unsteered model leave behind what others begin with.
 
-        With `stop` they end below that layer, and there are no logits.
+        With `stop` they end below that layer, and there are no logits that mean anything.
         """
         forward = Forward(self._model, cache=len(self._stages) > 1, layers=stop)
-        below = self._base.forward if layer and self._base is not None else None
-        given: list[Tensor] = []
+        base = self._base if layer else None
         entered: list[dict[int, Any]] = []
         for number, stage in enumerate(self._stages):
             going_on, acting = forward, session
             if stage.owners is not None:
+                below = None if base is None else base.forward
                 going_on = forward.fork_rows(stage.owners, below=below, layer=layer)
                 acting = None if session is None else session.fork(stage.owners, stage.mask)
             with ExitStack() as around:
                 around.enter_context(unsteered(self._model))
                 if acting is not None:
                     around.enter_context(acting.step(self._model, fresh=not number))
-                if layer:
-                    assert self._base is not None
-                    around.enter_context(begun_at(self._model, layer, self._base.entered[number][layer]))
-                kept = around.enter_context(outputs_kept(self._model, () if session else self._starts))
+                if base is not None:
+                    around.enter_context(begun_at(self._model, layer, base.entered[number][layer]))
+                entered.append(around.enter_context(outputs_kept(self._model, () if session else self._starts)))
                 logits = going_on(stage.tokens, stage.mask, None if stop else stage.keep)
-            given.append(logits)
-            entered.append(kept)
-        return ([] if stop else self._by_row(given)), _Base(forward, tuple(entered))
+            yield logits
+        if session is None:
+            self._base = _Base(forward, tuple(entered))
 
-    def _by_row(self, given: Sequence[Tensor]) -> list[Tensor]:
-        """Logits of each row, from those of the passes."""
-        first, *later = given
+    def _by_row(self, stage: _Stage, prompts: Tensor, logits: Tensor) -> dict[int, Tensor]:
+        """Logits of the rows that a pass completes: its own, with those of their prompts' last tokens before them."""
         if not self._several:
-            return [logits[: row.predicted] for logits, row in zip(first, self._rows, strict=True)]
-        found = [first[owner] for owner in self._owners]
-        for stage, logits in zip(self._stages[1:], later, strict=True):
-            for number, one in zip(stage.numbers, logits, strict=True):
-                found[number] = torch.cat([found[number], one[: self._rows[number].predicted - 1]])
-        return found
-
-    def _required(self, found: list[Tensor], hook_object: HookObject | None) -> list[Tensor]:
-        require_defined(self._model, self._rows, found, hook_object)
-        return found
+            return {n: logits[n, : self._rows[n].predicted] for n in stage.numbers}
+        if stage.owners is None:
+            return {n: prompts[self._owners[n]] for n in stage.numbers}
+        return {
+            n: torch.cat([prompts[self._owners[n]], one[: self._rows[n].predicted - 1]])
+            for n, one in zip(stage.numbers, logits, strict=True)
+        }
 
     # --------------------------------------------------------------------------------------------- what the passes run
 
@@ -182,7 +193,8 @@ class AnswerPasses:
         self._owners = [place[row.prompt] for row in self._rows]
         batch = pad(self._model, prompts, "left")
         keep = torch.full((len(prompts), 1), batch.tokens.shape[1] - 1, dtype=torch.long, device="cpu")
-        stages = [_Stage(batch.tokens, batch.mask, keep, ())]
+        short = tuple(number for number, row in enumerate(self._rows) if row.predicted == 1)
+        stages = [_Stage(batch.tokens, batch.mask, keep, short)]
         stages += [self._answers(numbers, batch.tokens.device) for numbers in self._like_lengths()]
         lengths = torch.tensor([len(prompt) for prompt in prompts], dtype=torch.long, device="cpu")
         return lengths, stages
@@ -200,7 +212,7 @@ class AnswerPasses:
     def _like_lengths(self) -> Iterator[list[int]]:
         """Numbers of the answers that have more than one token, in passes with little padding."""
         on_cpu = device_of(self._model).type == "cpu"
-        free = PASS_COST / self._model.cfg.d_model**2 if on_cpu else math.inf
+        free = PASS_OF_ANY_MODEL + PASS_COST / self._model.cfg.d_model**2 if on_cpu else math.inf
         chosen: list[int] = []
         real = 0
         for number in sorted(range(len(self._rows)), key=lambda number: len(self._rows[number].answer)):
@@ -208,7 +220,7 @@ class AnswerPasses:
             if fed < 1:
                 continue
             padding = (len(chosen) + 1) * fed - (real + fed)
-            if chosen and padding > max(free, PADDING * (real + fed)):
+            if chosen and (len(chosen) == self._batch_size or padding > max(free, PADDING * (real + fed))):
                 yield chosen
                 chosen, real = [], 0
             chosen.append(number)
@@ -226,9 +238,17 @@ def shares_prompts(model: SteerableModel, rows: Sequence[Answered], hook_objects
 
 
 def together(
-    model: SteerableModel, rows: Sequence[Answered], hook_objects: Sequence[HookObject | None], batch_size: int
+    model: SteerableModel,
+    rows: Sequence[Answered],
+    hook_objects: Sequence[HookObject | None],
+    batch_size: int,
+    *,
+    held: bool,
 ) -> Iterator[list[int]]:
-    """Numbers of the rows in batches of like length, at most `batch_size` at once, those of one prompt together."""
+    """Numbers of the rows in batches of like length, those of one prompt together.
+
+    Where the logits of a batch are held all at once it has at most `batch_size` rows, else at most so many prompts.
+    """
     batch_size = whole("batch_size", batch_size, 1)
     groups: dict[Any, list[int]] = defaultdict(list)
     shared = shares_prompts(model, rows, hook_objects)
@@ -239,13 +259,16 @@ def together(
         return len(rows[group[0]].prompt) if shared else len(rows[group[0]].fed)
 
     chosen: list[int] = []
+    room = batch_size
     for group in sorted(groups.values(), key=size):
-        pieces = [group[start : start + batch_size] for start in range(0, len(group), batch_size)]
-        for piece in pieces:
-            if chosen and (len(chosen) + len(piece) > batch_size or not _fit(model, rows, [*chosen, *piece])):
+        step = batch_size if held else len(group)
+        for piece in (group[start : start + step] for start in range(0, len(group), step)):
+            takes = len(piece) if held else 1
+            if chosen and (takes > room or not _fit(model, rows, [*chosen, *piece])):
                 yield chosen
-                chosen = []
+                chosen, room = [], batch_size
             chosen += piece
+            room -= takes
     if chosen:
         yield chosen
 
@@ -266,7 +289,7 @@ def require_defined(
 ) -> None:
     """Raise `NonFiniteError` where logits that predict an answer are no distribution."""
     wrong = [undefined(logits) for logits in found]
-    if bool(torch.cat(wrong).any()):
+    if wrong and bool(torch.cat(wrong).any()):
         first, *more = [row for row, places in enumerate(wrong) if bool(places.any())]
         place, said = int(wrong[first].nonzero()[0]), require_tokenizer(model).decode(list(rows[first].prompt))
         raise blown_up(f"logits of token {place} of the answer,", model, said, hook_object, 1 + len(more))

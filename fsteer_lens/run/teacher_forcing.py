@@ -74,7 +74,8 @@ def answer_logprobs_of_each(
     unsteered_first = sorted(range(len(hook_objects)), key=lambda number: hook_objects[number] is not None)
     for chosen, passes in passes_of_answers(model, rows, hook_objects, batch_size):
         for number in unsteered_first:
-            for index, logits in zip(chosen, passes.logits(hook_objects[number]), strict=True):
+            for place, logits in passes.each(hook_objects[number]):
+                index = chosen[place]
                 found[number][index] = known_logprobs(logits, rows[index].answer).cpu()
     return found
 
@@ -85,14 +86,22 @@ def _room(rows: Sequence[Answered], hook_objects: Sequence[HookObject | None]) -
 
 
 def passes_of_answers(
-    model: SteerableModel, rows: Sequence[Answered], hook_objects: Sequence[HookObject | None], batch_size: int
+    model: SteerableModel,
+    rows: Sequence[Answered],
+    hook_objects: Sequence[HookObject | None],
+    batch_size: int,
+    *,
+    held: bool = False,
 ) -> Iterator[tuple[list[int], AnswerPasses]]:
-    """The rows in batches, their numbers with the passes that give their logits under each of the hook objects."""
+    """The rows in batches, their numbers with the passes that give their logits under each of the hook objects.
+
+    `held` says whether the logits of a whole batch are kept at once, which bounds its rows.
+    """
     for hook_object in hook_objects:
         if hook_object is not None:
             instance("steering", hook_object, HookObject, EXPECTED).session_on(model)  # raises before anything is run
-    for chosen in together(model, rows, hook_objects, batch_size):
-        yield chosen, AnswerPasses(model, [rows[index] for index in chosen], hook_objects)
+    for chosen in together(model, rows, hook_objects, batch_size, held=held):
+        yield chosen, AnswerPasses(model, [rows[index] for index in chosen], hook_objects, batch_size)
 
 
 def each_answer(
@@ -105,8 +114,9 @@ def each_answer(
 ) -> Iterator[tuple[int, Float[Tensor, "tokens vocab"]]]:
     """Number of every row and the raw logits that predict its answer, batch by batch; None is the bare model."""
     for chosen, passes in passes_of_answers(model, rows, [hook_object], batch_size):
-        yield from zip(chosen, passes.logits(hook_object), strict=True)
-        advance(len(chosen))
+        for place, logits in passes.each(hook_object):
+            yield chosen[place], logits
+            advance(1)
 
 
 def known_logprobs(logits: Float[Tensor, "n vocab"], tokens: Sequence[int]) -> Float[Tensor, " n"]:
@@ -135,7 +145,7 @@ def answer_divergences(
     for hook_object in hook_objects:
         instance("steering", hook_object, HookObject, EXPECTED)
     found = _room(rows, hook_objects)
-    for chosen, passes in passes_of_answers(model, rows, [None, *hook_objects], batch_size):
+    for chosen, passes in passes_of_answers(model, rows, [None, *hook_objects], batch_size, held=True):
         base = passes.logits(None)
         for number, hook_object in enumerate(hook_objects):
             try:
