@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fsteer_lens import (
     Activations,
+    EnergyGate,
     FineSteer,
     Schedule,
     SubspaceAblation,
@@ -49,7 +50,9 @@ from tests.families import D_MODEL, FAMILIES, random_model
 OPEN = made_up.steering(3).with_gate(None)
 SHUT = made_up.steering(3).with_gate(made_up.shut())
 MIXED = made_up.steering(3)
-DEEP = FineSteer({2: made_up.experts(1), 4: made_up.experts(2)}, {2: MIXED.gate}, gate_layer=2, scope="all")
+DEEP = FineSteer(
+    {2: made_up.experts(1), 4: made_up.experts(2)}, {2: EnergyGate(made_up.subspace(0), 12)}, gate_layer=2, scope="all"
+)
 ACTING: dict[str, HookObject] = {
     "open, all": OPEN.with_scope("all"),
     "open, prompt": OPEN.with_scope("prompt"),
