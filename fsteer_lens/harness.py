@@ -25,9 +25,10 @@ from fsteer_lens.prompts.chat import NO_ARGUMENTS, ChatTemplate
 from fsteer_lens.prompts.formats import PromptFormat
 from fsteer_lens.prompts.passes import Passes
 from fsteer_lens.prompts.tokens import require_tokenizer, text_ids
+from fsteer_lens.run.answer_passes import Answered
 from fsteer_lens.run.generation import generate
 from fsteer_lens.run.stopping import Stop
-from fsteer_lens.run.teacher_forcing import Answered, each_answer, known_logprobs
+from fsteer_lens.run.teacher_forcing import each_answer, known_logprobs
 
 MAX_NEW_TOKENS = 256
 """What the harness's own models generate for a task that does not say how much."""

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from benchmarks import collecting, decode, energies, fitting, measuring, shapes, vocabulary
+from benchmarks import collecting, decode, energies, fitting, measuring, scoring, shapes, vocabulary
 from benchmarks.__main__ import main
 from benchmarks.measuring import Aim, Ratio, Row, Section, Settings
 from fsteer_lens import fit_experts, models
@@ -17,7 +17,7 @@ MIB = 2**20
 STARTS_PROCESSES = [pytest.param(one, marks=pytest.mark.slow) for one in (decode, collecting, vocabulary)]
 
 
-@pytest.mark.parametrize("benchmark", [*STARTS_PROCESSES, fitting, energies], ids=lambda one: one.__name__)
+@pytest.mark.parametrize("benchmark", [*STARTS_PROCESSES, scoring, fitting, energies], ids=lambda one: one.__name__)
 def test_every_benchmark_fills_its_section(benchmark: object) -> None:
     section = benchmark.run(Settings(quick=True, rounds=2))  # type: ignore[attr-defined]
     assert section.rows and section.title and section.text
@@ -36,6 +36,19 @@ def test_collect_reads_what_the_plain_recipe_reads(kind: models.Kind) -> None:
     with torch.no_grad():
         reference.transformer.h[1].mlp.c_proj.weight.mul_(2)
     assert collecting.largest_difference(reference, model, contrasts, layer=1) > 1e-2, "another model must show"
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("kind", KINDS)
+def test_plain_passes_score_what_ours_score(kind: models.Kind) -> None:
+    model = shapes.model("tiny", kind)
+    steering = shapes.steering(model.cfg.d_model, 1)
+    suite, rows = scoring.choices("tiny", 3), scoring.texts("tiny", 3)
+    for measured in (scoring.choosing(model, steering, suite, 1), scoring.costing(model, steering, rows, 1)):
+        assert measured[1] < 1e-5
+    none, steered = scoring.plain_mc2(model, suite, [None, steering.with_strength(4.0)])
+    assert float((none - steered).abs().max()) > 1e-3, "a steering must show"
+    assert float(torch.cat(scoring.plain_divergences(model, rows, [steering])[0]).max()) > 1e-3
 
 
 def test_the_loop_over_ranks_gives_the_ratios_of_one_product() -> None:

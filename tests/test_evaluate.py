@@ -26,6 +26,7 @@ from fsteer_lens.evaluation import (
     fit_ablations,
     harmbench,
     refuses,
+    truthfulness,
     xstest,
 )
 from fsteer_lens.evaluation.truthfulness import Choice
@@ -276,12 +277,12 @@ def test_ties_and_broken_numbers_are_not_right(tutor_model: SteerableModel, monk
     answers = (("true", True), ("false", False))
     suite = TruthfulQA((Choice("what?", answers, answers),))
     for scores, wanted in (((-1.0, -1.0), 0), ((-1.0, -1.5), 1), ((-1.5, -1.0), 0)):
-        made = [torch.tensor([score]) for score in scores]
-        monkeypatch.setattr("fsteer_lens.evaluation.truthfulness.answer_logprobs", lambda *_, made=made, **__: made)
+        made = [[torch.tensor([score]) for score in scores]]
+        monkeypatch.setattr(f"{truthfulness.__name__}.answer_logprobs_of_each", lambda *_, made=made, **__: made)
         found = evaluate(tutor_model, {"none": None}, suite, progress=False)
         assert found.items("none", "MC1").tolist() == [wanted]
-    broken = [torch.tensor([math.nan])] * 2
-    monkeypatch.setattr("fsteer_lens.evaluation.truthfulness.answer_logprobs", lambda *_, **__: broken)
+    broken = [[torch.tensor([math.nan])] * 2]
+    monkeypatch.setattr(f"{truthfulness.__name__}.answer_logprobs_of_each", lambda *_, **__: broken)
     with pytest.raises(NonFiniteError, match="NaN"):
         evaluate(tutor_model, {"none": None}, suite, progress=False)
 

@@ -15,13 +15,13 @@ from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
 from fsteer_lens.prompts.forms import GivenPrompts, Prompt, prompts_of
 from fsteer_lens.prompts.passes import BatchOptions, Passes
 from fsteer_lens.prompts.tokens import stop_ids
+from fsteer_lens.run.answer_passes import Answered
 from fsteer_lens.run.decoding import Step
 from fsteer_lens.run.recorder import Recorder
 from fsteer_lens.run.teacher_forcing import (
-    Answered,
     answer_divergences,
     answer_logits,
-    answer_logprobs,
+    answer_logprobs_of_each,
     answered,
     batches,
     each_answer,
@@ -42,13 +42,14 @@ def passes_of(
     owner: str,
     options: Mapping[str, Any],
     model: SteerableModel,
-    steering: HookObject | None,
+    steering: HookObject | Sequence[HookObject | None] | None,
     prompts: Sequence[Prompt],
     takes: Iterable[str] = BatchOptions.__annotations__,
 ) -> Passes:
-    """How a function that was given these options puts prompts through a model, as the steering remembers it."""
+    """How a function that was given these options puts prompts through a model, as the steerings remember it."""
     passes = options_of(owner, Passes, options, takes)
-    return passes.following(remembered(steering), model, prompts)
+    steerings = steering if isinstance(steering, Sequence) else [steering]
+    return passes.following(remembered(*steerings), model, prompts)
 
 
 def answer_margin(
@@ -74,13 +75,24 @@ def answer_margin(
         NonFiniteError: the model's numbers blow up.
         HookError: the steering's hooks do not run.
     """
+    return margins_of_each(model, [steering], contrasts, **options)[0]
+
+
+def margins_of_each(
+    model: SteerableModel,
+    steerings: Sequence[HookObject | None],
+    contrasts: Iterable[Contrast],
+    **options: Unpack[BatchOptions],
+) -> list[Float[Tensor, " n"]]:
+    """`answer_margin` under each of several steerings; what they share is run once."""
     known = ContrastSet(contrasts)
     prompts = known.prompts
     sides = [contrast.preferred for contrast in known] + [contrast.undesired for contrast in known]
-    passes = passes_of("answer_margin", options, model, steering, prompts)
+    passes = passes_of("answer_margin", options, model, steerings, prompts)
     rows = answered(model, prompts + prompts, sides, passes)
-    means = torch.stack([one.mean() for one in answer_logprobs(model, rows, steering, batch_size=passes.batch_size)])
-    return means[: len(prompts)] - means[len(prompts) :]
+    found = answer_logprobs_of_each(model, rows, steerings, batch_size=passes.batch_size)
+    means = [torch.stack([one.mean() for one in logprobs]) for logprobs in found]
+    return [one[: len(prompts)] - one[len(prompts) :] for one in means]
 
 
 def exact_answers(
@@ -142,11 +154,22 @@ def general_divergence(
     Raises:
         As `answer_margin`.
     """
+    return divergences_of_each(model, [steering], prompts, answers, **options)[0]
+
+
+def divergences_of_each(
+    model: SteerableModel,
+    steerings: Sequence[HookObject],
+    prompts: GivenPrompts,
+    answers: Iterable[str | Sequence[int]] | None = None,
+    **options: Unpack[BatchOptions],
+) -> list[Float[Tensor, " n"]]:
+    """`general_divergence` under each of several steerings; what they share is run once."""
     prompts = prompts_of(prompts)
-    passes = passes_of("general_divergence", options, model, steering, prompts)
+    passes = passes_of("general_divergence", options, model, steerings, prompts)
     rows = answered(model, prompts, answers, passes)
-    (found,) = answer_divergences(model, rows, [steering], batch_size=passes.batch_size)
-    return torch.stack([one.mean() for one in found])
+    found = answer_divergences(model, rows, steerings, batch_size=passes.batch_size)
+    return [torch.stack([one.mean() for one in by_row]) for by_row in found]
 
 
 def counterfactual(

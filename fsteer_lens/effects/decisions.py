@@ -109,10 +109,10 @@ def rank_sweep(
         assert model is not None and isinstance(steering, FineSteer)
         run = run.following(remembered(steering), model, [contrast.prompt for contrast in contrasts])
     with run.bar(len(variants), "measuring ranks") as advance:
-        for rank, variant in variants.items():
+        if variants:
             assert model is not None
-            measured[rank] = bootstrap(run.effects(model, variant, contrasts), seed=seed)
-            advance(1)
+            found = run.effects_of_each(model, list(variants.values()), contrasts, advance)
+            measured = {rank: bootstrap(values, seed=seed) for rank, values in zip(variants, found, strict=True)}
     return RankSweep(
         tuple(range(1, r + 1)),
         ser,

@@ -1,13 +1,12 @@
 """How an effect is measured: the options that sweeps, knockouts and searches share."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from jaxtyping import Float
 from torch import Tensor
 
-from fsteer_lens.effects.answers import MARGIN, Effect, answer_margin, name_of, one_each
+from fsteer_lens.effects.answers import MARGIN, Effect, margins_of_each, name_of, one_each
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast
@@ -39,5 +38,25 @@ class Measuring(Passes):
         self, model: SteerableModel, hook_object: HookObject | None, contrasts: Sequence[Contrast]
     ) -> Float[Tensor, " n"]:
         """The effect on each contrast under a hook object, or None for the bare model."""
-        measure = self.effect or partial(answer_margin, **self.batching)
-        return one_each("effect", measure(model, hook_object, contrasts), len(contrasts))
+        return self.effects_of_each(model, [hook_object], contrasts)[0]
+
+    def effects_of_each(
+        self,
+        model: SteerableModel,
+        hook_objects: Sequence[HookObject | None],
+        contrasts: Sequence[Contrast],
+        advance: Callable[[int], None] = lambda done: None,
+    ) -> list[Float[Tensor, " n"]]:
+        """The same under each of several hook objects, which share what they can where the effect is `answer_margin`.
+
+        `advance` is told how many of them are done.
+        """
+        if self.effect is None:
+            found = margins_of_each(model, hook_objects, contrasts, **self.batching)
+            advance(len(hook_objects))
+            return [one_each("effect", values, len(contrasts)) for values in found]
+        found = []
+        for hook_object in hook_objects:
+            found.append(one_each("effect", self.effect(model, hook_object, contrasts), len(contrasts)))
+            advance(1)
+        return found

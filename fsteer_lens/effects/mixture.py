@@ -157,13 +157,11 @@ def expert_knockout(
         queries = found[steering.read][where]
     if len(queries) != len(contrasts):
         raise InputError("queries", expected=f"one for each of {len(contrasts)} contrasts", got=len(queries))
+    without = [steering.with_experts(experts.without_expert(index), where) for index in on]
     with run.bar(1 + len(on), "removing experts") as advance:
-        full = run.effects(model, steering, contrasts)
-        removed = torch.full((experts.n_experts, len(contrasts)), torch.nan, dtype=torch.float32, device="cpu")
-        for index in on:
-            advance(1)
-            without = steering.with_experts(experts.without_expert(index), where)
-            removed[index] = run.effects(model, without, contrasts)
+        full, *left = run.effects_of_each(model, [steering, *without], contrasts, advance)
+    removed = torch.full((experts.n_experts, len(contrasts)), torch.nan, dtype=torch.float32, device="cpu")
+    removed[list(on)] = torch.stack(left).to(removed)
     return Knockout(
         on,
         tuple(str(contrast.label) for contrast in contrasts),

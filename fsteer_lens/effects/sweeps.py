@@ -148,15 +148,14 @@ def _sweeps(
     steerings = [steering for by_setting in tried.values() for steering in by_setting.values()]
     run = run.following(remembered(*steerings), model, [*general, *(contrast.prompt for contrast in contrasts)])
     rows = answered(model, general, run.answers, run)
-    effects, utilities = [], []
+    utilities = []
     with run.bar(len(steerings) + len(rows), f"sweeping {parameter}") as advance:
         found = answer_divergences(model, rows, steerings, batch_size=run.batch_size, advance=advance)
         divergences = [torch.stack([one.mean() for one in by_row]) for by_row in found]
         for steering, divergence in zip(steerings, divergences, strict=True):
-            effects.append(run.effects(model, steering, contrasts))
             kept = -divergence if run.utility is None else run.utility(model, steering, general)
             utilities.append(one_each("utility", kept, len(general)))
-            advance(1)
+        effects = run.effects_of_each(model, steerings, contrasts, advance)
     utility_name = DIVERGENCE if run.utility is None else name_of(run.utility, "utility")
     measured = zip(*(_estimates(group, run.seed) for group in (effects, utilities, divergences)), strict=True)
     return {

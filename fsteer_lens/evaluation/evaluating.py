@@ -1,7 +1,7 @@
 """`evaluate`: methods side by side on the items of a suite, with intervals and paired differences."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Unpack
@@ -51,7 +51,8 @@ class Evaluation:
         measures: what was measured.
         values: {method: a tensor [seeds n] for each measure}; a method that does not depend on a seed has one row.
         seeds: those of the fits.
-        seconds: how long each method took, all seeds together.
+        seconds: how long each method took, all seeds together; where the suite measures several of them together,
+            each took an equal share of that.
     """
 
     suite: str
@@ -244,27 +245,44 @@ def evaluate(
         seconds[name] = time.perf_counter() - start
     every_one = [one for made in rounds.values() for one in made]
     passes = passes.following(remembered(*every_one), model)  # all of them see the same prompts
+    named = [(name, one) for name, made in rounds.items() for one in made]
+    found: dict[int, tuple[Tensor, ...]] = {}
     with passes.bar(len(every_one), f"evaluating on {suite.name}") as advance:
-        for name, made in rounds.items():
+        for group in _groups(named, suite):
             start = time.perf_counter()
-            found = []
-            for one in made:
-                found.append(_measure(model, name, one, suite, passes))
-                advance(1)
-            values[name] = tuple(torch.stack(group) for group in zip(*found, strict=True))
-            seconds[name] += time.perf_counter() - start
+            found |= zip(group, _measure(model, [named[number] for number in group], suite, passes), strict=True)
+            for number in group:
+                seconds[named[number][0]] += (time.perf_counter() - start) / len(group)
+            advance(len(group))
+    for name in rounds:
+        own = [found[number] for number, (of, _) in enumerate(named) if of == name]
+        values[name] = tuple(torch.stack(group) for group in zip(*own, strict=True))
     return Evaluation(suite.name, suite.measures, values, tuple(seeds), seconds)
 
 
+def _groups(named: Sequence[tuple[str, Any]], suite: Suite) -> list[list[int]]:
+    """Numbers of the methods that are measured together: all without words where the suite shares, else each alone."""
+    shared = [number for number, (_, one) in enumerate(named) if suite.shares and not isinstance(one, Prompting)]
+    alone = [[number] for number in range(len(named)) if number not in shared]
+    return [shared, *alone] if shared else alone
+
+
 def _measure(
-    model: SteerableModel, name: str, method: Any, suite: Suite, passes: Passes
-) -> tuple[Float[Tensor, " _"], ...]:
-    if not isinstance(method, HookObject | Prompting | None):
-        expected = "a hook object, Prompting or None"
-        raise InputError(f"what method {name!r} made", expected=expected, got=type(method).__name__)
-    words = isinstance(method, Prompting)
-    setting = Setting(method.context if words else None, passes)
-    found = suite.measure(model, None if words else method, setting)
+    model: SteerableModel, named: Sequence[tuple[str, Any]], suite: Suite, passes: Passes
+) -> list[tuple[Float[Tensor, " _"], ...]]:
+    """What the suite measures of methods that are put to the model in one setting."""
+    for name, method in named:
+        if not isinstance(method, HookObject | Prompting | None):
+            expected = "a hook object, Prompting or None"
+            raise InputError(f"what method {name!r} made", expected=expected, got=type(method).__name__)
+    (_, first), *_ = named
+    words = isinstance(first, Prompting)
+    setting = Setting(first.context if words else None, passes)
+    found = suite.measure_each(model, [None] if words else [method for _, method in named], setting)
+    return [_checked(suite, one) for one in found]
+
+
+def _checked(suite: Suite, found: Sequence[Tensor]) -> tuple[Float[Tensor, " _"], ...]:
     if len(found) != len(suite.measures):
         raise InputError(f"suite {suite.name!r}", expected=f"{len(suite.measures)} measures", got=len(found))
     return tuple(

@@ -1,7 +1,7 @@
 """Suites: what is measured of a steered model, item by item."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -89,18 +89,34 @@ class Suite(ABC):
     ) -> tuple[Float[Tensor, " _"], ...]:
         """A number for each item, for each of the measures; `steering=None` is the bare model."""
 
-    def measured(
-        self, name: str, model: SteerableModel, steering: HookObject | None, passes: Passes
-    ) -> Float[Tensor, " _"]:
-        """One of the measures by its name, a number for each of its items: what `search` asks for.
+    def measure_each(
+        self, model: SteerableModel, steerings: Sequence[HookObject | None], setting: Setting
+    ) -> Sequence[tuple[Float[Tensor, " _"], ...]]:
+        """`measure` under each of several, in their order; a suite that can share passes among them says how."""
+        return [self.measure(model, steering, setting) for steering in steerings]
+
+    @property
+    def shares(self) -> bool:
+        """Whether it measures several steerings together."""
+        return type(self).measure_each is not Suite.measure_each
+
+    def measured_each(
+        self, name: str, model: SteerableModel, steerings: Sequence[HookObject | None], passes: Passes
+    ) -> Iterator[Float[Tensor, " _"]]:
+        """One of the measures by its name, a number for each of its items, under each of several steerings.
+
+        All are measured at once where the suite shares passes among them, else one after the other as they are asked
+        for. This is what `search` asks for.
 
         Raises:
             InputError: no such measure, or not a number for each item.
         """
         names = [measure.name for measure in self.measures]
         index = names.index(choice("measure", name, names, f"one of suite {self.name!r},"))
-        found = self.measure(model, steering, Setting(None, passes))
-        return one_each(f"measure {name}", found[index], len(self.measures[index].groups))
+        setting = Setting(None, passes)
+        one_by_one = (self.measure(model, steering, setting) for steering in steerings)
+        for found in self.measure_each(model, steerings, setting) if self.shares else one_by_one:
+            yield one_each(f"measure {name}", found[index], len(self.measures[index].groups))
 
     def taking(self: Own, rows: Sequence[int]) -> Own:
         """The same suite with these items alone, in this order."""

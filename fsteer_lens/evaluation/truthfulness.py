@@ -2,7 +2,7 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from fsteer_lens.ground.spread import every
 from fsteer_lens.ground.tables import parse_json
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.run.teacher_forcing import answer_logprobs, answered
+from fsteer_lens.run.teacher_forcing import answer_logprobs_of_each, answered
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,12 @@ class TruthfulQA(Suite):
         self, model: SteerableModel, steering: HookObject | None, setting: Setting
     ) -> tuple[Float[Tensor, " _"], ...]:
         """MC1 and MC2 of every question; an answer that is in both lists is scored once."""
+        return self.measure_each(model, [steering], setting)[0]
+
+    def measure_each(
+        self, model: SteerableModel, steerings: Sequence[HookObject | None], setting: Setting
+    ) -> list[tuple[Float[Tensor, " _"], ...]]:
+        """The same under each of several steerings; a question is run once for its answers, see `AnswerPasses`."""
         questions = [choice.question if setting.chat else f"Q: {choice.question}\nA:" for choice in self.choices]
         space = "" if setting.chat else " "
         prompts = setting.ids(model, questions)
@@ -81,8 +87,12 @@ class TruthfulQA(Suite):
         rows = answered(
             model, [prompts[number] for number, _ in pairs], [space + text for _, text in pairs], setting.passes
         )
-        scores = answer_logprobs(model, rows, steering, batch_size=setting.batch_size)
-        score = {pair: float(logprobs.double().sum()) for pair, logprobs in zip(pairs, scores, strict=True)}
+        found = answer_logprobs_of_each(model, rows, steerings, batch_size=setting.batch_size)
+        return [self._scored(dict(zip(pairs, scores, strict=True))) for scores in found]
+
+    def _scored(self, logprobs: Mapping[tuple[int, str], Tensor]) -> tuple[Float[Tensor, " _"], ...]:
+        """MC1 and MC2 from the log-probabilities of every answer's tokens."""
+        score = {pair: float(of_tokens.double().sum()) for pair, of_tokens in logprobs.items()}
         if not all(map(math.isfinite, score.values())):
             raise NonFiniteError("log-probabilities of answers", expected="finite numbers", got="NaN or infinity")
         mc1, mc2 = (torch.zeros(len(self.choices), dtype=torch.float32, device="cpu") for _ in range(2))

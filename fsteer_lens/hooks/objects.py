@@ -309,6 +309,15 @@ class Link(HookObject):
         """Whether it decides again at every later position, from the activation there."""
         return False
 
+    @property
+    def forks(self) -> bool:
+        """Whether several answers may go on from one pass of their prompt, with what was decided on it.
+
+        What `edit` keeps in `state` is then nothing, or named tuples of tensors [b ...], a value for each row. Where
+        it is something else, each answer is run with its prompt.
+        """
+        return False
+
     @abstractmethod
     def edit(self, state: State, layer: int, activation: Tensor, view: View) -> Tensor | None:
         """What to add to one activation of one forward pass; None is nothing.

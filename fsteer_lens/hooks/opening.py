@@ -18,6 +18,7 @@ from fsteer_lens.reading import reader
 from fsteer_lens.reading.readings import of_prompt
 
 Read = Literal["clean", "live"]
+EXPECTED = "a steering, probe, ablation or chain"
 
 
 def open_session(
@@ -43,7 +44,7 @@ def open_session(
         InputError: no hook object, or read="clean" for several points where something decides again at every step.
         MismatchError, SiteError: the hook object does not fit the model.
     """
-    instance("steering", hook_object, HookObject, "a steering, probe, ablation or chain")
+    instance("steering", hook_object, HookObject, EXPECTED)
     optional(choice, "read", read, ("clean", "live"))
     reads: list[Reading] = [read for read in READINGS if any(read in link.reads for link in hook_object.links)]
     tails = _tails(model, batch, hook_object, prompt_lengths) if "turn_end" in reads else None

@@ -50,6 +50,7 @@ class Positions:
         self.lengths = None if prompt_lengths is None else _tensor(prompt_lengths).long()
         self.mask = None if attention_mask is None else _tensor(attention_mask).bool()
         self.seen = 0
+        self.coming = 0  # new tokens that the next forward brings at once, of a fork
         self.query: Tensor
         self.first: Tensor
         self.at_end: Tensor
@@ -58,6 +59,14 @@ class Positions:
     def reset(self) -> None:
         """Take the next forward as a new prompt."""
         self.at_query = None
+
+    def fork(self, rows: Int[Tensor, " n"], mask: Bool[Tensor, "n new"]) -> "Positions":
+        """A counter that goes on from the prompts of these numbers, each with new tokens, real where `mask` is true."""
+        assert self.mask is not None and self.mask.shape[1] == self.seen
+        other = Positions(None, torch.cat([self.mask[rows.to(self.mask.device)], mask.to(self.mask.device)], dim=1))
+        other.seen, other.coming = self.seen, mask.shape[1]
+        other.query, other.first = (held[rows.to(held.device)] for held in (self.query, self.first))
+        return other
 
     def observe(
         self,
@@ -84,6 +93,8 @@ class Positions:
             self.at_end = activation[:, -1].detach().clone()
         if fresh:
             start, n_new, self.seen = 0, width, width
+        elif self.coming:
+            start, n_new, self.seen = self.seen, width, self.seen + width
         else:
             start = self.seen if width == 1 else 0
             n_new, self.seen = 1, self.seen + 1

@@ -37,6 +37,11 @@ class _TokenHook(Link):
         """None."""
         return ()
 
+    @property
+    def forks(self) -> bool:
+        """Yes: nothing is kept of a prompt."""
+        return True
+
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)

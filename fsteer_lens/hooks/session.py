@@ -95,6 +95,11 @@ class State:
         tails = None if self.tails is None else self.tails.expand(len(activation))
         return of_prompt(read, activation, prompt, tails)
 
+    def fork(self, rows: Int[Tensor, " n"], into: "State") -> None:
+        """Hand the decisions of these rows to another session's state of the same link."""
+        into.decisions = {layer: _rows_of(one, rows) for layer, one in self.decisions.items()}
+        into.steps = {layer: _rows_of(one, rows) for layer, one in self.steps.items()}
+
     def record(self, layer: int, **values: Tensor | None) -> None:
         """Put a value of each row, [b ...], into the trace, replacing what is there; None is left out.
 
@@ -151,6 +156,21 @@ class Session:
         self._thread, self._place = None, len(self._points)
         for positions in self._positions.values():
             positions.reset()
+
+    def fork(self, rows: Int[Tensor, " n"], mask: Bool[Tensor, "n new"]) -> "Session":
+        """A session that goes on from the prompts: each of its rows from the prompt of that number, with new tokens.
+
+        Its first step, and the only one, runs all of the new tokens (real where `mask` is true). Its trace holds these
+        alone. For links whose decisions can be repeated (`hooks.Link.forks`).
+        """
+        other = Session(self.hook_object)
+        other._knows_padding = True
+        other._positions = {point: held.fork(rows, mask) for point, held in self._positions.items()}
+        for mine, its in zip(self.states, other.states, strict=True):
+            mine.fork(rows, its)
+        held = other._positions[self._points[0]]
+        other._begin_at(held.query, held.first)
+        return other
 
     def hooks(self) -> "list[tuple[str, PointHook]]":
         """(name, function) pairs for the model."""
@@ -235,7 +255,10 @@ class Session:
 
     def _begin(self, view: View) -> None:
         """Record a new prompt: what was handed out of the last one stays as it is."""
-        lengths, first = (view.query - view.first + 1).cpu(), view.first.cpu()
+        self._begin_at(view.query, view.first)
+
+    def _begin_at(self, query: Int[Tensor, " b"], first: Int[Tensor, " b"]) -> None:
+        lengths, first = (query - first + 1).cpu(), first.cpu()
         for trace in {id(one): one for one in (self.trace, *(state.trace for state in self.states))}.values():
             trace.begin(lengths, first)
 
@@ -283,6 +306,12 @@ def _checked(edit: Any, state: State, activation: Tensor) -> Tensor | None:
             expected=f"None, or a tensor to add to the activation {list(activation.shape)}",
             got=list(edit.shape) if isinstance(edit, Tensor) else type(edit).__name__,
         ) from error
+
+
+def _rows_of(decision: Any, rows: Int[Tensor, " n"]) -> Any:
+    """The same decision for these rows: a named tuple of tensors, [b ...], or None."""
+    values = [None if value is None else value[rows.to(value.device)] for value in decision]
+    return type(decision)(*values)
 
 
 def _change(edit: Tensor | None, size: Tensor, view: View) -> Tensor:

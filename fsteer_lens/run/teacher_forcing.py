@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,32 +10,19 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError, NonFiniteError
-from fsteer_lens.ground.checks import several, whole
+from fsteer_lens.ground.checks import instance, several, whole
 from fsteer_lens.hooks.objects import HookObject
-from fsteer_lens.hooks.opening import open_session
+from fsteer_lens.hooks.opening import EXPECTED, open_session
 from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
 from fsteer_lens.prompts.passes import Passes
-from fsteer_lens.prompts.tokens import Batch, answer_ids, pad, require_fits, require_tokenizer
-from fsteer_lens.run.overflow import blown_up, undefined
+from fsteer_lens.prompts.tokens import Batch, answer_ids, pad, require_fits
+from fsteer_lens.run.answer_passes import Answered, AnswerPasses, require_defined, together
 from fsteer_lens.run.unsteered import CHUNK_NUMBERS, divergence
 
 Advance = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Answered:
-    """A prompt and an answer to it, both as token ids; without an answer its first token is still predicted."""
-
-    prompt: tuple[int, ...]
-    answer: tuple[int, ...] = ()
-
-    @property
-    def fed(self) -> tuple[int, ...]:
-        """What the model reads: the answer's last token predicts nothing."""
-        return self.prompt + self.answer[:-1]
 
 
 def answered(
@@ -77,10 +63,45 @@ def answer_logprobs(
     model: SteerableModel, rows: Sequence[Answered], hook_object: HookObject | None, *, batch_size: int = 16
 ) -> list[Float[Tensor, " tokens"]]:
     """Log-probability of every token of each answer, in nats, under a hook object, or None for the bare model."""
-    found: list[Tensor] = [torch.empty(0, dtype=torch.float32, device="cpu")] * len(rows)
-    for index, logits in each_answer(model, rows, hook_object, batch_size=batch_size):
-        found[index] = known_logprobs(logits, rows[index].answer).cpu()
+    return answer_logprobs_of_each(model, rows, [hook_object], batch_size=batch_size)[0]
+
+
+def answer_logprobs_of_each(
+    model: SteerableModel, rows: Sequence[Answered], hook_objects: Sequence[HookObject | None], *, batch_size: int = 16
+) -> list[list[Float[Tensor, " tokens"]]]:
+    """The same under each of several hook objects, in one list for each; what they share is run once."""
+    found = _room(rows, hook_objects)
+    unsteered_first = sorted(range(len(hook_objects)), key=lambda number: hook_objects[number] is not None)
+    for chosen, passes in passes_of_answers(model, rows, hook_objects, batch_size):
+        for number in unsteered_first:
+            for place, logits in passes.each(hook_objects[number]):
+                index = chosen[place]
+                found[number][index] = known_logprobs(logits, rows[index].answer).cpu()
     return found
+
+
+def _room(rows: Sequence[Answered], hook_objects: Sequence[HookObject | None]) -> list[list[Tensor]]:
+    """A tensor for each row, for each of the hook objects."""
+    return [[torch.empty(0, dtype=torch.float32, device="cpu")] * len(rows) for _ in hook_objects]
+
+
+def passes_of_answers(
+    model: SteerableModel,
+    rows: Sequence[Answered],
+    hook_objects: Sequence[HookObject | None],
+    batch_size: int,
+    *,
+    held: bool = False,
+) -> Iterator[tuple[list[int], AnswerPasses]]:
+    """The rows in batches, their numbers with the passes that give their logits under each of the hook objects.
+
+    `held` says whether the logits of a whole batch are kept at once, which bounds its rows.
+    """
+    for hook_object in hook_objects:
+        if hook_object is not None:
+            instance("steering", hook_object, HookObject, EXPECTED).session_on(model)  # raises before anything is run
+    for chosen in together(model, rows, hook_objects, batch_size, held=held):
+        yield chosen, AnswerPasses(model, [rows[index] for index in chosen], hook_objects, batch_size)
 
 
 def each_answer(
@@ -92,11 +113,10 @@ def each_answer(
     advance: Advance = lambda steps: None,
 ) -> Iterator[tuple[int, Float[Tensor, "tokens vocab"]]]:
     """Number of every row and the raw logits that predict its answer, batch by batch; None is the bare model."""
-    for chosen, batch in batches(model, rows, batch_size):
-        group = [rows[index] for index in chosen]
-        session = None if hook_object is None else session_for(model, batch, group, hook_object)
-        yield from zip(chosen, answer_logits(model, batch, group, session), strict=True)
-        advance(len(chosen))
+    for chosen, passes in passes_of_answers(model, rows, [hook_object], batch_size):
+        for place, logits in passes.each(hook_object):
+            yield chosen[place], logits
+            advance(1)
 
 
 def known_logprobs(logits: Float[Tensor, "n vocab"], tokens: Sequence[int]) -> Float[Tensor, " n"]:
@@ -117,17 +137,19 @@ def answer_divergences(
     """KL(steered ‖ unsteered) of the next-token distributions at every token of each answer, in nats.
 
     One list per hook object, of one tensor per row; a row without an answer has one number, for its first token. One
-    unsteered pass serves all hook objects. The query activation of a row is that of its prompt alone. `advance` is
-    told how many rows are done. With `beyond` a hook object under which the model's numbers blow up is infinitely far
-    from the unsteered model, on every row of the batch in which they do; otherwise that raises.
+    unsteered pass serves all hook objects, and they share all layers below the first that they look at. The query
+    activation of a row is that of its prompt alone. `advance` is told how many rows are done. With `beyond` a hook
+    object under which the model's numbers blow up is infinitely far from the unsteered model, on every row of the batch
+    in which they do; otherwise that raises.
     """
-    found: list[list[Tensor]] = [[torch.empty(0, dtype=torch.float32, device="cpu")] * len(rows) for _ in hook_objects]
-    for chosen, batch in batches(model, rows, batch_size):
-        group = [rows[index] for index in chosen]
-        base = answer_logits(model, batch, group, None)
+    for hook_object in hook_objects:
+        instance("steering", hook_object, HookObject, EXPECTED)
+    found = _room(rows, hook_objects)
+    for chosen, passes in passes_of_answers(model, rows, [None, *hook_objects], batch_size, held=True):
+        base = passes.logits(None)
         for number, hook_object in enumerate(hook_objects):
             try:
-                steered = answer_logits(model, batch, group, session_for(model, batch, group, hook_object))
+                steered = passes.logits(hook_object)
             except NonFiniteError:
                 if not beyond:
                     raise
@@ -141,7 +163,7 @@ def answer_divergences(
 
 
 def batches(model: SteerableModel, rows: Sequence[Answered], batch_size: int) -> Iterator[tuple[list[int], Batch]]:
-    """The rows in batches of like length, padded on the right, with their numbers."""
+    """The rows in batches of like length, padded on the right, with their numbers: each answer with its prompt."""
     batch_size = whole("batch_size", batch_size, 1)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index].fed))
     for start in range(0, len(order), batch_size):
@@ -172,12 +194,7 @@ def answer_logits(
     found = [
         logits[start : start + max(1, len(row.answer))] for logits, start, row in zip(whole, starts, rows, strict=True)
     ]
-    wrong = [undefined(logits) for logits in found]
-    if bool(torch.cat(wrong).any()):
-        first, *more = [row for row, places in enumerate(wrong) if bool(places.any())]
-        place, said = int(wrong[first].nonzero()[0]), require_tokenizer(model).decode(list(rows[first].prompt))
-        hook_object = None if session is None else session.hook_object
-        raise blown_up(f"logits of token {place} of the answer,", model, said, hook_object, 1 + len(more))
+    require_defined(model, rows, found, None if session is None else session.hook_object)
     return found
 
 

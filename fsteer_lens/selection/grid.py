@@ -13,6 +13,7 @@ from fsteer_lens.errors import DataError, InputError
 from fsteer_lens.ground.checks import finite, instance, optional, options_of, several, whole
 from fsteer_lens.ground.estimates import Estimate, bootstrap
 from fsteer_lens.hooks.scopes import Schedule, Scope, require_scope
+from fsteer_lens.method.gates import Reading
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import layers_of
 from fsteer_lens.reading.activations import Activations
@@ -64,6 +65,8 @@ class Search:
         return [{**trial.to_record(), "chosen": trial is self.chosen} for trial in self.trials]
 
 
+Means = tuple[float, float]
+"""Mean effect and mean utility."""
 Fit = Callable[[Activations, Activations | None], Steering]
 """Makes a steering from the activations of one layer, and those of general prompts where there are some."""
 
@@ -98,13 +101,13 @@ def search(
         method: what to fit; None is `fit` with its defaults, which looks at no general prompts.
         options: `effect` (None), a number per contrast, larger is better; None takes `answer_margin`, in nats per
             token. `utility` (None), a number per general item; None takes −KL(steered ‖ unsteered) at the first token
-            of the answer, in nats. Of a suite either is the name of one of its measures, and None the only one of that
-            role. `scopes` and `schedules` (None), where and when to steer, such as "prompt" and `Schedule.decay(0.8)`;
-            None, for all or among others, is the method's own. `shift` ("response_mean") as in `collect`. `resume`
-            (None), a file that every finished trial is added to at once; where it exists already, its trials are not
-            run again. It must come from the same search: same model, data, shift, and functions of the same names.
-            `chat`, `chat_template_kwargs`, `prepend_bos` and `batch_size` (16) as in `collect`; `progress` (True), show
-            a progress bar.
+            of the answer, in nats; where either is None the settings of a layer share its passes. Of a suite either is
+            the name of one of its measures, and None the only one of that role. `scopes` and `schedules` (None), where
+            and when to steer, such as "prompt" and `Schedule.decay(0.8)`; None, for all or among others, is the
+            method's own. `shift` ("response_mean") as in `collect`. `resume` (None), a file that every finished trial
+            is added to at once; where it exists already, its trials are not run again. It must come from the same
+            search: same model, data, shift, and functions of the same names. `chat`, `chat_template_kwargs`,
+            `prepend_bos` and `batch_size` (16) as in `collect`; `progress` (True), show a progress bar.
 
     Raises:
         InputError: an empty grid, a negative budget, data that are no splits, no setting within the budget, a method
@@ -166,17 +169,19 @@ def search(
     grid = product(chosen_layers, grid_ranks, scopes, schedules, grid_strengths)
     settings = [Settings(layer, rank, strength, scope, factors) for layer, rank, scope, factors, strength in grid]
     with run.bar(len(settings), "searching") as advance:
-        for one in settings:
-            if one not in journal.known:
-                variant = _variant(fitted(one.layer), one)
-                parts = (("effect", data.valid), ("utility", data.general_valid))
-                effect, utility = (
-                    float(run.measured(role, model, variant, items).double().mean()) for role, items in parts
-                )
-                length = _length(variant, trained[one.layer])
-                journal.add(Trial(one.layer, one.rank, one.strength, effect, utility, one.scope, one.schedule, length))
-            trials.append(journal.known[one])
-            advance(1)
+        for layer in chosen_layers:
+            own = [one for one in settings if one.layer == layer]
+            left = [one for one in dict.fromkeys(own) if one not in journal.known]
+            advance(len(own) - len(left))
+            variants = [_variant(fitted(layer), one) for one in left]
+            effects = run.measured_each("effect", model, variants, data.valid)
+            utilities = run.measured_each("utility", model, variants, data.general_valid)
+            for one, variant, *values in zip(left, variants, effects, utilities, strict=True):
+                effect, utility = (float(value.double().mean()) for value in values)
+                length = _length(variant, trained[layer])
+                journal.add(Trial(layer, one.rank, one.strength, effect, utility, one.scope, one.schedule, length))
+                advance(1)
+            trials += [journal.known[one] for one in own]
     within = [trial for trial in trials if trial.utility >= floor - ROUNDING]
     if not within:
         closest = max(trials, key=lambda trial: trial.utility)
@@ -226,7 +231,7 @@ def _length(steering: Steering, trained: Activations) -> float | None:
     unit = mean_shift_length(trained)
     if {*steering.hooked_layers} != {trained.layer} or unit == 0:
         return None
-    queries = {read: {trained.layer: trained.reading(read).queries} for read in steering.reads}
+    queries: dict[Reading, Any] = {read: {trained.layer: trained.reading(read).queries} for read in steering.reads}
     return float(added_lengths(steering, queries, {trained.layer: unit}).double().mean())
 
 

@@ -1,9 +1,8 @@
 """What a search measures: a function of the items, or a measure of the suite that the items are."""
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +13,8 @@ from fsteer_lens.effects.answers import (
     DIVERGENCE,
     MARGIN,
     Effect,
-    answer_margin,
-    general_divergence,
+    divergences_of_each,
+    margins_of_each,
     name_of,
     one_each,
 )
@@ -80,16 +79,28 @@ class Searching(Passes):
         self, role: str, model: SteerableModel, steering: HookObject | None, items: Any
     ) -> Float[Tensor, " n"]:
         """A number for each item; of general prompts None is −KL(steered ‖ unsteered) at the first token."""
-        if isinstance(items, Measured):
-            return items.measured(self.told(role, items), model, steering, self)
+        return next(self.measured_each(role, model, [steering], items))
+
+    def measured_each(
+        self, role: str, model: SteerableModel, steerings: Sequence[HookObject | None], items: Any
+    ) -> Iterator[Float[Tensor, " n"]]:
+        """The same under each of several steerings, which share passes where the measure is not the caller's.
+
+        A function of the caller's is called when its numbers are asked for, so that what came before is kept if it
+        fails.
+        """
         measure = getattr(self, role)
-        if measure is not None:
-            return one_each(role, measure(model, steering, items), len(items))
-        if role == "effect":
-            return partial(answer_margin, **self.batching)(model, steering, items)
-        if steering is None:
-            return torch.zeros(len(items), dtype=torch.float32, device="cpu")
-        return -general_divergence(model, steering, [prompt_of(item) for item in items], **self.batching)
+        if isinstance(items, Measured):
+            yield from items.measured_each(self.told(role, items), model, steerings, self)
+        elif measure is not None:
+            yield from (one_each(role, measure(model, steering, items), len(items)) for steering in steerings)
+        elif role == "effect":
+            yield from margins_of_each(model, steerings, items, **self.batching)
+        else:
+            prompts, acting = [prompt_of(item) for item in items], [one for one in steerings if one is not None]
+            costs = iter(divergences_of_each(model, acting, prompts, **self.batching) if acting else ())
+            nothing = torch.zeros(len(items), dtype=torch.float32, device="cpu")
+            yield from (nothing if steering is None else -next(costs) for steering in steerings)
 
 
 def prompt_of(item: Any) -> Any:

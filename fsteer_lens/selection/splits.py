@@ -1,6 +1,6 @@
 """The sets that a search needs: what is fitted on, chosen on, and tested on."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,10 +24,10 @@ class Measured(Protocol):
         """What there is to measure, each with a `name` and a `role`, "effect" or "utility" or None."""
         ...
 
-    def measured(
-        self, name: str, model: SteerableModel, steering: HookObject | None, passes: Passes
-    ) -> Float[Tensor, " _"]:
-        """One of the measures, a number for each item."""
+    def measured_each(
+        self, name: str, model: SteerableModel, steerings: Sequence[HookObject | None], passes: Passes
+    ) -> Iterator[Float[Tensor, " n"]]:
+        """A number for each item, under each of several steerings."""
         ...
 
     def __len__(self) -> int: ...

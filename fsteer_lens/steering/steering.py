@@ -184,6 +184,11 @@ class Steering(Link):
         """Whether it decides again at every later position."""
         return self.refresh == "step"
 
+    @property
+    def forks(self) -> bool:
+        """Yes: a `Decision` holds a value for each row. Not where a class of one's own edits in another way."""
+        return type(self).edit is Steering.edit
+
     def __repr__(self) -> str:
         gates = {type(gate).__name__ if (gate := self.gate_at(layer)) else "no gate" for layer in self.layers}
         where = self.layers[0] if len(self.layers) == 1 else list(self.layers)
