@@ -61,7 +61,7 @@ nan[3, 2] = torch.nan
 infinite = x.clone()
 infinite[0, 0] = torch.inf
 subspace, gate = fit_subspace(x, rank=2), fit_gate(x, rank=2)
-experts = fit_experts(x, y, epochs=1)
+experts = fit_experts(x, y, preset="0.1", epochs=1)
 cases = {
     "empty contrast set": lambda: ContrastSet.from_records([]),
     "one-sided contrast": lambda: ContrastSet.from_records([{"prompt": "a", "preferred": "b", "undesired": ""}]),

@@ -178,7 +178,7 @@ def test_a_switch_that_was_off_can_be_switched_on(steering, tutor_model, groups,
 
 
 def test_of_several_layers_one_is_changed(trained, tutor_model, groups, queries):
-    both = fit({layer: trained[layer] for layer in (3, 4)}, epochs=2)
+    both = fit({layer: trained[layer] for layer in (3, 4)}, preset="0.1", epochs=2)
     explorer = explore(both, tutor_model, groups, layer=4, progress=False)
     state = explorer.choose(rank=2, experts=[False, *[True] * (both.experts_at(4).n_experts - 1)]).state
     assert (state.gate_at(3).rank, state.gate_at(4).rank) == (both.gate_at(3).rank, 2)
@@ -190,7 +190,7 @@ def test_of_several_layers_one_is_changed(trained, tutor_model, groups, queries)
 
 
 def test_where_one_layers_gate_decides_that_gate_is_explored(trained, tutor_model, groups):
-    both = fit({layer: trained[layer] for layer in (3, 4)}, epochs=2)
+    both = fit({layer: trained[layer] for layer in (3, 4)}, preset="0.1", epochs=2)
     shared = FineSteer(both.experts, {3: both.gate_at(3)}, gate_layer=3, fingerprint=both.fingerprint)
     explorer = explore(shared, tutor_model, groups, layer=4, progress=False)
     rows = [prompt for group in groups.values() for prompt in group]
@@ -435,7 +435,7 @@ from fsteer_lens import tutor
 from fsteer_lens.explorer import explore
 model = tutor.load()
 h = torch.randn(40, 128)
-steering = fl.FineSteer(fl.fit_experts(h, torch.randn(40, 128), epochs=1), layer=4)
+steering = fl.FineSteer(fl.fit_experts(h, torch.randn(40, 128), preset="0.1", epochs=1), layer=4)
 prompts = ["<user>hello<tutor>"]
 cases = [
     lambda: explore(fl.steering.MeanShift(h[0], layer=4), model, prompts),

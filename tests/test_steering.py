@@ -241,7 +241,7 @@ def test_one_token_prompts_need_reset(tutor_model: SteerableModel, steering: Fin
 def test_several_layers_and_a_deciding_gate(
     model: SteerableModel, trained: dict[int, Activations], prompts: list[str]
 ) -> None:
-    both = fit({2: trained[2], 4: trained[4]}, gate="energy", epochs=10)
+    both = fit({2: trained[2], 4: trained[4]}, gate="energy", preset="0.1", epochs=10)
     batch = batch_of(model, prompts)
     with both.on(model, attention_mask=batch.mask) as trace:
         logits_of(model, batch)
@@ -258,7 +258,7 @@ def test_several_layers_and_a_deciding_gate(
 def test_gate_of_an_earlier_layer_only_reads(
     model: SteerableModel, trained: dict[int, Activations], prompts: list[str]
 ) -> None:
-    both = fit({2: trained[2], 4: trained[4]}, epochs=10)
+    both = fit({2: trained[2], 4: trained[4]}, preset="0.1", epochs=10)
     late = FineSteer({4: both.experts_at(4)}, {2: both.gate_at(2)}, gate_layer=2)  # type: ignore[dict-item]
     batch = batch_of(model, prompts)
     before = residual(model, batch, "blocks.2.hook_resid_post")
