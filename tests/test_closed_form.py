@@ -17,7 +17,9 @@ from fsteer_lens.method.clusters import gap, prediction_strengths, unit_points
 from fsteer_lens.method.controller import Controller, QuadraticController
 from fsteer_lens.method.quadratic import SHARE, forms_of, view_of
 from fsteer_lens.method.ridge import STRENGTHS
+from fsteer_lens.report.page import Report
 from fsteer_lens.report.settings import steering_rows
+from fsteer_lens.report.trust import add_trust
 from tests.compare import same
 from tests.oracle import f64
 from tests.test_fitting import activations
@@ -406,9 +408,38 @@ def test_a_file_and_a_move_keep_it(tmp_path: Path) -> None:
     assert same(again.experts_at(2).report, steering.experts_at(2).report)
     rows = dict(steering_rows(steering))
     assert rows["layer 2, fit, held out"] == str(steering.experts_at(2).report.held_out)
+    assert (
+        isinstance(again.experts_at(2).report.held_out.curve, dict)
+        and len(again.experts_at(2).report.held_out.curve) > 3
+    )
     assert "layer 2, fit, held out" not in dict(steering_rows(fit(own, rank=3, preset="0.1", epochs=1)))
     double = steering.to(dtype=torch.float64)
     assert isinstance(double.experts_at(2).controller, QuadraticController)
     assert double.experts_at(2).controller.route_weight.dtype == torch.float64
     old = load(DATA / "chain_0_1.safetensors").links[0].experts_at(4).report
     assert old is not None and old.held_out is None and "held_out=None" in repr(old)
+
+
+# ------------------------------------------------------------------------------------------------------ on the page
+
+
+def told_on_a_page(experts: Experts) -> str:
+    assert experts.report is not None
+    report = Report("fit")
+    add_trust(report, experts.report, experts.n_experts)
+    return report.html()
+
+
+def test_the_page_tells_whether_to_trust_the_fit() -> None:
+    queries, shifts, _ = modes(5)
+    with pytest.warns(UserWarning, match="5 experts, the most"):
+        at_an_edge = closed(queries, shifts, n_experts=(1, 5))
+    told, page = at_an_edge.report.held_out, told_on_a_page(at_an_edge)  # type: ignore[union-attr]
+    assert told is not None and "Doubt: 5 experts, the most that were tried" in page
+    for value in (told.explained, told.mean_shift, told.ridge, *told.curve.values()):
+        assert f"{value:.3f}" in page
+    assert "5 (taken)" in page and ", ".join(f"{cost:.2f}" for cost in told.removal) in page
+    one = told_on_a_page(closed(*cloud()))
+    assert "nothing is routed" in one and "1 (taken)" in one and "Doubt" not in one
+    trained = told_on_a_page(fit_experts(queries, shifts, preset="0.1", n_experts=5, epochs=2))
+    assert "is not known: training does not measure it" in trained and "explained" not in trained

@@ -80,11 +80,20 @@ def test_the_browser_gets_what_gate_and_experts_compute_at_every_rank(made, stee
     assert torch.allclose(off.softmax(dim=-1), experts.without_expert(1).route(queries), atol=1e-6)
 
 
-def test_the_browser_is_told_what_the_fit_is_worth_where_it_knows(made, tutor_model, trained, groups):
-    fitted = fit(trained[LAYER], preset="closed_form")
-    told = explore(fitted, tutor_model, groups, progress=False).widget.data["fit"]
-    assert told == f"fit, held out: {fitted.experts_at(LAYER).report.held_out}" and "ridge 0." in told
-    assert made.widget.data["fit"] == "", "a trained fit does not know"
+def test_the_browser_is_told_what_the_fit_is_worth_and_what_is_doubted(made, steering, tutor_model, trained, groups):
+    held_out = steering.experts_at(LAYER).report.held_out
+    told = made.widget.data["fit"]
+    assert told == [f"fit, held out: {held_out}", held_out.curve_text] and "ridge 0." in told[0]
+    assert told[1].startswith("explained by number of experts 1: 0.") and ", 10: 0." in told[1]
+
+    def shown(fitted):
+        return explore(fitted, tutor_model, groups, progress=False).widget.data["fit"]
+
+    at_an_edge = fit(trained[LAYER], preset="0.1", n_experts=(2, 3), epochs=2)
+    assert shown(at_an_edge) == [f"doubt: {doubt}" for doubt in at_an_edge.experts_at(LAYER).report.doubts]
+    assert len(shown(at_an_edge)) == 1
+    by_hand = replace(steering.experts_at(LAYER), report=None)
+    assert shown(steering.with_experts(by_hand)) == []
 
 
 def test_only_the_first_prompts_are_shown_and_the_data_say_so(steering, tutor_model, groups):

@@ -75,6 +75,12 @@ class HeldOut:
         """Whether more is explained than by one vector, by more than two standard errors."""
         return self.explained - self.mean_shift > 2 * self.standard_error
 
+    @property
+    def curve_text(self) -> str:
+        """The curve in words, empty where only one number of experts was tried."""
+        told = ", ".join(f"{count}: {explained:.3f}" for count, explained in self.curve.items())
+        return f"explained by number of experts {told}" if len(self.curve) > 1 else ""
+
     def __str__(self) -> str:
         least = f", removal costs {min(self.removal):.2f} or more" if self.removal else ""
         return (
