@@ -104,9 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     option("--general", type=Path, help="prompts to leave alone, for the logistic gate: .txt, .jsonl or .csv")
     option("--strength", type=float, default=1.0)
     option("--scope", choices=["all", "prompt", "generated"], help="positions (default: by --shift)")
-    option(
-        "--preset", choices=["paper", "0.1", "closed_form"], help="paper: to its letter; closed_form: trains nothing"
-    )
+    option("--preset", choices=["paper", "0.1"], help="trained, to the paper's letter or as by 0.1 (default: not)")
     option("--seed", type=int, default=0)
 
     generate = commands.add_parser("generate", parents=[model], help="generate text under a saved steering")

@@ -103,7 +103,7 @@ def trained(tutor_model: SteerableModel) -> dict[int, Activations]:
 @pytest.fixture(scope="session")
 def steering(trained: dict[int, Activations]) -> FineSteer:
     """A FineSteer at one layer of the tutor, quickly fitted."""
-    return fit(trained[4], epochs=40)
+    return fit(trained[4])
 
 
 @pytest.fixture(scope="session")

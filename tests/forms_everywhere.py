@@ -22,7 +22,7 @@ general = [task.prompt for task in data.general_train[:3]]
 texts = [["bomb", "poison"], ["cake", "tea"], [f"how to bake {n}" for n in range(9)]]
 quiet = {"progress": False}
 acts = fl.collect(model, train, layer=4, shift="last_prompt", **quiet)
-steering = fl.fit(acts, rank=4, epochs=2, n_experts=2)
+steering = fl.fit(acts, rank=4, preset="0.1", epochs=2, n_experts=2)
 answers = ["yes.", "no.", "yes."]
 h = acts.queries[:3]
 
@@ -251,7 +251,10 @@ for form, given in {"array": np.array([2, 3]), "tensor": torch.tensor([2, 3]), "
     stopped = [fl.generate(model, general, max_new_tokens=4, stop=stop, **quiet).texts for stop in (given, [2, 3])]
     compare("stop", form, *stopped)
 compare("Schedule", "array", repr(fl.Schedule(np.array([1.0, 0.5]))), repr(fl.Schedule((1.0, 0.5))))
-mixed = [fl.fit_experts(acts.queries, acts.shifts, n_experts=n, epochs=2).n_experts for n in (np.array([2, 3]), (2, 3))]
+mixed = [
+    fl.fit_experts(acts.queries, acts.shifts, n_experts=n, preset="0.1", epochs=2).n_experts
+    for n in (np.array([2, 3]), (2, 3))
+]
 compare("n_experts", "array", *mixed)
 ids = prompt_ids(model, general[0])
 columns = pandas.Series(ids, index=range(9, 9 + len(ids)))

@@ -224,7 +224,7 @@ def test_a_fit_of_activations_without_a_model_asks_for_it_when_it_is_saved(
 ) -> None:
     own = trained[4]
     by_hand = Activations(own.queries, own.shifts, layer=4, shift="last_prompt")
-    steering = fit(by_hand, rank=4, epochs=2, n_experts=2)
+    steering = fit(by_hand, rank=4, preset="0.1", epochs=2, n_experts=2)
     assert steering.fingerprint is None and fit_mean_shift(by_hand).fingerprint is None
     path = tmp_path / "s.safetensors"
     with pytest.raises(
@@ -234,14 +234,20 @@ def test_a_fit_of_activations_without_a_model_asks_for_it_when_it_is_saved(
     assert not path.exists()
     save(steering, path, model=tutor_model)
     assert load(path, model=tutor_model).fingerprint.d_model == 128
-    two = fit({layer: replace(trained[layer], fingerprint=None) for layer in (2, 4)}, rank=4, epochs=2, n_experts=2)
+    two = fit(
+        {layer: replace(trained[layer], fingerprint=None) for layer in (2, 4)},
+        rank=4,
+        preset="0.1",
+        epochs=2,
+        n_experts=2,
+    )
     assert two.fingerprint is None
 
 
 def test_known_and_unknown_models_are_not_mixed(trained: dict[int, Activations]) -> None:
     own = trained[4]
     unknown = replace(own, fingerprint=None)
-    quick: dict[str, Any] = {"rank": 4, "epochs": 2, "n_experts": 2}
+    quick: dict[str, Any] = {"rank": 4, "preset": "0.1", "epochs": 2, "n_experts": 2}
     for call in (
         lambda: fit({2: trained[2], 4: unknown}, **quick),
         lambda: fit(own, general=replace(unknown, shifts=None, shift=None), gate="logistic", **quick),

@@ -21,7 +21,7 @@ model = tutor.load()
 train = tutor.data("safe").train
 h, d = torch.randn(40, 128), torch.randn(40, 128)
 acts = fl.collect(model, train[:40], layer=4, shift="last_prompt", progress=False)
-steer = fl.fit(acts, rank=4, epochs=2)
+steer = fl.fit(acts, rank=4, preset="0.1", epochs=2)
 spoiled = h.clone(); spoiled[7, 3] = float("nan")
 infinite = d.clone(); infinite[2, 0] = float("inf")
 

@@ -31,7 +31,10 @@ FITS: dict[str, Any] = {
     "PCA direction": lambda own, others: fit_pca_direction(own),
     "null space": lambda own, others: fit_null_space(own, others.queries),
     "nearest centroid": lambda own, others: fit_nearest_centroid(
-        own, fit_experts(own.queries, own.queries if own.shifts is None else own.shifts, n_experts=4, epochs=1)
+        own,
+        fit_experts(
+            own.queries, own.queries if own.shifts is None else own.shifts, n_experts=4, preset="0.1", epochs=1
+        ),
     ),
     "ridge": lambda own, others: fit_ridge(own),
     "cosine gate": lambda own, others: fit_mean_shift(
@@ -150,7 +153,7 @@ def test_null_space_steering_keeps_general_queries_and_reaches_the_others() -> N
 
 def test_nearest_centroid_is_the_plain_one() -> None:
     own = activations(queries=3 * torch.eye(D)[torch.arange(40) % 4] + 0.2 * torch.randn(40, D))
-    experts = fit_experts(own.queries, own.shifts, n_experts=4, epochs=1)
+    experts = fit_experts(own.queries, own.shifts, n_experts=4, preset="0.1", epochs=1)
     found = fit_nearest_centroid(own, experts)
     assert experts.report is not None
     clusters = experts.report.clusters.numpy()

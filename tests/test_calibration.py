@@ -43,7 +43,7 @@ def divergences(
 def test_the_budget_is_kept_and_used_up(model: SteerableModel, trained: dict[int, Activations], kind: str) -> None:
     steering: Steering = fit_mean_shift(trained[LAYER])
     if kind == "experts":
-        steering = fit(trained[LAYER], epochs=40).with_gate(None)
+        steering = fit(trained[LAYER], preset="0.1", epochs=40).with_gate(None)
     found = calibrate(steering, model, GENERAL, kl=BUDGET, progress=False)
     answers = [list(one.tokens) for one in generate(model, GENERAL, max_new_tokens=32, progress=False)]
     assert found.n_tokens == sum(len(answer) for answer in answers) and found.bounded
@@ -60,7 +60,10 @@ def test_the_budget_is_kept_and_used_up(model: SteerableModel, trained: dict[int
 
 
 def test_methods_meet_at_equal_cost(tutor_model: SteerableModel, trained: dict[int, Activations]) -> None:
-    methods: list[Steering] = [fit_mean_shift(trained[LAYER]), fit(trained[LAYER], epochs=40).with_gate(None)]
+    methods: list[Steering] = [
+        fit_mean_shift(trained[LAYER]),
+        fit(trained[LAYER], preset="0.1", epochs=40).with_gate(None),
+    ]
     found = [calibrate(one, tutor_model, GENERAL, kl=BUDGET, progress=False) for one in methods]
     costs = [one.kl for one in found]
     assert max(costs) / min(costs) < 1.1
@@ -68,7 +71,7 @@ def test_methods_meet_at_equal_cost(tutor_model: SteerableModel, trained: dict[i
 
 
 def test_several_layers_and_any_start(tutor_model: SteerableModel, trained: dict[int, Activations]) -> None:
-    both = fit({2: trained[2], 4: trained[4]}, epochs=20, gate="energy")
+    both = fit({2: trained[2], 4: trained[4]}, preset="0.1", epochs=20, gate="energy")
     one, other = (
         calibrate(both.with_strength(start), tutor_model, GENERAL, kl=BUDGET, progress=False) for start in (1.0, 5.0)
     )

@@ -277,8 +277,8 @@ quiet = {"progress": False}
 def outcome(i, f):
     acts = fl.collect(model, given, layer=i(4), shift="last_prompt", batch_size=i(8), **quiet)
     steering = fl.fit(
-        acts, rank=i(4), strength=f(1.5), epochs=i(2), n_experts=(i(2), i(3)), seed=i(3), validation=f(0.25),
-        residual_rank=i(2), learning_rate=f(0.5), folds=i(4), epsilon=f(0.25), max_rank=i(8),
+        acts, rank=i(4), strength=f(1.5), preset="0.1", epochs=i(2), n_experts=(i(2), i(3)), seed=i(3),
+        validation=f(0.25), residual_rank=i(2), learning_rate=f(0.5), folds=i(4), epsilon=f(0.25), max_rank=i(8),
         schedule=fl.Schedule((f(1.0), f(0.5))),
     ).with_scope(fl.Window(i(0), i(3)))
     two = fl.FineSteer({i(3): steering.experts, i(4): steering.experts}, {i(4): steering.gate}, strength=f(0.5))

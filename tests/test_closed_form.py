@@ -14,9 +14,12 @@ from fsteer_lens import Experts, FineSteer, fit, fit_experts, load, save
 from fsteer_lens.errors import DataError, InputError
 from fsteer_lens.method.closed_form import TEMPERATURES
 from fsteer_lens.method.clusters import gap, prediction_strengths, unit_points
-from fsteer_lens.method.controller import Controller, LinearController
+from fsteer_lens.method.controller import Controller, QuadraticController
+from fsteer_lens.method.quadratic import SHARE, forms_of, view_of
 from fsteer_lens.method.ridge import STRENGTHS
+from fsteer_lens.report.page import Report
 from fsteer_lens.report.settings import steering_rows
+from fsteer_lens.report.trust import add_trust
 from tests.compare import same
 from tests.oracle import f64
 from tests.test_fitting import activations
@@ -25,7 +28,7 @@ DATA = Path(__file__).parent / "data"
 
 
 def closed(queries: torch.Tensor, shifts: torch.Tensor, **options: Any) -> Experts:
-    return fit_experts(queries, shifts, preset="closed_form", **options)
+    return fit_experts(queries, shifts, **options)
 
 
 def modes(count: int, n: int = 240, d: int = 24, noise: float = 0.5, seed: int = 0) -> tuple[torch.Tensor, ...]:
@@ -121,8 +124,9 @@ def test_forward_pass_is_affine_logits_and_an_affine_residual() -> None:
     queries, shifts, _ = modes(3)
     experts = closed(queries, shifts)
     controller, h = experts.controller, torch.randn(2, 4, 24)
-    assert isinstance(controller, LinearController)
-    route, start, output, bias = (f64(part) for part in controller)
+    assert isinstance(controller, QuadraticController)
+    route, start, output, bias = (f64(part) for part in controller[:4])
+    assert controller.view_bias.shape == (0,) and controller.forms.shape == (24, 0, 0), "what is affine needs no more"
     logits = f64(h) @ route.T + start
     alpha = np.exp(logits - logits.max(-1, keepdims=True))
     alpha /= alpha.sum(-1, keepdims=True)
@@ -133,6 +137,57 @@ def test_forward_pass_is_affine_logits_and_an_affine_residual() -> None:
     np.testing.assert_allclose(f64(without)[..., [0, 2]], kept / kept.sum(-1, keepdims=True), atol=1e-5)
     assert torch.equal(experts.only_expert(2).parts(h).prototype_part, experts.prototypes[2].expand(2, 4, 24))
     torch.testing.assert_close(experts.without_residual().vector(h), experts.route(h) @ experts.prototypes)
+
+
+def bent(n: int = 400, d: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries of one length, and shifts of which a part is a product of two of their coordinates."""
+    generator = torch.Generator().manual_seed(seed)
+    queries = torch.nn.functional.normalize(torch.randn(n, d, generator=generator), dim=1) * d**0.5
+    shifts = queries.roll(1, dims=1) + 0.3 * torch.randn(n, d, generator=generator)
+    shifts[:, 0] += 3 * queries[:, 2] * queries[:, 5] + 2
+    return queries, shifts
+
+
+def test_a_residual_that_is_quadratic_is_found_and_is_its_formula() -> None:
+    queries, shifts = bent()
+    experts = closed(queries[:300], shifts[:300], n_experts=1)
+    told = experts.report.held_out  # type: ignore[union-attr]
+    assert told is not None and told.quadratic and told.explained > told.ridge + 0.15
+    left = (experts.vector(queries[300:]) - shifts[300:]).square().sum() / shifts[300:].square().sum()
+    assert float(1 - left) == pytest.approx(told.explained, abs=0.05)
+    controller, h = experts.controller, f64(torch.randn(3, 12)) * 5
+    assert isinstance(controller, QuadraticController)
+    _, _, output, bias, view, start, forms = (f64(part) for part in controller)
+    z = h / np.linalg.norm(h, axis=1, keepdims=True) @ view.T + start
+    beta = h @ output.T + bias + np.einsum("ni,mij,nj->nm", z, forms, z)
+    found = experts.parts(torch.from_numpy(h).float())
+    np.testing.assert_allclose(f64(found.coefficients), beta, atol=1e-3)
+    # what is quadratic stays bounded: far out, v is that of the affine part alone
+    far = [f64(experts.vector(torch.from_numpy(h * scale).float())) / scale for scale in (1e4, 1e5)]
+    np.testing.assert_allclose(far[1], h @ output.T @ f64(experts.residual_basis).T, atol=1e-2)
+
+
+def test_products_of_coordinates_are_the_square_of_an_inner_product() -> None:
+    h = torch.randn(50, 7, dtype=torch.float64)
+    view = view_of(h, 2.5)
+    unit = f64(h) / np.linalg.norm(f64(h), axis=1, keepdims=True)
+    z = unit @ f64(view.weight) + f64(view.bias)
+    np.testing.assert_allclose(z.mean(axis=0), 0, atol=1e-12)
+    products = f64(view(h))
+    np.testing.assert_allclose(products @ products.T, (z @ z.T) ** 2, atol=1e-9)
+    assert np.square(products).sum(axis=1).mean() == pytest.approx(2.5 * SHARE)
+    weight = torch.randn(products.shape[1], 4, dtype=torch.float64)
+    _, forms = forms_of(view, weight)
+    np.testing.assert_allclose(np.einsum("ni,mij,nj->nm", z, f64(forms), z), products @ f64(weight), atol=1e-9)
+    assert view_of(torch.ones(5, 3, dtype=torch.float64), 1.0).weight.shape == (3, 0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_affine_is_not_made_quadratic(seed: int) -> None:
+    queries, shifts = cloud(seed=seed)
+    report = closed(queries, shifts, n_experts=1).report
+    assert report is not None and report.held_out is not None and not report.held_out.quadratic
+    assert report.held_out.explained == pytest.approx(report.held_out.ridge)
 
 
 @pytest.mark.parametrize("rank", [1, 3, 24, 99])
@@ -163,6 +218,8 @@ def test_planted_modes_are_counted_and_found(count: int, noise: float) -> None:
     )
     assert report.held_out.agreement > 0.95
     assert set(report.criterion) == set(range(1, 11)) and report.criterion[count] > 0.95
+    curve = report.held_out.curve
+    assert set(curve) == set(range(1, 11)) and curve[1] == pytest.approx(report.held_out.ridge)
     assert all(cost > 0.2 for cost in report.held_out.removal) and len(report.held_out.removal) == count * (count > 1)
 
 
@@ -238,15 +295,13 @@ def test_folds_never_split_a_group() -> None:
 
 def test_fit_gives_the_groups_of_the_activations() -> None:
     own = activations(queries=3 * torch.eye(10)[torch.arange(40) % 4] + 0.3 * torch.randn(40, 10))
-    steering = fit(own, rank=3, preset="closed_form", seed=5)
+    steering = fit(own, rank=3, seed=5)
     alone = closed(own.queries, own.shifts, groups=own.groups, seed=5)
     assert same(steering.experts_at(2).report, alone.report) and steering.scope == fit(own, rank=3).scope
-    one_group = fit(
-        activations(queries=own.queries, groups=("one",) * 40), gate=steering.gate_at(2), preset="closed_form"
-    )
+    one_group = fit(activations(queries=own.queries, groups=("one",) * 40), gate=steering.gate_at(2))
     assert one_group.n_experts == 4
     with pytest.raises(InputError, match=r"to fit the experts, got experts="):
-        fit(own, rank=3, experts=alone, preset="closed_form")
+        fit(own, rank=3, experts=alone, preset="0.1")
 
 
 def test_the_report_warns_of_what_is_not_to_be_trusted() -> None:
@@ -257,19 +312,27 @@ def test_the_report_warns_of_what_is_not_to_be_trusted() -> None:
     queries, shifts, _ = modes(5)
     with pytest.warns(UserWarning, match="5 experts, the most that were tried"):
         assert closed(queries, shifts, n_experts=(1, 5)).n_experts == 5
-    with pytest.warns(UserWarning, match=r"no number of experts in 2\.\.4 gives clusters .* Begin n_experts at 1"):
-        closed(*cloud(), n_experts=(2, 4))
+    with pytest.warns(
+        UserWarning, match=r"no number of experts in 2\.\.4 gives clusters .* Begin n_experts at 1"
+    ) as told:
+        report = closed(*cloud(), n_experts=(2, 4)).report
+    assert report is not None and report.doubts == (str(told[0].message),)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         closed(queries, shifts)
-        closed(queries, shifts, n_experts=5)
+        report = closed(queries, shifts, n_experts=5).report
+    assert report is not None and report.doubts == ()
 
 
 def test_training_that_was_best_at_once_warns() -> None:
     generator = torch.Generator().manual_seed(0)
     queries, shifts = torch.randn(2, 40, 12, generator=generator)
     with pytest.warns(UserWarning, match="the first epoch was the best"):
-        fit_experts(queries, shifts, n_experts=4, learning_rate=0.05, patience=3)
+        report = fit_experts(queries, shifts, preset="0.1", n_experts=4, learning_rate=0.05, patience=3).report
+    assert report is not None and len(report.doubts) == 1
+    edge = fit_experts(*modes(4)[:2], preset="0.1", epochs=2).report
+    assert edge is not None and edge.doubts[-1].startswith("4 experts, at an edge of the 4 to 10")
+    assert fit_experts(*modes(6)[:2], preset="0.1", epochs=2).report.doubts == ()  # type: ignore[union-attr]
 
 
 # ------------------------------------------------------------------------------------------------------------- options
@@ -278,30 +341,28 @@ def test_training_that_was_best_at_once_warns() -> None:
 @pytest.mark.parametrize("option", [{"epochs": 3}, {"route_loss": 1.0}, {"prototype_scale": "unit"}, {"clip": 1.0}])
 def test_options_of_training_are_refused_in_closed_form(option: dict[str, Any]) -> None:
     queries, shifts, _ = modes(2)
-    with pytest.raises(
-        InputError, match=rf"preset='closed_form'.*: expected options among .*got \['{next(iter(option))}'"
-    ):
+    told = rf"preset=None.*: expected options among .*got \['{next(iter(option))}'\].* train with preset=\"0.1\""
+    with pytest.raises(InputError, match=told):
         closed(queries, shifts, **option)
 
 
 def test_groups_are_refused_where_nothing_is_cut_into_folds() -> None:
     queries, shifts, _ = modes(2)
-    for preset in (None, "paper", "0.1"):
-        with pytest.raises(InputError, match=r"got \['groups'\]"):
+    for preset in ("paper", "0.1"):
+        with pytest.raises(InputError, match=r"got \['groups'\].* Only the closed form"):
             fit_experts(queries, shifts, preset=preset, groups=["a", "b"] * 120)
 
 
-@pytest.mark.parametrize(("name", "presets"), [("paper", ["paper"]), ("default", [None, "0.1"])])
-def test_presets_are_what_they_were_in_0_1(name: str, presets: list[Any]) -> None:
+@pytest.mark.parametrize(("name", "preset"), [("paper", "paper"), ("default", "0.1")])
+def test_presets_are_what_they_were_in_0_1(name: str, preset: Any) -> None:
     """Fitted with the code of 0.1, on data that the file holds."""
     told = load_file(DATA / "experts_0_1.safetensors")
-    for preset in presets:
-        experts = fit_experts(told["queries"], told["shifts"], preset=preset, seed=3)
-        torch.testing.assert_close(experts.route(told["queries"]), told[f"{name}_weights"], atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(experts.vector(told["queries"]), told[name], atol=1e-4, rtol=1e-4)
-        assert isinstance(experts.controller, Controller)
-        for index, part in enumerate(experts.controller):
-            torch.testing.assert_close(part, told[f"{name}_controller_{index}"], atol=1e-4, rtol=1e-3)
+    experts = fit_experts(told["queries"], told["shifts"], preset=preset, seed=3)
+    torch.testing.assert_close(experts.route(told["queries"]), told[f"{name}_weights"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(experts.vector(told["queries"]), told[name], atol=1e-4, rtol=1e-4)
+    assert isinstance(experts.controller, Controller)
+    for index, part in enumerate(experts.controller):
+        torch.testing.assert_close(part, told[f"{name}_controller_{index}"], atol=1e-4, rtol=1e-3)
 
 
 def test_the_fewest_shifts_that_will_do() -> None:
@@ -339,7 +400,7 @@ def test_the_same_seed_gives_the_same_fit_and_the_global_generators_stay_as_they
 
 def test_a_file_and_a_move_keep_it(tmp_path: Path) -> None:
     own = activations(queries=3 * torch.eye(10)[torch.arange(40) % 4] + 0.3 * torch.randn(40, 10))
-    steering = fit(own, rank=3, preset="closed_form")
+    steering = fit(own, rank=3)
     save(steering, tmp_path / "one.safetensors")
     again = load(tmp_path / "one.safetensors")
     h = torch.randn(5, 10)
@@ -347,9 +408,38 @@ def test_a_file_and_a_move_keep_it(tmp_path: Path) -> None:
     assert same(again.experts_at(2).report, steering.experts_at(2).report)
     rows = dict(steering_rows(steering))
     assert rows["layer 2, fit, held out"] == str(steering.experts_at(2).report.held_out)
-    assert "layer 2, fit, held out" not in dict(steering_rows(fit(own, rank=3, epochs=1)))
+    assert (
+        isinstance(again.experts_at(2).report.held_out.curve, dict)
+        and len(again.experts_at(2).report.held_out.curve) > 3
+    )
+    assert "layer 2, fit, held out" not in dict(steering_rows(fit(own, rank=3, preset="0.1", epochs=1)))
     double = steering.to(dtype=torch.float64)
-    assert isinstance(double.experts_at(2).controller, LinearController)
+    assert isinstance(double.experts_at(2).controller, QuadraticController)
     assert double.experts_at(2).controller.route_weight.dtype == torch.float64
     old = load(DATA / "chain_0_1.safetensors").links[0].experts_at(4).report
     assert old is not None and old.held_out is None and "held_out=None" in repr(old)
+
+
+# ------------------------------------------------------------------------------------------------------ on the page
+
+
+def told_on_a_page(experts: Experts) -> str:
+    assert experts.report is not None
+    report = Report("fit")
+    add_trust(report, experts.report, experts.n_experts)
+    return report.html()
+
+
+def test_the_page_tells_whether_to_trust_the_fit() -> None:
+    queries, shifts, _ = modes(5)
+    with pytest.warns(UserWarning, match="5 experts, the most"):
+        at_an_edge = closed(queries, shifts, n_experts=(1, 5))
+    told, page = at_an_edge.report.held_out, told_on_a_page(at_an_edge)  # type: ignore[union-attr]
+    assert told is not None and "Doubt: 5 experts, the most that were tried" in page
+    for value in (told.explained, told.mean_shift, told.ridge, *told.curve.values()):
+        assert f"{value:.3f}" in page
+    assert "5 (taken)" in page and ", ".join(f"{cost:.2f}" for cost in told.removal) in page
+    one = told_on_a_page(closed(*cloud()))
+    assert "nothing is routed" in one and "1 (taken)" in one and "Doubt" not in one
+    trained = told_on_a_page(fit_experts(queries, shifts, preset="0.1", n_experts=5, epochs=2))
+    assert "is not known: training does not measure it" in trained and "explained" not in trained

@@ -67,9 +67,9 @@ def fitted(model: SteerableModel, folder: Path) -> Iterator[tuple[str, Any]]:
         yield kind, (gate(others), gate.gates(others), gate.at_rank(3)(others))
     for kind in ("linear", "cosine"):
         yield kind, fit_gate(own, kind=kind, general=others)(others)
-    steering: Any = fit(read[4], rank=16, n_experts=(2, 4), epochs=10)
+    steering: Any = fit(read[4], rank=16, n_experts=(2, 4), preset="0.1", epochs=10)
     yield "experts", steering.experts_at(4).parts(others)
-    closed = fit(read[4], rank=16, preset="closed_form").experts_at(4)
+    closed = fit(read[4], rank=16).experts_at(4)
     yield "closed form", (closed.parts(others), closed.report)
     yield "routing", effects.routing_report(steering.experts_at(4), own, shifts=read[4].shifts, labels=read[4].labels)
     yield "ranks", effects.rank_sweep(steering, own, others, ranks=[2], model=model, contrasts=DATA.valid[:2], **QUIET)
@@ -77,7 +77,7 @@ def fitted(model: SteerableModel, folder: Path) -> Iterator[tuple[str, Any]]:
     yield "slider", figures.rank_explorer(steering.gate_at(4), {"a": own, "b": others}).to_json()
     save(steering, folder / "steer.safetensors")
     yield from run(model, load(folder / "steer.safetensors", model=model))
-    two = fit(read, rank=8, n_experts=2, epochs=5)
+    two = fit(read, rank=8, n_experts=2, preset="0.1", epochs=5)
     yield "two layers", generate(model, HARMFUL, two, max_new_tokens=3, **QUIET).trace.to_records()
 
 

@@ -61,13 +61,13 @@ nan[3, 2] = torch.nan
 infinite = x.clone()
 infinite[0, 0] = torch.inf
 subspace, gate = fit_subspace(x, rank=2), fit_gate(x, rank=2)
-experts = fit_experts(x, y, epochs=1)
+experts = fit_experts(x, y, preset="0.1", epochs=1)
 cases = {
     "empty contrast set": lambda: ContrastSet.from_records([]),
     "one-sided contrast": lambda: ContrastSet.from_records([{"prompt": "a", "preferred": "b", "undesired": ""}]),
     "rank above n - 1": lambda: fit_subspace(x[:4], rank=4),
     "rank above d": lambda: fit_gate(x, rank=7),
-    "fewer shifts than experts": lambda: fit_experts(x[:4], y[:4]),
+    "fewer shifts than experts": lambda: fit_experts(x[:4], y[:4], n_experts=5),
     "NaN queries": lambda: fit_subspace(nan),
     "NaN gate queries": lambda: fit_gate(nan, rank=2),
     "infinite shifts": lambda: fit_experts(x, infinite),

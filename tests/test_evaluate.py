@@ -32,6 +32,7 @@ from fsteer_lens.evaluation import (
 from fsteer_lens.evaluation.truthfulness import Choice
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.hooks import HookObject
+from fsteer_lens.method.controller import Controller, QuadraticController
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts.tokens import answer_ids, prompt_ids
 from fsteer_lens.tutor import TutorSuite
@@ -401,7 +402,8 @@ def test_every_ablation_lacks_its_part_and_keeps_the_rest(trained: dict[int, Act
     in_sample = found["no cross-fitting"].gate_at(4)
     assert float(in_sample.leaves[0].threshold) > float(gate.leaves[0].threshold)  # type: ignore[union-attr]
     assert torch.equal(mixed["no cross-fitting"].vector(h), experts.vector(h))
-    plain = mixed["no routing loss"]
-    assert plain.report is not None and experts.report is not None
-    assert plain.report.prototype_share < experts.report.prototype_share - 0.1
-    assert float(mixed["unit prototypes"].prototypes.norm(dim=1).max()) <= 1 + 1e-5
+    trained, plain = mixed["trained"], mixed["trained, no routing loss"]
+    assert plain.report is not None and trained.report is not None
+    assert isinstance(trained.controller, Controller) and isinstance(experts.controller, QuadraticController)
+    assert plain.report.prototype_share < trained.report.prototype_share - 0.1
+    assert float(mixed["trained, unit prototypes"].prototypes.norm(dim=1).max()) <= 1 + 1e-5

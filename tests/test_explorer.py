@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -80,11 +81,20 @@ def test_the_browser_gets_what_gate_and_experts_compute_at_every_rank(made, stee
     assert torch.allclose(off.softmax(dim=-1), experts.without_expert(1).route(queries), atol=1e-6)
 
 
-def test_the_browser_is_told_what_the_fit_is_worth_where_it_knows(made, tutor_model, trained, groups):
-    fitted = fit(trained[LAYER], preset="closed_form")
-    told = explore(fitted, tutor_model, groups, progress=False).widget.data["fit"]
-    assert told == f"fit, held out: {fitted.experts_at(LAYER).report.held_out}" and "ridge 0." in told
-    assert made.widget.data["fit"] == "", "a trained fit does not know"
+def test_the_browser_is_told_what_the_fit_is_worth_and_what_is_doubted(made, steering, tutor_model, trained, groups):
+    held_out = steering.experts_at(LAYER).report.held_out
+    told = made.widget.data["fit"]
+    assert told == [f"fit, held out: {held_out}", held_out.curve_text] and "ridge 0." in told[0]
+    assert told[1].startswith("explained by number of experts 1: 0.") and ", 10: 0." in told[1]
+
+    def shown(fitted):
+        return explore(fitted, tutor_model, groups, progress=False).widget.data["fit"]
+
+    at_an_edge = fit(trained[LAYER], preset="0.1", n_experts=(2, 3), epochs=2)
+    assert shown(at_an_edge) == [f"doubt: {doubt}" for doubt in at_an_edge.experts_at(LAYER).report.doubts]
+    assert len(shown(at_an_edge)) == 1
+    by_hand = replace(steering.experts_at(LAYER), report=None)
+    assert shown(steering.with_experts(by_hand)) == []
 
 
 def test_only_the_first_prompts_are_shown_and_the_data_say_so(steering, tutor_model, groups):
@@ -178,7 +188,7 @@ def test_a_switch_that_was_off_can_be_switched_on(steering, tutor_model, groups,
 
 
 def test_of_several_layers_one_is_changed(trained, tutor_model, groups, queries):
-    both = fit({layer: trained[layer] for layer in (3, 4)}, epochs=2)
+    both = fit({layer: trained[layer] for layer in (3, 4)}, preset="0.1", epochs=2)
     explorer = explore(both, tutor_model, groups, layer=4, progress=False)
     state = explorer.choose(rank=2, experts=[False, *[True] * (both.experts_at(4).n_experts - 1)]).state
     assert (state.gate_at(3).rank, state.gate_at(4).rank) == (both.gate_at(3).rank, 2)
@@ -190,7 +200,7 @@ def test_of_several_layers_one_is_changed(trained, tutor_model, groups, queries)
 
 
 def test_where_one_layers_gate_decides_that_gate_is_explored(trained, tutor_model, groups):
-    both = fit({layer: trained[layer] for layer in (3, 4)}, epochs=2)
+    both = fit({layer: trained[layer] for layer in (3, 4)}, preset="0.1", epochs=2)
     shared = FineSteer(both.experts, {3: both.gate_at(3)}, gate_layer=3, fingerprint=both.fingerprint)
     explorer = explore(shared, tutor_model, groups, layer=4, progress=False)
     rows = [prompt for group in groups.values() for prompt in group]
@@ -435,7 +445,7 @@ from fsteer_lens import tutor
 from fsteer_lens.explorer import explore
 model = tutor.load()
 h = torch.randn(40, 128)
-steering = fl.FineSteer(fl.fit_experts(h, torch.randn(40, 128), epochs=1), layer=4)
+steering = fl.FineSteer(fl.fit_experts(h, torch.randn(40, 128), preset="0.1", epochs=1), layer=4)
 prompts = ["<user>hello<tutor>"]
 cases = [
     lambda: explore(fl.steering.MeanShift(h[0], layer=4), model, prompts),

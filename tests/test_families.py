@@ -28,7 +28,7 @@ def contrasts() -> list[Contrast]:
 def fitted(model: SteerableModel) -> FineSteer:
     """Gated steering of a model with random weights, strong enough to turn what it says."""
     activations = collect(model, contrasts(), layer=LAYER, progress=False)
-    return fit(activations, rank=4, n_experts=3, epochs=60, strength=4.0, epsilon=0.5)
+    return fit(activations, rank=4, n_experts=3, preset="0.1", epochs=60, strength=4.0, epsilon=0.5)
 
 
 def forced(model: SteerableModel, steering: FineSteer | None) -> Tensor:
@@ -137,7 +137,9 @@ def test_the_whole_way_on_a_real_model(stories: SteerableModel, tmp_path: Path) 
     found = {}
     for kind in KINDS:
         model = models.load(STORIES, kind=kind)
-        mood = fit(collect(model, told, layer=2, progress=False), rank=3, n_experts=2, epochs=20, strength=4.0)
+        mood = fit(
+            collect(model, told, layer=2, progress=False), rank=3, n_experts=2, preset="0.1", epochs=20, strength=4.0
+        )
         save(mood, tmp_path / kind)
         prompts = [str(contrast.prompt) for contrast in told[:3]] + ["Once upon a time"]
         for cache in (True, False):

@@ -18,7 +18,7 @@ from fsteer_lens.steering.baselines import MeanShift, fit_mean_shift
 from fsteer_lens.steering.fitting import fit
 
 D = 10
-QUICK = {"epochs": 2, "n_experts": 4, "max_rank": 6}
+QUICK = {"preset": "0.1", "epochs": 2, "n_experts": 4, "max_rank": 6}
 
 
 def made_up_fingerprint(layer=2, tokenizer="t", shift=0.0):
@@ -100,7 +100,7 @@ def test_fit_is_fit_gate_and_fit_experts_with_what_the_activations_say():
     own = activations()
     steering = fit(own, rank=3, strength=1.5, epsilon=0.2, gamma=2.0, folds=4, seed=7, residual_rank=5, **QUICK)
     gate = fit_gate(own.queries, rank=3, epsilon=0.2, gamma=2.0, folds=4, groups=own.groups, max_rank=6)
-    experts = fit_experts(own.queries, own.shifts, seed=7, residual_rank=5, epochs=2, n_experts=4)
+    experts = fit_experts(own.queries, own.shifts, seed=7, residual_rank=5, preset="0.1", epochs=2, n_experts=4)
     h = torch.randn(9, D)
     assert torch.equal(steering.gate_at(2).gate(h), gate.gate(h))
     assert torch.equal(steering.experts_at(2).vector(h), experts.vector(h))
@@ -139,7 +139,7 @@ def test_the_kind_of_gate_follows_what_is_given():
 
 def test_fitted_parts_are_taken_as_they_are():
     own = activations()
-    gate, experts = fit_gate(own.queries, rank=3), fit_experts(own.queries, own.shifts, epochs=1)
+    gate, experts = fit_gate(own.queries, rank=3), fit_experts(own.queries, own.shifts, preset="0.1", epochs=1)
     steering = fit(own, gate=gate, experts=experts)
     assert steering.gate_at(2) is gate and steering.experts_at(2) is experts
     with pytest.raises(InputError, match=r"got \['epsilon'\]\. Options of a part that is given already fitted"):
@@ -205,6 +205,6 @@ def test_the_paper_preset_is_step_cdf_in_sample_and_every_position():
     assert torch.equal(steering.experts_at(2).vector(h), experts.vector(h))
     default = fit(own, rank=3, **QUICK)
     assert default.gate_at(2).cdf == "linear" and default.scope == "prompt"
-    won = fit(own, rank=3, preset="paper", folds=5, scope="prompt", **QUICK)
+    won = fit(own, rank=3, folds=5, scope="prompt", **{**QUICK, "preset": "paper"})
     assert won.gate_at(2).cdf == "step" and not torch.equal(won.gate_at(2).ratios, in_sample.ratios)
     assert won.scope == "prompt"

@@ -81,10 +81,12 @@ def test_generate_equals_on_around_the_models_own_loop(
 def test_several_layers_read_the_unsteered_stream(
     model: SteerableModel, trained: dict[int, Activations], prompts: list[str]
 ) -> None:
-    both = fit({2: trained[2], 4: trained[4]}, epochs=10)
+    both = fit({2: trained[2], 4: trained[4]}, preset="0.1", epochs=10)
     item = generate(model, prompts[0], both, max_new_tokens=4, progress=False)[0]
     clean = [
-        generate(model, prompts[0], fit(trained[layer], epochs=1), max_new_tokens=1, progress=False)[0].trace.ser[layer]
+        generate(model, prompts[0], fit(trained[layer], preset="0.1", epochs=1), max_new_tokens=1, progress=False)[
+            0
+        ].trace.ser[layer]
         for layer in (2, 4)
     ]
     torch.testing.assert_close(item.trace.ser[2], clean[0])
@@ -294,7 +296,7 @@ def test_a_real_model_is_steered(stories: SteerableModel) -> None:
         for name in names
     )
     acts = collect(stories, contrasts, layer=2, progress=False)
-    mood = fit(acts, rank=3, n_experts=2, epochs=20, strength=4.0).with_gate(None)
+    mood = fit(acts, rank=3, n_experts=2, preset="0.1", epochs=20, strength=4.0).with_gate(None)
     assert mood.scope == "all"
     prompt = "Once upon a time there was a child named Zoe. One day, Zoe"
     made = generate(stories, prompt, mood, max_new_tokens=20, compare=True, progress=False)[0]

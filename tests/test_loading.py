@@ -136,7 +136,7 @@ def test_weights_on_disk(folder: Path, name: str) -> None:
     assert [one.tokens for one in found] == [one.tokens for one in plain]
     queries = collect_queries(model, [IDS[: 2 + i % 5] for i in range(16)], layer=1, progress=False).queries
     assert queries.isfinite().all()
-    experts = fit_experts(queries, queries.roll(1, 0), n_experts=2, epochs=1)
+    experts = fit_experts(queries, queries.roll(1, 0), n_experts=2, preset="0.1", epochs=1)
     assert len(effects.expert_tokens(model, experts, top=3)) == 2
 
 

@@ -197,5 +197,5 @@ def test_bad_variants_raise(steering: FineSteer, trained: dict[int, Activations]
     with pytest.raises(InputError, match="at least one"):
         last.without_expert(steering.n_experts - 1)
     assert fit_mean_shift(trained[LAYER]).with_monitor().monitor
-    assert fit(trained[LAYER], epochs=1, scope="all", refresh="step").refresh == "step"
+    assert fit(trained[LAYER], preset="0.1", epochs=1, scope="all", refresh="step").refresh == "step"
     assert replace(steering, monitor=True).with_strength(3.0).monitor

@@ -52,7 +52,7 @@ GATE = fit_gate(Q, rank=3)
 LINEAR = fit_gate(Q, kind="linear", general=G)
 EXPERTS = made_up.experts(0, Q.shape[1])
 VECTOR = Q[0]
-QUICK: dict[str, Any] = {"epochs": 2, "n_experts": 4}
+QUICK: dict[str, Any] = {"preset": "0.1", "epochs": 2, "n_experts": 4}
 
 FITS: dict[str, tuple[str, Callable[[], Any]]] = {
     "epsilon, logistic": ("epsilon", lambda: fit_gate(Q, rank=3, kind="logistic", general=G, epsilon=0.1)),
@@ -87,8 +87,8 @@ FITS: dict[str, tuple[str, Callable[[], Any]]] = {
     "fit: epochs, fitted experts": ("epochs", lambda: fit(OWN, rank=3, experts=EXPERTS, epochs=3)),
     "fit: seed, nothing is drawn": ("seed", lambda: fit(OWN, rank=3, experts=EXPERTS, seed=1)),
     "fit: folds and calibration": ("folds", lambda: fit(OWN, rank=3, calibration=Q, folds=3, **QUICK)),
-    "patience": ("patience", lambda: fit_experts(Q, S, n_experts=2, epochs=2, validation=0, patience=3)),
-    "route_loss": ("route_loss", lambda: fit_experts(Q, S, n_experts=1, epochs=2, route_loss=1.0)),
+    "patience": ("patience", lambda: fit_experts(Q, S, n_experts=2, preset="0.1", epochs=2, validation=0, patience=3)),
+    "route_loss": ("route_loss", lambda: fit_experts(Q, S, n_experts=1, preset="0.1", epochs=2, route_loss=1.0)),
     "refresh": ("refresh", lambda: fit(OWN, rank=3, refresh="step", **QUICK)),
 }
 
@@ -190,7 +190,7 @@ def test_gates_of_the_tutor_that_need_general_prompts_get_them(
     tutor_model: SteerableModel, trained: dict[int, Activations]
 ) -> None:
     """Its own default rank is not forced on a gate that has none."""
-    steering = tutor.fit(tutor_model, activations=trained[4], gate="linear", epochs=2, progress=False)
+    steering = tutor.fit(tutor_model, activations=trained[4], gate="linear", preset="0.1", epochs=2, progress=False)
     assert type(steering.gate_at(4)).__name__ == "LinearGate"
 
 

@@ -54,7 +54,7 @@ def contrasts(texts: Any = TEXTS) -> list[fs.Contrast]:
 
 def fitted(model: SteerableModel, texts: Any = TEXTS, **how: Any) -> fs.FineSteer:
     read = fs.collect(model, contrasts(texts), layer=1, **how, **QUIET)
-    return fs.fit(read, rank=2, n_experts=2, epochs=2, folds=2, strength=3.0)
+    return fs.fit(read, rank=2, n_experts=2, preset="0.1", epochs=2, folds=2, strength=3.0)
 
 
 def test_what_collect_writes_down(model: SteerableModel) -> None:

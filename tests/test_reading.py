@@ -63,7 +63,12 @@ def test_an_attached_steering_is_not_read(model: SteerableModel, steering: FineS
 def fit_early(model: SteerableModel) -> FineSteer:
     """A steering at layer 1 that acts on everything: all later layers see it."""
     own = collect(model, CONTRASTS, layer=1, shift="last_prompt", progress=False)
-    return fit(own, rank=1, n_experts=1, epochs=1, gate="energy").with_gate(None).with_scope("all").with_strength(5.0)
+    return (
+        fit(own, rank=1, n_experts=1, preset="0.1", epochs=1, gate="energy")
+        .with_gate(None)
+        .with_scope("all")
+        .with_strength(5.0)
+    )
 
 
 def test_hooks_of_others_stay(model: SteerableModel, prompts: list[str]) -> None:
@@ -111,7 +116,7 @@ def counted(model: SteerableModel) -> Passes:
 
 
 def test_the_explorer_runs_every_prompt_once(tutor_model: SteerableModel, trained: dict[int, Activations]) -> None:
-    by = fit({layer: trained[layer] for layer in (3, 4)}, epochs=1, gate_layer=3)
+    by = fit({layer: trained[layer] for layer in (3, 4)}, preset="0.1", epochs=1, gate_layer=3)
     passes = counted(tutor_model)
     try:
         explore(by, tutor_model, {"harm": CONTRASTS.prompts}, layer=4, progress=False)
@@ -125,7 +130,7 @@ def test_a_report_reads_all_layers_in_one_pass(
     tutor_model: SteerableModel, trained: dict[int, Activations], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = tutor.data("safe")
-    by = fit({layer: trained[layer] for layer in (2, 4)}, epochs=1)
+    by = fit({layer: trained[layer] for layer in (2, 4)}, preset="0.1", epochs=1)
     general = [task.prompt for task in told.general_valid[:2]]
     seen: list[tuple[list[int], int]] = []
     whole = Reader.prompts

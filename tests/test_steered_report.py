@@ -186,7 +186,7 @@ def test_it_takes_several_layers_baselines_and_no_general_prompts(
     tutor_model: SteerableModel, trained: Any, steering: FineSteer, contrasts: list[Contrast]
 ) -> None:
     few, options = contrasts[:4], {"max_new_tokens": 4, "progress": False}
-    layered = fit({layer: trained[layer] for layer in (3, 4)}, epochs=5)
+    layered = fit({layer: trained[layer] for layer in (3, 4)}, preset="0.1", epochs=5)
     page = steering_report(tutor_model, layered, few, **options).html()
     assert "When: the gate, layer 3" in page and "How: the experts, layer 4" in page
     page = steering_report(tutor_model, fit_mean_shift(trained[4]), few, ["<user>hi<tutor>"], **options)

@@ -10,6 +10,7 @@ from fsteer_lens import Activations, Experts, FineSteer, Schedule, fit, fit_gate
 from fsteer_lens.errors import HookError, InputError, MismatchError, ShapeError, SiteError
 from fsteer_lens.hooks.positions import Positions
 from fsteer_lens.hooks.session import Point
+from fsteer_lens.method.controller import Controller
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts.tokens import pad, prompt_ids
 from fsteer_lens.steering import MeanShift, fit_mean_shift
@@ -25,8 +26,12 @@ def oracle_edit(steering: FineSteer, h: Tensor) -> Tensor:
     assert isinstance(experts, Experts)
     c = [part.double() for part in experts.controller]
     prototypes = experts.prototypes.double()
-    logits = (h @ c[0].T + c[1]) @ (prototypes @ c[2].T + c[3]).T / h.shape[-1] ** 0.5
-    beta = torch.relu(h @ c[4].T + c[5]) @ c[6].T + c[7]
+    if isinstance(experts.controller, Controller):
+        logits = (h @ c[0].T + c[1]) @ (prototypes @ c[2].T + c[3]).T / h.shape[-1] ** 0.5
+        beta = torch.relu(h @ c[4].T + c[5]) @ c[6].T + c[7]
+    else:
+        z = h / h.norm(dim=-1, keepdim=True) @ c[4].T + c[5]
+        logits, beta = h @ c[0].T + c[1], h @ c[2].T + c[3] + torch.einsum("ni,mij,nj->nm", z, c[6], z)
     vector = logits.softmax(-1) @ prototypes + beta @ experts.residual_basis.double().T
     opened = gate.gate(h.float()).double() if gate else torch.ones(len(h)).double()  # type: ignore[union-attr]
     return steering.strength * opened[:, None] * vector
@@ -241,7 +246,7 @@ def test_one_token_prompts_need_reset(tutor_model: SteerableModel, steering: Fin
 def test_several_layers_and_a_deciding_gate(
     model: SteerableModel, trained: dict[int, Activations], prompts: list[str]
 ) -> None:
-    both = fit({2: trained[2], 4: trained[4]}, gate="energy", epochs=10)
+    both = fit({2: trained[2], 4: trained[4]}, gate="energy", preset="0.1", epochs=10)
     batch = batch_of(model, prompts)
     with both.on(model, attention_mask=batch.mask) as trace:
         logits_of(model, batch)
@@ -258,7 +263,7 @@ def test_several_layers_and_a_deciding_gate(
 def test_gate_of_an_earlier_layer_only_reads(
     model: SteerableModel, trained: dict[int, Activations], prompts: list[str]
 ) -> None:
-    both = fit({2: trained[2], 4: trained[4]}, epochs=10)
+    both = fit({2: trained[2], 4: trained[4]}, preset="0.1", epochs=10)
     late = FineSteer({4: both.experts_at(4)}, {2: both.gate_at(2)}, gate_layer=2)  # type: ignore[dict-item]
     batch = batch_of(model, prompts)
     before = residual(model, batch, "blocks.2.hook_resid_post")

@@ -49,7 +49,7 @@ def test_baselines_layers_and_composed_gates_come_back(
     logistic = fit_gate(own.queries, rank=4, kind="logistic", general=general)
     energy = fit_gate(own.queries, rank=4, kind="energy")
     composed = (steering.gate_at(LAYER) & ~logistic) | energy  # type: ignore[operator]
-    several = fit({2: trained[2], 4: own}, epochs=2, gate_layer=2)
+    several = fit({2: trained[2], 4: own}, preset="0.1", epochs=2, gate_layer=2)
     h = torch.randn(5, 128)
     for name, one in (("mean", fit_mean_shift(own, gate=composed)), ("layers", several)):
         save(one, tmp_path / name)

@@ -71,7 +71,7 @@ def made_up(n_prompts: int, ranks: int) -> Explorer:
     spread = torch.linspace(3, 0.3, WIDTH)
     ir = torch.randn(2 * ranks + 20, WIDTH, generator=generator) * spread
     gate: Gate = fit_gate(ir, rank=ranks // 2, max_rank=ranks)
-    experts = fit_experts(ir, torch.randn(len(ir), WIDTH, generator=generator), n_experts=6, epochs=1)
+    experts = fit_experts(ir, torch.randn(len(ir), WIDTH, generator=generator), n_experts=6, preset="0.1", epochs=1)
     half = n_prompts // 2
     rows = torch.randn(n_prompts, WIDTH, generator=generator)
     rows[:half] *= spread

@@ -17,15 +17,16 @@ def fit_ablations(
     scope: Scope | None = None,
     seed: int = 0,
 ) -> dict[str, Steering]:
-    """FineSteer as `fit` makes it by default, and seven variants that lack one part each.
+    """FineSteer as `fit` makes it by default, five variants that lack a part each, and three with trained experts.
 
     - "no gate": always on
     - "no experts": the mean shift behind the same gate
-    - "one expert": K = 1, so nothing is routed; the residual part stays
+    - "one expert": K = 1, so nothing is routed; the residual part stays, which is then ridge regression
     - "no residual": C α(h) alone, U β(h) being switched off after the fit
     - "no cross-fitting": the gate calibrated on the very queries that its basis was fitted to
-    - "no routing loss": the controller trained on the reconstruction alone, as published
-    - "unit prototypes": prototypes of unit shifts, as published
+    - "trained": the controller trained, as by `preset="0.1"`
+    - "trained, no routing loss": on the reconstruction alone, as published
+    - "trained, unit prototypes": prototypes of unit shifts, as published
 
     Args:
         activations: from `collect`, one layer.
@@ -53,6 +54,7 @@ def fit_ablations(
         "one expert": mixed(n_experts=1),
         "no residual": whole.without_residual(),
         "no cross-fitting": put_together(activations, rank=rank, experts=experts, folds=None, **placed),
-        "no routing loss": mixed(route_loss=0.0),
-        "unit prototypes": mixed(prototype_scale="unit"),
+        "trained": mixed(preset="0.1"),
+        "trained, no routing loss": mixed(preset="0.1", route_loss=0.0),
+        "trained, unit prototypes": mixed(preset="0.1", prototype_scale="unit"),
     }

@@ -16,6 +16,7 @@ from fsteer_lens.explorer.worlds import Unknown, Wrap, world_of
 from fsteer_lens.ground.checks import instance, options_of, whole
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.hooks.probes import SubspaceAblation
+from fsteer_lens.method.experts import FitReport
 from fsteer_lens.method.gates import OPEN
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.forms import GivenPrompts, Prompt, check_prompt
@@ -141,7 +142,7 @@ class Explorer:
         return {
             **self._pictured.message(),
             "title": shown(self._title),
-            "fit": "" if report is None or report.held_out is None else f"fit, held out: {report.held_out}",
+            "fit": _fit_lines(report),
             "composed": subject.gate is not None and not subject.has_threshold,
             "strengths": [-most if strength < 0 else 0.0, most],
             "marks_words": self._unknown is not None,
@@ -272,3 +273,11 @@ def explore(
         unknown=unknown,
         wrap=wrap,
     )
+
+
+def _fit_lines(report: FitReport | None) -> list[str]:
+    """What the fit is worth on queries that it did not see, and what speaks against it, line by line."""
+    if report is None:
+        return []
+    told = [] if report.held_out is None else [f"fit, held out: {report.held_out}", report.held_out.curve_text]
+    return [line for line in told if line] + [f"doubt: {shown(doubt)}" for doubt in report.doubts]

@@ -312,7 +312,7 @@ function render({ model, el }) {
   if (!roc) curves.append(note(why));
   const caption = note("expert weights; faded: not steered");
   const map = html("div", { className: "map" }, caption, heatmap.element);
-  if (data.fit) map.append(note(data.fit));
+  map.append(...data.fit.map((line) => note(line)));
   const pictures = html("div", { className: "pictures" }, map, curves);
   const side = html("div", { className: "side" }, controls.element, counts.element);
   const root = html(

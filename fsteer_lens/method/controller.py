@@ -56,18 +56,30 @@ class Controller(NamedTuple):
         return F.linear(hidden, self.output_weight, self.output_bias)
 
 
-class LinearController(NamedTuple):
-    """The maps of experts that were fitted in closed form: logits and β are affine in h, W [out in] and b [out]."""
+class QuadraticController(NamedTuple):
+    """The maps of experts that were fitted in closed form, W [out in] and b [out]: logits are affine in h, and so is β,
+    but for zᵀ Q z of the q coordinates z of h/‖h‖, Q [m q q]; q is 0 where that was not clearly better."""
 
     route_weight: Tensor
     route_bias: Tensor
     output_weight: Tensor
     output_bias: Tensor
+    view_weight: Tensor
+    view_bias: Tensor
+    forms: Tensor
 
     @property
     def axes(self) -> dict[str, str]:
         """The axes of each map, as `require_shapes` reads them."""
-        return {"route_weight": "k d", "route_bias": "k", "output_weight": "m d", "output_bias": "m"}
+        return {
+            "route_weight": "k d",
+            "route_bias": "k",
+            "output_weight": "m d",
+            "output_bias": "m",
+            "view_weight": "q d",
+            "view_bias": "q",
+            "forms": "m q q",
+        }
 
     def logits(self, h: Float[Tensor, "*batch d"], prototypes: Float[Tensor, "k d"]) -> Float[Tensor, "*batch k"]:
         """log π + τ (h − h̄) A, whatever the prototypes."""
@@ -75,7 +87,12 @@ class LinearController(NamedTuple):
 
     def coefficients(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch m"]:
         """β(h)."""
-        return F.linear(h, self.output_weight, self.output_bias)
+        affine = F.linear(h, self.output_weight, self.output_bias)
+        if not len(self.view_bias):
+            return affine
+        z = F.linear(F.normalize(h, dim=-1), self.view_weight, self.view_bias)
+        products = (z.unsqueeze(-1) * z.unsqueeze(-2)).flatten(-2)
+        return affine + F.linear(products, self.forms.flatten(-2))
 
 
 @dataclass(frozen=True)

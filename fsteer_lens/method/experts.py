@@ -7,9 +7,9 @@
 
     α(h) = softmax((W_K C)ᵀ (W_Q h) / √d)      v(h) = C α(h) + U β(h)      β(h) = Linear → ReLU → Linear
 
-(FineSteer, arXiv 2604.15488, Eq. 11-14.) Trained by that loss alone the routing can collapse on few experts, so our
-default adds `route_loss` times the cross-entropy of α against the clusters; `preset="paper"` is the published method.
-`preset="closed_form"` keeps v(h) = C α(h) + U β(h) and fits it without training: see `closed_form`.
+(FineSteer, arXiv 2604.15488, Eq. 11-14.) That is `preset="paper"`. By that loss alone the routing can collapse on few
+experts, so `preset="0.1"` adds `route_loss` times the cross-entropy of α against the clusters.
+Both are trained; our default keeps v(h) = C α(h) + U β(h) and fits it without training: see `closed_form`.
 """
 
 import math
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import instance, normalised, optional, switch, whole
-from fsteer_lens.method.controller import Controller, LinearController
+from fsteer_lens.method.controller import Controller, QuadraticController
 from fsteer_lens.method.linalg import move, require_shapes, require_width, variant
 
 
@@ -55,6 +55,8 @@ class HeldOut:
         told: share of the clusters' entropy that the queries tell; 0 or less where they tell nothing.
         removal: of each expert, by how much ‖v − δ‖² / ‖δ‖² rises on its own cluster when it is switched off; not known
             of a single one.
+        curve: of every number of experts that was tried, `explained` with the residual affine in the query.
+        quadratic: whether the residual is quadratic in the query, which is taken where it explains clearly more.
     """
 
     explained: float
@@ -65,11 +67,19 @@ class HeldOut:
     calibration: float
     told: float
     removal: tuple[float, ...] = ()
+    curve: Mapping[int, float] = field(default_factory=dict)
+    quadratic: bool = False
 
     @property
     def beats_mean_shift(self) -> bool:
         """Whether more is explained than by one vector, by more than two standard errors."""
         return self.explained - self.mean_shift > 2 * self.standard_error
+
+    @property
+    def curve_text(self) -> str:
+        """The curve in words, empty where only one number of experts was tried."""
+        told = ", ".join(f"{count}: {explained:.3f}" for count, explained in self.curve.items())
+        return f"explained by number of experts {told}" if len(self.curve) > 1 else ""
 
     def __str__(self) -> str:
         least = f", removal costs {min(self.removal):.2f} or more" if self.removal else ""
@@ -95,6 +105,7 @@ class FitReport:
             form the prediction strength.
         clusters: the cluster of every query, [n].
         held_out: what it came to on queries that it did not see; None where the fit did no cross-validation.
+        doubts: what speaks against trusting it, in sentences.
     """
 
     agreement: float
@@ -107,6 +118,7 @@ class FitReport:
     criterion: Mapping[int, float]
     clusters: Int[Tensor, " n"] = field(repr=False)
     held_out: HeldOut | None = None
+    doubts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -124,7 +136,7 @@ class Experts:
 
     prototypes: Float[Tensor, "k d"]
     residual_basis: Float[Tensor, "d m"]
-    controller: Controller | LinearController
+    controller: Controller | QuadraticController
     enabled: tuple[bool, ...]
     use_residual: bool = True
     report: FitReport | None = None

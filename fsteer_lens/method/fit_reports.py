@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fsteer_lens.method.closed_form import ClosedForm, Queries, fit_residual, fit_routing
+from fsteer_lens.method.closed_form import ClosedForm, Queries, fit_routing, residual_errors
 from fsteer_lens.method.experts import Experts, FitReport, HeldOut
 
 BINS: Final = 10
@@ -22,6 +22,7 @@ def report_of(
     *,
     criterion: Mapping[int, float],
     epochs: int = 0,
+    doubts: tuple[str, ...] = (),
     held_out: HeldOut | None = None,
 ) -> FitReport:
     """The report on the queries and shifts that experts were fitted to; `valid_rows` were kept for early stopping."""
@@ -43,6 +44,7 @@ def report_of(
         criterion=dict(criterion),
         clusters=clusters.cpu(),
         held_out=held_out,
+        doubts=doubts,
     )
 
 
@@ -53,12 +55,12 @@ def held_out_of(queries: Queries, delta: Float[Tensor, "n d"], found: ClosedForm
     def explained(left: Tensor) -> float:
         return float(1 - left.square().sum() / total)
 
-    ridge = found.residual  # which is all that a single expert leaves to be fitted
-    if len(found.prototypes) > 1:
+    ridge = found.curve.get(1)  # all that a single expert leaves to be fitted
+    if ridge is None:
         one = torch.zeros_like(found.clusters)
-        ridge = fit_residual(queries, delta, one, fit_routing(queries, one))
+        ridge = 1 - float(residual_errors(queries.alone, delta, one, fit_routing(queries.alone, one)).min() / total)
     mean_left = torch.empty_like(delta)
-    for split in queries.splits:
+    for split in queries.alone.splits:
         mean_left[split.held_out] = delta[split.held_out] - delta[split.train].mean(dim=0)
     gains = mean_left.square().sum(dim=1) - found.residual.left.square().sum(dim=1)
     alpha = found.routing.held_out
@@ -67,11 +69,13 @@ def held_out_of(queries: Queries, delta: Float[Tensor, "n d"], found: ClosedForm
     return HeldOut(
         explained=explained(found.residual.left),
         mean_shift=explained(mean_left),
-        ridge=explained(ridge.left),
+        ridge=ridge,
         standard_error=float(gains.std() * len(gains) ** 0.5 / total),
         agreement=float(right.double().mean()),
         calibration=_calibration_error(largest, right),
         told=found.routing.told,
+        curve=found.curve,
+        quadratic=found.quadratic,
         removal=_removal(delta, found),
     )
 

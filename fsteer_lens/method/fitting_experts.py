@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Final, Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -19,7 +19,7 @@ from fsteer_lens.method.linalg import principal_directions, require_matrix
 
 CLUSTERING_DIMENSIONS = 256
 
-Preset = Literal["paper", "0.1", "closed_form"]
+Preset = Literal["paper", "0.1"]
 
 _TRAINED = {
     "n_experts": (4, 10),
@@ -29,15 +29,6 @@ _TRAINED = {
     "validation": 0.1,
     "clip": 1.0,
 }
-_BY_0_1 = {
-    **_TRAINED,
-    "prototype_scale": "shift",
-    "route_loss": 1.0,
-    "epochs": 300,
-    "patience": 30,
-    "standardize": True,
-}
-CLOSED: Final = "closed_form"
 PRESETS: Mapping[str | None, Mapping[str, Any]] = {
     "paper": {
         **_TRAINED,
@@ -47,9 +38,15 @@ PRESETS: Mapping[str | None, Mapping[str, Any]] = {
         "patience": 8,
         "standardize": False,
     },
-    "0.1": _BY_0_1,
-    None: _BY_0_1,
-    CLOSED: {"n_experts": (1, 10), "residual_rank": 32},
+    "0.1": {
+        **_TRAINED,
+        "prototype_scale": "shift",
+        "route_loss": 1.0,
+        "epochs": 300,
+        "patience": 30,
+        "standardize": True,
+    },
+    None: {"n_experts": (1, 10), "residual_rank": 32, "groups": None},
 }
 """What each preset sets; every entry can be given to `fit_experts` by name instead."""
 
@@ -74,35 +71,39 @@ def fit_experts(
     seed: int = 0,
     progress: bool = False,
 ) -> Experts:
-    """Cluster the shifts, take prototypes and a residual basis, and fit the controller: trained, or in closed form.
+    """Cluster the shifts, take prototypes and a residual basis, and fit the controller: in closed form, or trained.
 
     Every option that is None is as the preset says, see `PRESETS`.
 
     Args:
         queries: query activations ĥ, [n d].
         shifts: response shifts δ of the same queries, [n d].
-        preset: "paper" is Eq. 11-14 to the letter (AdamW, full batch). None is our default, which "0.1" names: the same
-            with raw prototypes, a routing loss, longer and on standardised activations. "closed_form" trains nothing:
-            ridge regressions whose strengths are those of the least held-out error, see `closed_form`; its report
-            knows what the fit is worth on queries that it did not see.
-        n_experts: K, or the range (low, high) in which it is chosen: by the Calinski-Harabasz index, in closed form by
-            whether clusters are found again, are more than one cloud, and are told by the queries; else 1.
-        residual_rank: m, cut to what the data hold.
-        prototype_scale: "unit" averages unit shifts (paper Eq. 11), "shift" the raw ones; the latter in closed form.
-        route_loss: weight of the cross-entropy of α against the clusters; 0 is the paper.
-        learning_rate, weight_decay, epochs, patience, validation, clip: AdamW's rate and decay, the number of
+        preset: None, our default, is in closed form and trains nothing: ridge regressions whose strengths are those of
+            the least held-out error, see `closed_form`; its report knows what the fit is worth on queries that it did
+            not see. "paper" is Eq. 11-14 to the letter (AdamW, full batch). "0.1" is the default of version 0.1: the
+            same with raw prototypes, a routing loss, longer and on standardised activations.
+        n_experts: K, or the range (low, high) in which it is chosen: in closed form by whether clusters are found
+            again, are more than one cloud, and are told by the queries, else 1 (or `low`, with a warning); trained, by
+            the Calinski-Harabasz index. A single number in closed form is taken as it is.
+        residual_rank: m, cut to what the data hold. In closed form U are the first m directions of what the residual
+            regression predicts, trained those of the shifts.
+        groups: fold group of every query (the template it was made from), which is never split; in closed form.
+        prototype_scale: trained: "unit" averages unit shifts (paper Eq. 11), "shift" the raw ones, as the closed form
+            always does.
+        route_loss: trained: weight of the cross-entropy of α against the clusters; 0 is the paper.
+        learning_rate, weight_decay, epochs, patience, validation, clip: trained: AdamW's rate and decay, the number of
             full-batch epochs, early stopping on a share of the queries, and gradient clipping; the fixed ones are
             those of the authors' code.
-        standardize: train on centred and scaled queries and shifts, then fold the scaling into the learned maps, so
-            that the fitted formula is the same.
-        groups: in closed form, fold group of every query (the template it was made from); a group is never split.
-        seed: of the clustering, the initial weights, the validation split and random folds; the global generators are
-            not touched.
-        progress: show a progress bar while training.
+        standardize: trained: on centred and scaled queries and shifts; the scaling is then folded into the learned
+            maps, so that the fitted formula is the same.
+        seed: of the clustering and random folds, or of the initial weights and the validation split; the global
+            generators are not touched.
+        progress: show a progress bar while training; the closed form takes a second or two and shows none.
 
     Warns:
-        UserWarning: of a fit in closed form that explains no more of held-out shifts than their mean, or whose K stands
-            at an edge of the range; of a trained one that was best after its first epoch.
+        UserWarning: the fit is not to be trusted; the sentences are in `report.doubts` too. In closed form it explains
+            no more of held-out shifts than their mean, or K stands at an edge of the range (not at 1, which says that
+            there are no modes); trained, it was best after its first epoch.
 
     Raises:
         ShapeError, NonFiniteError: not two finite floating matrices of one shape.
@@ -128,14 +129,14 @@ def fit_experts(
         "clip": clip,
         "groups": groups,
     }
-    known = {*PRESETS[preset], *(["groups"] if preset == CLOSED else [])}
-    idle = [name for name, value in given.items() if value is not None and name not in known]
+    idle = [name for name, value in given.items() if value is not None and name not in PRESETS[preset]]
     if idle:
+        closed = 'The closed form trains nothing: leave them out, or train with preset="0.1".'
         raise InputError(
             f"fit_experts(preset={preset!r})",
-            expected=f"options among {sorted(known)}",
+            expected=f"options among {sorted(PRESETS[preset])}",
             got=idle,
-            fix="The others have no effect on this kind of fit.",
+            fix=closed if preset is None else "Only the closed form, preset=None, cuts folds: leave it out.",
         )
     options = {**PRESETS[preset], **{name: value for name, value in given.items() if value is not None}}
     residual_rank = whole("residual_rank", options.pop("residual_rank"), 1)
@@ -153,7 +154,7 @@ def fit_experts(
             got=f"zero in row {int(zero[0, 0])}",
             fix="Drop contrasts whose two sides give the same activation.",
         )
-    if preset == CLOSED:
+    if preset is None:
         return fit_closed_form(h, delta, counts, residual_rank, groups, seed_of(seed))
     scale = choice("prototype_scale", options.pop("prototype_scale"), ("unit", "shift"))
     return _trained(h, delta, counts, residual_rank, scale, Training(seed=seed, **options), progress)
@@ -176,16 +177,21 @@ def _trained(
     controller, best_epoch, valid_rows = train_controller(
         h, delta, prototypes, residual_basis, clusters, training, progress=progress
     )
+    doubts = []
     if len(valid_rows) and best_epoch == 1 and training.epochs > training.patience:
-        warnings.warn(
+        doubts.append(
             "training the experts: the first epoch was the best on the validation part, so little was learnt; give more"
-            ' contrasts, or preset="closed_form"',
-            stacklevel=3,
+            " contrasts, or leave preset= out, which trains nothing"
+        )
+        warnings.warn(doubts[0], stacklevel=3)
+    if len(counts) > 1 and len(prototypes) in (counts[0], counts[-1]):  # true of half of all fits: no warning
+        doubts.append(
+            f"{len(prototypes)} experts, at an edge of the {counts[0]} to {counts[-1]} that were tried: the index may"
+            " be larger outside"
         )
     experts = Experts(prototypes, residual_basis, controller, (True,) * len(prototypes))
-    return replace(
-        experts, report=report_of(experts, h, delta, clusters, valid_rows, epochs=best_epoch, criterion=criterion)
-    )
+    told = {"epochs": best_epoch, "criterion": criterion, "doubts": tuple(doubts)}
+    return replace(experts, report=report_of(experts, h, delta, clusters, valid_rows, **told))
 
 
 def _range_of(n_experts: Any) -> tuple[int, int]:

@@ -36,6 +36,7 @@ def steering_rows(steering: Steering, name: str = "") -> list[list[str]]:
             rows.append([f"layer {layer}, fit", repr(experts.report)])
             if experts.report.held_out is not None:
                 rows.append([f"layer {layer}, fit, held out", str(experts.report.held_out)])
+            rows += [[f"layer {layer}, fit, doubt", doubt] for doubt in experts.report.doubts]
     if steering.fingerprint is not None:
         known = {key: value for key, value in asdict(steering.fingerprint).items() if key != "probe"}
         rows.append(["model", ", ".join(f"{key} {value}" for key, value in known.items())])

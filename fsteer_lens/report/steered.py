@@ -21,6 +21,7 @@ from fsteer_lens.prompts.passes import Passes, PassOptions
 from fsteer_lens.reading.reader import read_prompts
 from fsteer_lens.report.page import Report
 from fsteer_lens.report.settings import add_settings, machine_rows, steering_rows
+from fsteer_lens.report.trust import add_trust
 from fsteer_lens.run.generation import Generation, Generations, generate
 from fsteer_lens.steering.steering import FineSteer, Steering
 
@@ -263,6 +264,8 @@ def _add_experts(
         return
     experts = steering.experts_at(layer)
     report.add_heading(f"How: the experts{where}")
+    if experts.report is not None:
+        add_trust(report, experts.report, experts.n_experts)
     labels = [contrast.label or UNLABELLED for contrast in contrasts]
     prompts = [contrast.prompt for contrast in contrasts]
     routing = figures.expert_routing(experts.route(queries[: len(contrasts)]), labels, prompts)

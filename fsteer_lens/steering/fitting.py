@@ -9,7 +9,7 @@ from typing import Any
 from fsteer_lens.errors import DataError, InputError, MismatchError, UncheckedGateWarning
 from fsteer_lens.ground.checks import choice, instance, require_unset
 from fsteer_lens.method.experts import Experts
-from fsteer_lens.method.fitting_experts import CLOSED, PRESETS, Preset, fit_experts
+from fsteer_lens.method.fitting_experts import PRESETS, Preset, fit_experts
 from fsteer_lens.method.fitting_gates import (
     CONTRASTING_KINDS,
     FOLDS,
@@ -69,8 +69,9 @@ def fit(
         experts: fitted experts; None fits them.
         strength: as in `FineSteer`.
         preset: "paper" is the published method: experts of Eq. 11-14, a step CDF calibrated on the very queries that
-            the basis was fitted to, every position steered. "0.1" and "closed_form" are about the experts alone, see
-            `fit_experts`; folds of the latter never split a group of the activations.
+            the basis was fitted to, every position steered. "0.1" is about the experts alone, see `fit_experts`. None
+            fits them in closed form, by folds that never split a group of the activations; options of training need
+            "0.1" or "paper".
         options: `scope`, `schedule`, `refresh` and `gate_layer` of `FineSteer`, and further arguments of `fit_gate` and
             `fit_experts`, by name; `seed` goes to both. `read` is what the gate reads of a prompt, the vector reads as
             the activations do: None is "mean" for the gates that know both kinds of query, unless that misses over 5 %
@@ -184,7 +185,7 @@ def put_together(
             own.queries,
             own.shifts,
             preset=preset,
-            groups=_groups_of(own) if preset == CLOSED else None,
+            groups=_groups_of(own) if preset is None else None,
             **{name: value for name, value in options.items() if name in for_experts},
         )
     first = next(iter(layers.values()))

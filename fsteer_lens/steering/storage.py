@@ -14,7 +14,7 @@ from fsteer_lens.hooks.chains import Chain
 from fsteer_lens.hooks.objects import HookObject, Link
 from fsteer_lens.hooks.probes import ExpertProbe, SubspaceAblation, SubspaceProbe
 from fsteer_lens.hooks.scopes import Schedule, Window
-from fsteer_lens.method.controller import Controller, LinearController
+from fsteer_lens.method.controller import Controller, QuadraticController
 from fsteer_lens.method.experts import Experts, FitReport, HeldOut
 from fsteer_lens.method.gates import CutGate, MaxGate, MinGate, NotGate
 from fsteer_lens.method.linear_gates import CosineGate, LinearGate, OutOfFold
@@ -44,7 +44,7 @@ CLASSES: Mapping[str, Any] = {
         Fingerprint,
         FitReport,
         HeldOut,
-        LinearController,
+        QuadraticController,
         LinearGate,
         LogisticGate,
         MaxGate,

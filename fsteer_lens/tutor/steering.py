@@ -51,7 +51,7 @@ def fit(
     Args:
         model: the tutor, from `load`.
         behaviour: "safe" or "honest".
-        preset: "paper" is the published method; that and the others as in `fsteer_lens.fit`. None is our default.
+        preset: "paper" is the published method; that, "0.1" and None, our default, as in `fsteer_lens.fit`.
         layer: where to steer; None takes the behaviour's own.
         rank: of the gate's subspace; None takes the tutor's own.
         activations: from `tutor.activations`, where they are collected already.

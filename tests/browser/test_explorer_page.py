@@ -34,7 +34,7 @@ def steering():
     spread = torch.tensor([6.0, 4, 3, 2] + [0.7] * (WIDTH - 4))
     ir = torch.randn(120, WIDTH, generator=generator) * spread
     shifts = 3 * torch.eye(WIDTH)[torch.arange(120) % 4] + 0.3 * torch.randn(120, WIDTH, generator=generator)
-    experts = fit_experts(ir, shifts, n_experts=4, epochs=30)
+    experts = fit_experts(ir, shifts, n_experts=4, preset="0.1", epochs=30)
     # softer routing, so that every expert has a share of every prompt
     controller = experts.controller
     soft = controller._replace(query_weight=controller.query_weight / 4, query_bias=controller.query_bias / 4)
