@@ -130,7 +130,8 @@ def test_forward_pass_is_affine_logits_and_an_affine_residual() -> None:
     logits = f64(h) @ route.T + start
     alpha = np.exp(logits - logits.max(-1, keepdims=True))
     alpha /= alpha.sum(-1, keepdims=True)
-    residual = (f64(h) @ output.T + bias) @ f64(experts.residual_basis).T
+    held_back = np.square(f64(h) @ f64(controller.reach_weight).T + f64(controller.reach_bias)).sum(-1, keepdims=True)
+    residual = (f64(h) @ output.T + bias) / held_back.clip(min=1) @ f64(experts.residual_basis).T
     np.testing.assert_allclose(f64(experts.vector(h)), alpha @ f64(experts.prototypes) + residual, atol=1e-4)
     without = experts.without_expert(1).route(h)
     kept = np.delete(alpha, 1, axis=-1)
@@ -157,14 +158,44 @@ def test_a_residual_that_is_quadratic_is_found_and_is_its_formula() -> None:
     assert float(1 - left) == pytest.approx(told.explained, abs=0.05)
     controller, h = experts.controller, f64(torch.randn(3, 12)) * 5
     assert isinstance(controller, QuadraticController)
-    _, _, output, bias, view, start, forms = (f64(part) for part in controller)
+    _, _, output, bias, view, start, forms, reach, middle = (f64(part) for part in controller)
+    held_back = np.square(h @ reach.T + middle).sum(-1, keepdims=True).clip(min=1)
     z = h / np.linalg.norm(h, axis=1, keepdims=True) @ view.T + start
-    beta = h @ output.T + bias + np.einsum("ni,mij,nj->nm", z, forms, z)
+    beta = (h @ output.T + bias + np.einsum("ni,mij,nj->nm", z, forms, z)) / held_back
     found = experts.parts(torch.from_numpy(h).float())
     np.testing.assert_allclose(f64(found.coefficients), beta, atol=1e-3)
-    # what is quadratic stays bounded: far out, v is that of the affine part alone
-    far = [f64(experts.vector(torch.from_numpy(h * scale).float())) / scale for scale in (1e4, 1e5)]
-    np.testing.assert_allclose(far[1], h @ output.T @ f64(experts.residual_basis).T, atol=1e-2)
+
+
+def test_far_from_all_queries_nothing_but_the_prototypes_is_left() -> None:
+    """Inside the reach, where all held-out queries lie, nothing is changed."""
+    for queries, shifts in (bent(), modes(3)[:2]):
+        experts = closed(queries, shifts, n_experts=1)
+        controller = experts.controller
+        assert isinstance(controller, QuadraticController)
+
+        def distance(h: torch.Tensor, controller: QuadraticController = controller) -> torch.Tensor:
+            return (h @ controller.reach_weight.T + controller.reach_bias).norm(dim=1)
+
+        assert 0.4 < float(distance(queries).max()) <= 1.001
+        open_ended = controller._replace(reach_weight=controller.reach_weight[:0], reach_bias=controller.reach_bias[:0])
+        torch.testing.assert_close(controller.coefficients(queries), open_ended.coefficients(queries))
+        last = torch.inf
+        for scale in (10, 100, 1000):
+            h = queries.mean(dim=0) + scale * (queries - queries.mean(dim=0))
+            factor = controller.coefficients(h) / open_ended.coefficients(h)
+            torch.testing.assert_close(factor, (1 / distance(h).square()).unsqueeze(1).expand_as(factor))
+            size = float(experts.parts(h).residual_part.norm(dim=1).mean())
+            assert size < last
+            last = size
+        assert last < 0.1 * float(experts.parts(queries).residual_part.norm(dim=1).mean())
+
+
+@pytest.mark.filterwarnings("ignore:the experts explain")  # there is nothing that could tell them
+def test_a_fit_to_queries_that_do_not_vary_has_no_bounds() -> None:
+    queries, shifts, _ = modes(1, n=30)
+    same = torch.ones_like(queries)
+    controller = closed(same, shifts, n_experts=1).controller
+    assert isinstance(controller, QuadraticController) and controller.reach_bias.shape == (0,)
 
 
 def test_products_of_coordinates_are_the_square_of_an_inner_product() -> None:

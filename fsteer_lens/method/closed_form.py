@@ -7,7 +7,7 @@
    weight of the ridge and τ are those of the least cross-entropy on held-out queries; τ = 0 is the mean shift.
 4. U β(h): ridge regression of what the cross-fitted α leaves, δ − C α, its weight that of the least held-out error; U
    are the first m directions of what it predicts. β is affine in h, or quadratic where that is clearly better on
-   held-out queries (`quadratic`).
+   held-out queries (`quadratic`), and is held back far from the queries (`reach`).
 """
 
 from collections.abc import Sequence
@@ -24,6 +24,7 @@ from fsteer_lens.method.clusters import CLEARED, STRONG, cluster_labels, gap, pr
 from fsteer_lens.method.controller import QuadraticController
 from fsteer_lens.method.folds import Fold
 from fsteer_lens.method.quadratic import View, forms_of, view_of
+from fsteer_lens.method.reach import Reach, reach_of
 from fsteer_lens.method.ridge import NEGLIGIBLE, STRENGTHS, Spectrum
 
 DIMENSIONS: Final = 256
@@ -86,6 +87,7 @@ class Queries(NamedTuple):
         view: the coordinates whose products are taken.
         alone: h − h̄ in the directions, p columns.
         squared: these, and the products after them.
+        reach: how far a fit to `alone` reaches.
     """
 
     mean: Float[Tensor, " d"]
@@ -93,6 +95,7 @@ class Queries(NamedTuple):
     view: View
     alone: Rows
     squared: Rows
+    reach: Reach
 
     @classmethod
     def of(cls, h: Float[Tensor, "n d"], delta: Float[Tensor, "n d"], folds: Sequence[Fold]) -> "Queries":
@@ -101,7 +104,7 @@ class Queries(NamedTuple):
         rows = (h - mean) @ directions
         view = view_of(h, float(rows.square().sum(dim=1).mean()))
         alone, squared = (Rows.of(one, delta, folds) for one in (rows, torch.cat([rows, view(h)], dim=1)))
-        return cls(mean, directions, view, alone, squared)
+        return cls(mean, directions, view, alone, squared, reach_of(rows, folds))
 
 
 class Routing(NamedTuple):
@@ -304,6 +307,15 @@ def controller_of(
     output = (queries.directions @ weight[:p]).T.contiguous()
     view, forms = forms_of(queries.view, weight[p:]) if quadratic else forms_of(queries.view.without(), weight[:0])
     start = basis.T @ residual.bias - residual.rows.mean(dim=0) @ weight - output @ queries.mean
+    reach = (queries.directions @ queries.reach.weight).T.contiguous()
     return QuadraticController(
-        route, routing.bias - route @ queries.mean, output, start, view.weight.T.contiguous(), view.bias, forms
+        route,
+        routing.bias - route @ queries.mean,
+        output,
+        start,
+        view.weight.T.contiguous(),
+        view.bias,
+        forms,
+        reach,
+        queries.reach.bias - reach @ queries.mean,
     )

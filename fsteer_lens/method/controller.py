@@ -58,7 +58,8 @@ class Controller(NamedTuple):
 
 class QuadraticController(NamedTuple):
     """The maps of experts that were fitted in closed form, W [out in] and b [out]: logits are affine in h, and so is β,
-    but for zᵀ Q z of the q coordinates z of h/‖h‖, Q [m q q]; q is 0 where that was not clearly better."""
+    but for zᵀ Q z of the q coordinates z of h/‖h‖, Q [m q q]; q is 0 where that was not clearly better. Beyond the
+    reach of the fit, where the r numbers of `reach` are longer than 1, β is divided by their squared length."""
 
     route_weight: Tensor
     route_bias: Tensor
@@ -67,6 +68,8 @@ class QuadraticController(NamedTuple):
     view_weight: Tensor
     view_bias: Tensor
     forms: Tensor
+    reach_weight: Tensor
+    reach_bias: Tensor
 
     @property
     def axes(self) -> dict[str, str]:
@@ -79,6 +82,8 @@ class QuadraticController(NamedTuple):
             "view_weight": "q d",
             "view_bias": "q",
             "forms": "m q q",
+            "reach_weight": "r d",
+            "reach_bias": "r",
         }
 
     def logits(self, h: Float[Tensor, "*batch d"], prototypes: Float[Tensor, "k d"]) -> Float[Tensor, "*batch k"]:
@@ -87,12 +92,13 @@ class QuadraticController(NamedTuple):
 
     def coefficients(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch m"]:
         """β(h)."""
+        beyond = F.linear(h, self.reach_weight, self.reach_bias).square().sum(dim=-1, keepdim=True)
         affine = F.linear(h, self.output_weight, self.output_bias)
         if not len(self.view_bias):
-            return affine
+            return affine / beyond.clamp(min=1)
         z = F.linear(F.normalize(h, dim=-1), self.view_weight, self.view_bias)
         products = (z.unsqueeze(-1) * z.unsqueeze(-2)).flatten(-2)
-        return affine + F.linear(products, self.forms.flatten(-2))
+        return (affine + F.linear(products, self.forms.flatten(-2))) / beyond.clamp(min=1)
 
 
 @dataclass(frozen=True)
