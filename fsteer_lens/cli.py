@@ -100,8 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     option("--out", type=Path, required=True, help="the steering, a .safetensors file")
     option("--shift", choices=["response_mean", "last_prompt"], default="response_mean")
     option("--rank", type=int, help="rank of the gate's subspace")
-    option("--gate", choices=["quantile", "logistic", "energy", "none"], help="none: always")
-    option("--general", type=Path, help="prompts to leave alone, for the logistic gate: .txt, .jsonl or .csv")
+    kinds = ["quantile", "logistic", "energy", "linear", "residual_ratio", "cosine", "null_space", "none"]
+    option("--gate", choices=kinds, help="none: always (default: linear with --general, else quantile)")
+    option("--general", type=Path, help="prompts to leave alone: .txt, .jsonl or .csv")
+    option("--near-misses", type=Path, help="those of them that look like prompts to be steered, likewise")
     option("--strength", type=float, default=1.0)
     option("--scope", choices=["all", "prompt", "generated"], help="positions (default: by --shift)")
     option("--preset", choices=["paper", "0.1"], help="trained, to the paper's letter or as by 0.1 (default: not)")
@@ -164,24 +166,25 @@ def _load_model(args: argparse.Namespace) -> Any:
 def _fit(args: argparse.Namespace) -> int:
     from fsteer_lens import collect, collect_queries, fit, save
     from fsteer_lens.prompts.files import read_contrasts, read_prompts
+    from fsteer_lens.steering.fitting import put_together
 
     always = args.gate == "none"
-    if always and (args.rank is not None or args.general is not None):
-        raise InputError("--rank and --general have no effect with --gate none", fix="Leave them out.")
-    if args.gate in ("quantile", "energy") and args.general is not None:
-        raise InputError(f"--general has no effect with --gate {args.gate}", fix="Leave it out, or take another gate.")
+    if always and any(one is not None for one in (args.rank, args.general, args.near_misses)):
+        raise InputError("--rank, --general and --near-misses have no effect with --gate none", fix="Leave them out.")
     _require_folder(args.out)
     columns = _columns(args)
     contrasts = read_contrasts(args.data, columns)
-    general_prompts = None if args.general is None else read_prompts(args.general, columns.get("prompt"))
+    paths = {"general": args.general, "near_misses": args.near_misses}
+    told = {name: read_prompts(path, columns.get("prompt")) for name, path in paths.items() if path is not None}
     model = _load_model(args)
     run = {"layer": args.layer, **_passes(args)}
     activations = collect(model, contrasts, shift=args.shift, **run)
-    general = None if general_prompts is None else collect_queries(model, general_prompts, **run)
-    options = {"rank": 1, "gate": "energy"} if always else _given(args, "rank", "gate")  # the least of gates, if any
-    options |= {"strength": args.strength, "seed": args.seed, **_given(args, "scope", "preset")}
-    steering = fit(activations, general=general, **options)
-    steering = steering.with_gate(None) if always else steering
+    others: dict[str, Any] = {name: collect_queries(model, prompts, **run) for name, prompts in told.items()}
+    options = {"strength": args.strength, "seed": args.seed, **_given(args, "scope", "preset")}
+    if always:  # behind the least of gates, which is then taken off
+        steering = put_together(activations, rank=1, gate="energy", **options).with_gate(None)
+    else:
+        steering = fit(activations, **others, **_given(args, "rank", "gate"), **options)
     save(steering, args.out, model=model)
     _console().print(
         f"{steering}\nfitted to {len(contrasts)} contrasts, saved as {args.out}", markup=False, soft_wrap=True

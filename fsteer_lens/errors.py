@@ -1,4 +1,4 @@
-"""Everything that `fsteer_lens` raises, or warns of, on purpose.
+"""Everything that `fsteer_lens` raises on purpose.
 
     FsteerError
     ├── InputError            a value that cannot be used as given (also a ValueError)
@@ -74,7 +74,3 @@ class FileFormatError(FsteerError):
 
 class MissingDependencyError(FsteerError):
     """An optional package, or a model class, that is not installed."""
-
-
-class UncheckedGateWarning(UserWarning):
-    """Nobody knows what a gate does with queries that it should leave alone, or it opens for many of them."""

@@ -259,7 +259,7 @@ def test_lengths_compare_across_methods(
 
     assert length(fit_mean_shift(own)) == pytest.approx(3.0)
     assert length(fit_mean_shift(own, schedule=Schedule((0.5, 1.0)))) == pytest.approx(1.5)
-    method = fit(own, epochs=20, rank=8)
+    method = fit(own, preset="0.1", epochs=20, rank=8)
     h = collect_queries(tutor_model, STEERED, layer=LAYER, progress=False).queries
     experts, gate = method.experts_at(LAYER), method.gate_at(LAYER)
     assert gate is not None
@@ -267,7 +267,7 @@ def test_lengths_compare_across_methods(
     assert length(method.with_gate(None)) == pytest.approx(float(free.mean()), rel=1e-3)
     assert length(method) == pytest.approx(float(gated.mean()), rel=1e-3)
     assert length(method.with_gate(made_up.shut())) == 0.0
-    both = fit({2: trained[2], LAYER: own}, epochs=5, gate="energy", gate_layer=2)
+    both = fit({2: trained[2], LAYER: own}, preset="0.1", epochs=5, gate="energy", gate_layer=2)
     hs = collect_queries(tutor_model, STEERED, layer=[2, LAYER], progress=False)
     first = both.gate_at(2)
     assert first is not None

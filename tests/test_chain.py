@@ -243,7 +243,7 @@ def test_any_link_may_decide_at_every_step(tutor_model: SteerableModel) -> None:
     once, stepwise = Watching(False), Watching(True)
     for link in (once, stepwise):
         generate(tutor_model, ROWS, link, max_new_tokens=2, progress=False)
-    assert len(once.queries) == 4 and all(queries.keys() == {1, 4} for queries in once.queries)
+    assert len(once.queries) == 4 and all(queries["last"].keys() == {1, 4} for queries in once.queries)
     assert stepwise.queries == [None] * 4, "no pass over the prompt can answer what is asked at every step"
     with pytest.raises(InputError, match=r"Watching.*decides at every step.*live"):
         generate(tutor_model, ROWS, chain(once, stepwise), read="clean", progress=False)

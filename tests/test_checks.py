@@ -30,7 +30,7 @@ from fsteer_lens.ground.checks import (
     whole,
 )
 from fsteer_lens.prompts import passes
-from fsteer_lens.selection import grid
+from fsteer_lens.selection import measuring as measures
 
 BOOLS = [True, False, np.True_, np.array(False), torch.tensor(True)]
 TEXTS = ["3", "", b"3"]
@@ -231,7 +231,7 @@ def test_options_become_a_value_with_defaults_and_plain_fields() -> None:
         (passes.PassOptions, passes.Passes),
         (measuring.MeasureOptions, measuring.Measuring),
         (sweeps.SweepOptions, sweeps._Sweeping),
-        (grid.SearchOptions, grid._Searching),
+        (measures.SearchOptions, measures.Searching),
         (tokens.ViewOptions, tokens.TokenView),
         (gate_reports.ReportOptions, gate_reports._Options),
         (attacks.AttackOptions, attacks._Options),

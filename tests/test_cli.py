@@ -116,7 +116,7 @@ def test_columns_of_other_names_are_read_from_csv_and_jsonl(tmp_path: Path, caps
         ("renamed.csv", "general.csv", columns),
     ):
         out = tmp_path / f"{data}.safetensors"
-        given = ["--data", tmp_path / data, "--general", tmp_path / others]
+        given = ["--data", tmp_path / data, "--general", tmp_path / others, "--gate", "logistic"]
         assert run("fit", *common, out, *given, *more) == 0, capsys.readouterr().err
         made.append(out.read_bytes())
     assert made[0] == made[1] == made[2]
@@ -249,7 +249,11 @@ def test_fit_and_generate_on_a_model_from_a_folder(gate: str, tmp_path: Path, ca
     data = write_jsonl(tmp_path / "contrasts.jsonl", cheerful_and_sad())
     general = tmp_path / "general.txt"
     general.write_text("\n".join(f"The {noun} is" for noun in ("house", "car", "sun", "moon")), encoding="utf-8")
-    options = {"quantile": ["--rank", 4], "logistic": ["--general", general], "none": ["--gate", "none"]}[gate]
+    options = {
+        "quantile": ["--rank", 4],
+        "logistic": ["--gate", "logistic", "--general", general],
+        "none": ["--gate", "none"],
+    }[gate]
     out = tmp_path / "cheerful.safetensors"
     assert run("fit", "--model", STORIES, "--data", data, "--layer", 2, "--out", out, *options) == 0
     prompts = ["Once upon a time, Tom saw a cat.", "[bold]One day[/bold]"]

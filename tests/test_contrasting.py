@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 
 import fsteer_lens as fs
-from fsteer_lens.errors import InputError, ShapeError, UncheckedGateWarning
+from fsteer_lens.errors import InputError, ShapeError
 from fsteer_lens.method import contrasting
 from fsteer_lens.method.contrasting import cut_at_rate, fit_linear
 from fsteer_lens.method.gates import OPEN, Gate
 from fsteer_lens.method.linear_gates import LinearGate, out_of_fold
 from fsteer_lens.method.residual_gates import ResidualRatioGate
+from tests import made_up
 from tests.test_fitting import activations, general
 
 D = 12
+EXPERTS, WIDER = made_up.experts(0, 10), made_up.experts(0, D)
 
 
 def world(n: int = 120, seed: int = 0, said: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
@@ -129,7 +131,6 @@ def test_copies_are_fitted_to_and_stay_with_what_they_are_copies_of(monkeypatch:
 
     score = LinearGate.score
     monkeypatch.setattr(contrasting, "fit_linear", watching)
-    monkeypatch.setattr("fsteer_lens.method.fitting_gates.fit_linear", watching)
     monkeypatch.setattr(LinearGate, "score", lambda self, h: scored.append(len(h)) or score(self, h))
     fs.fit_gate(rows, kind="linear", general=others, augment=augment)
     *folds, whole = seen
@@ -205,7 +206,9 @@ def test_two_subspaces_of_different_widths_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "residual_ratio"])
 def test_they_are_saved_with_what_is_known_of_them(kind: Any, tmp_path: Path) -> None:
-    by = fs.fit(activations(), general=general(), near_misses=general(seed=5), gate=kind, n_experts=2, false_alarms=0.1)
+    by = fs.fit(
+        activations(), general=general(), near_misses=general(seed=5), gate=kind, experts=EXPERTS, false_alarms=0.1
+    )
     fs.save(by, tmp_path / "steering")
     found, h = fs.load(tmp_path / "steering"), torch.randn(30, 10)
     assert torch.equal(found.gate_at(2)(h), by.gate_at(2)(h))  # type: ignore[misc]
@@ -225,23 +228,23 @@ def test_the_gate_reads_the_mean_unless_that_serves_worse() -> None:
     ):
         own = with_mean(fs.Activations(last[0], torch.randn(40, D), layer=2, shift="last_prompt"), mean[0])
         others = with_mean(fs.Activations(last[1], layer=2), mean[1])
-        by = fs.fit(own, general=others, n_experts=2)
+        by = fs.fit(own, general=others, experts=WIDER)
         gate = by.gate_at(2)
         assert gate is not None and (gate.read, by.read) == (expected, "last")
-        assert fs.fit(own, general=others, n_experts=2, read="last").gate_at(2).read == "last"  # type: ignore[union-attr]
-    without = fs.fit(replace(own, readings={}), general=others, n_experts=2).gate_at(2)
+        assert fs.fit(own, general=others, experts=WIDER, read="last").gate_at(2).read == "last"  # type: ignore[union-attr]
+    without = fs.fit(replace(own, readings={}), general=others, experts=WIDER).gate_at(2)
     assert without is not None and without.read == "last", "what was not read cannot be asked for"
 
 
 def test_fit_tells_when_nobody_has_looked_at_the_gate_or_it_is_open_for_many() -> None:
-    own, options = activations(), {"rank": 3, "n_experts": 2}
-    with pytest.warns(UncheckedGateWarning, match="gate of layer 2 has not been looked at .* give general="):
+    own, options = activations(), {"rank": 3, "experts": EXPERTS}
+    with pytest.warns(UserWarning, match="gate of layer 2 has not been looked at .* give general="):
         fs.fit(own, **options)
     same = replace(own, shifts=None, shift=None)
-    with pytest.warns(UncheckedGateWarning, match=r"opens for \d+% of the general queries"):
+    with pytest.warns(UserWarning, match=r"opens for \d+% of the general queries"):
         fs.fit(own, general=same, gate="quantile", **options)
     far = replace(same, queries=own.queries + 100 * torch.eye(10)[-1])  # where queries to be steered hardly vary
     fs.fit(own, general=far, gate="quantile", **options)  # any warning of that kind is an error here
-    with pytest.warns(UncheckedGateWarning, match="opens for"):
-        fs.fit(own, general=same, preset="paper", **options)
-    fs.fit(own, general=far, n_experts=2)
+    with pytest.warns(UserWarning, match="opens for"):
+        fs.fit(own, general=same, preset="paper", rank=3, n_experts=2, epochs=1)
+    fs.fit(own, general=far, experts=EXPERTS)

@@ -128,7 +128,7 @@ def test_the_kind_of_gate_follows_what_is_given():
         ({"general": others, "rank": 3, "gate": "residual_ratio"}, ResidualRatioGate),
         ({"rank": 3, "gate": "energy"}, EnergyGate),
     ]
-    quick = {"epochs": 2, "n_experts": 4}
+    quick = {"preset": "0.1", "epochs": 2, "n_experts": 4}
     for options, kind in kinds:
         assert type(fit(own, **options, **quick).gate_at(2)) is kind
     with pytest.raises(InputError, match=r"got \['rank'\]"):

@@ -94,7 +94,7 @@ def test_linear_probe_is_the_pipeline_of_sklearn_and_finds_a_planted_direction()
     direction = torch.nn.functional.one_hot(torch.tensor(4), d).float()
     scale = torch.linspace(0.1, 10, d)
     queries, general = (torch.randn(80, d) + 2 * direction) * scale + 3, torch.randn(240, d) * scale + 3
-    probe = fit_gate(queries, kind="linear", general=general)
+    probe = fit_gate(queries, kind="linear", general=general, false_alarms=None)
     assert isinstance(probe, LinearGate)
     both = torch.cat([queries, general]).double().numpy()
     # sklearn divides by n, torch by n - 1: one scale for all columns, which C = 1 feels in the fourth digit

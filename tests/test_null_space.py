@@ -37,7 +37,7 @@ from tests.running import LAYER
 from tests.test_fitting import D, activations, general
 
 WIDTH = 24
-QUICK: dict[str, Any] = {"epochs": 2, "n_experts": 4}
+QUICK: dict[str, Any] = {"preset": "0.1", "epochs": 2, "n_experts": 4}
 
 
 def drawn(n: int, seed: int, axes: range, **along: float) -> torch.Tensor:

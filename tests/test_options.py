@@ -173,8 +173,7 @@ def test_running_and_drawing(tutor_model: SteerableModel, option: str, call: Cal
 
 
 COMMANDS = {
-    "--rank and --general": ["fit", "--gate", "none", "--rank", "0"],
-    "--general has no effect with --gate quantile": ["fit", "--gate", "quantile", "--general", "x.txt"],
+    "--rank, --general and --near-misses": ["fit", "--gate", "none", "--rank", "0"],
 }
 
 

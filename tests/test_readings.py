@@ -170,7 +170,7 @@ def test_a_turns_end_is_found_by_every_way_of_running(chatting: SteerableModel) 
     assert not torch.allclose(loud.reading("last").queries, read.reading("last").queries, atol=1e-3), "the control"
     for own in (read, loud):
         gate = gate_at("turn_end", own.queries, 1)
-        by = fs.fit(own, gate=gate, n_experts=2, strength=0.1)
+        by = fs.fit(own, gate=gate, preset="0.1", n_experts=2, epochs=2, strength=0.1)
         assert by.reads == ("turn_end",)
         expected = gate(own.queries)
         made = fs.generate(chatting, TEXTS, by, max_new_tokens=2, **QUIET)

@@ -284,7 +284,7 @@ def test_a_file_of_an_earlier_version_is_gone_on_with(tutor_model: SteerableMode
 
 def test_trials_tell_how_much_is_added(tutor_model: SteerableModel) -> None:
     def experts(own: Activations, general: Activations | None) -> Steering:
-        return fit(own, epochs=5, rank=8)
+        return fit(own, preset="0.1", epochs=5, rank=8)
 
     options = {**PLACED, "layers": [3, 4], "strengths": [0.5, 2.0]}
     plain = search(tutor_model, SPLITS, **options)  # type: ignore[arg-type]

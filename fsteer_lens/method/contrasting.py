@@ -7,21 +7,25 @@
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fsteer_lens.errors import InputError
-from fsteer_lens.method.folds import cut_folds
+from fsteer_lens.errors import InputError, ShapeError
+from fsteer_lens.ground.checks import finite, seed_of, whole
+from fsteer_lens.method.folds import FOLDS, cut_folds
+from fsteer_lens.method.linalg import require_matrix, require_rank
 from fsteer_lens.method.linear_gates import CosineGate, LinearGate, OutOfFold
 from fsteer_lens.method.residual_gates import ResidualRatioGate
 from fsteer_lens.method.subspace import fit_subspace
 
+FALSE_ALARMS: Final = 0.05
 ContrastingGate = LinearGate | CosineGate | ResidualRatioGate
 Fit = Callable[[Tensor, Tensor], ContrastingGate]
 """Makes a gate from activations to be steered, and from those to be left alone."""
@@ -52,6 +56,56 @@ class Cutting(NamedTuple):
     folds: int
     groups: Sequence[str | None] | None
     seed: int
+
+
+def fit_contrasting_gate(
+    kind: str,
+    parts: Mapping[str, Float[Tensor, "_ d"]],
+    rank: int | None,
+    groups: Sequence[str | None] | None,
+    *,
+    false_alarms: float | None = FALSE_ALARMS,
+    augment: Mapping[str, Any] | None = None,
+    folds: int = FOLDS,
+    seed: int = 0,
+) -> ContrastingGate:
+    """A gate of both kinds of query; arguments and errors as of `fit_gate`, `parts` by their names there."""
+    augment = augment or {}
+    d_model = parts["queries"].shape[-1]
+    rows = {name: require_matrix(part, name, min_rows=3, d_model=d_model) for name, part in parts.items()}
+    unknown = sorted(set(augment) - set(rows))
+    if unknown:
+        raise InputError("augment", expected=f"copies of what is given, by name: {list(rows)}", got=unknown)
+    sides = {name: _side(name, part.to(rows["queries"]), augment.get(name)) for name, part in rows.items()}
+    wanted, beside = sides.pop("queries"), list(sides.values())
+    starts = [sum(len(side.rows) for side in beside[:place]) for place in range(len(beside))]
+    others = Side(
+        torch.cat([side.rows for side in beside]),
+        torch.cat([side.copies for side in beside]),
+        torch.cat([start + side.source for start, side in zip(starts, beside, strict=True)]),
+    )
+    fit: Fit = fit_cosine if kind == "cosine" else fit_linear
+    if kind == "residual_ratio":
+        smallest = min(len(side.rows) for side in (wanted, others))
+        smallest -= -(-smallest // folds) if false_alarms is not None else 0
+        limit = min(smallest, d_model) - 1
+        what = f"min(n, d) - 1 of the smallest training fold, {smallest} queries"
+        fit = partial(fit_residual_ratio, rank=require_rank(rank, limit, what))
+    if kind == "cosine" or false_alarms is None:
+        return fit(torch.cat([wanted.rows, wanted.copies]), torch.cat([others.rows, others.copies]))
+    rate = finite("false_alarms", false_alarms, above=0, below=1)
+    cutting = Cutting(rate, whole("folds", folds, 2), groups, seed_of(seed))
+    return fit_cut(fit, wanted, others, len(rows.get("near_misses", ())), cutting)
+
+
+def _side(name: str, rows: Float[Tensor, "n d"], copies: Any) -> Side:
+    if copies is None:
+        return Side(rows, rows[:0], torch.empty(0, dtype=torch.long, device=rows.device))
+    made = require_matrix(copies, f"augment[{name!r}]", d_model=rows.shape[1]).to(rows)
+    if len(made) % len(rows):
+        expected = f"a whole number of copies of each of {len(rows)} {name}"
+        raise ShapeError(f"augment[{name!r}]", expected=expected, got=f"{len(made)} rows")
+    return Side(rows, made, torch.arange(len(made), device=rows.device) % len(rows))
 
 
 def fit_cut(fit: Fit, wanted: Side, others: Side, near_misses: int, cutting: Cutting) -> ContrastingGate:

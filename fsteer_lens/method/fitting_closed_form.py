@@ -3,7 +3,6 @@
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Final
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,10 +17,8 @@ from fsteer_lens.method.closed_form import (
 from fsteer_lens.method.controller import QuadraticController
 from fsteer_lens.method.experts import Experts, HeldOut
 from fsteer_lens.method.fit_reports import held_out_of, report_of
-from fsteer_lens.method.folds import cut_folds
+from fsteer_lens.method.folds import FOLDS, cut_folds
 from fsteer_lens.method.linalg import move
-
-FOLDS: Final = 5
 
 
 def fit_closed_form(

@@ -1,6 +1,7 @@
 """Folds for cross-fitting, cut by group where groups are given."""
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from jaxtyping import Int
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import DataError
 
+FOLDS: Final = 5
 Fold = tuple[Int[Tensor, "_"], Int[Tensor, "_"]]  # "_": folds need not be of one size
 
 

@@ -100,7 +100,7 @@ def _same(model: SteerableModel) -> bool:
     tokens = (torch.arange(3 * 6, device="cpu").reshape(3, 6) * 7 + 1).clamp(max=most).to(device)
     mask = torch.ones_like(tokens, dtype=torch.bool)
     mask[0, :2] = False
-    rows, cut = torch.tensor([0, 1, 1, 2], device=device), 4
+    rows, cut = torch.tensor([0, 1, 1, 2], dtype=torch.long, device=device), 4
     with hooks_suspended(model):
         plain = Forward(model, cache=False)(tokens[rows], mask[rows])
         base = Forward(model, cache=True)

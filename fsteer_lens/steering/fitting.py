@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from fsteer_lens.errors import DataError, InputError, MismatchError, UncheckedGateWarning
+from fsteer_lens.errors import DataError, InputError, MismatchError
 from fsteer_lens.ground.checks import choice, instance, require_unset
+from fsteer_lens.method.contrasting import FALSE_ALARMS
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.fitting_experts import PRESETS, Preset, fit_experts
 from fsteer_lens.method.fitting_gates import (
     CONTRASTING_KINDS,
-    FOLDS,
+    CUT_KINDS,
     NEED_GENERAL,
     NULL_SPACE,
     SUBSPACE_KINDS,
@@ -20,6 +21,7 @@ from fsteer_lens.method.fitting_gates import (
     Kind,
     fit_gate,
 )
+from fsteer_lens.method.folds import FOLDS
 from fsteer_lens.method.gates import OPEN, Gate, Reading, require_reading
 from fsteer_lens.method.linear_gates import out_of_fold
 from fsteer_lens.prompts.formats import merge_formats
@@ -79,7 +81,7 @@ def fit(
             takes activations here, by name as in `fit_gate`.
 
     Warns:
-        UncheckedGateWarning: no general queries, or the gate opens for many of them.
+        UserWarning: no general queries, or the gate opens for many of them.
 
     Raises:
         InputError: an unknown option, or one that has no effect.
@@ -235,7 +237,7 @@ def _folded_by(kind: Kind, own: Activations, options: Mapping[str, Any]) -> tupl
 def _is_folded(kind: Kind | None, options: Mapping[str, Any]) -> bool:
     if kind in SUBSPACE_KINDS:
         return options.get("calibration") is None and options.get("folds", FOLDS) is not None
-    return kind in ("linear", "residual_ratio") and options.get("false_alarms", FOLDS) is not None
+    return kind in CUT_KINDS and options.get("false_alarms", FALSE_ALARMS) is not None
 
 
 def _draws(kind: Kind | None, own: Activations, options: Mapping[str, Any]) -> bool:
@@ -290,7 +292,7 @@ def _check_gate(gate: Gate, general: Activations | None, layer: int) -> None:
             f"opens for {opened:.0%} of the general queries, which it should leave alone: give them as general=, with"
             ' gate="linear", which is fitted to both kinds'
         )
-    warnings.warn(f"the gate of layer {layer} {problem}", UncheckedGateWarning, stacklevel=3)
+    warnings.warn(f"the gate of layer {layer} {problem}", stacklevel=3)
 
 
 def _groups_of(own: Activations) -> tuple[str | None, ...] | None:

@@ -45,7 +45,7 @@ def fit_gates(
     assert fitted is not None
     return {
         GATE: fitted,
-        PROBE: fit_gate(trained.queries, kind="linear", general=general, layer=trained.layer),
+        PROBE: fit_gate(trained.queries, kind="linear", general=general, false_alarms=None, layer=trained.layer),
         COSINE: fit_gate(trained.queries, kind="cosine", general=general, layer=trained.layer),
     }
 
