@@ -184,7 +184,8 @@ class Activations:
 
     def __repr__(self) -> str:
         n, d_model = self.queries.shape
-        return f"Activations(n={n}, d_model={d_model}, layer={self.layer}, shift={self.shift}, read={self.read})"
+        read = "" if self.read == "last" else f", read={self.read}"
+        return f"Activations(n={n}, d_model={d_model}, layer={self.layer}, shift={self.shift}{read})"
 
     def to(self, device: Any = None, dtype: torch.dtype | None = None) -> "Activations":
         """The same activations on another device or in another dtype."""
