@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from fsteer_lens import FineSteer, SubspaceAblation, collect_queries, fit, generate, tutor
+from fsteer_lens import FineSteer, SubspaceAblation, collect_queries, fit, fit_gate, generate, tutor
 from fsteer_lens.errors import FsteerError, InputError
 from fsteer_lens.explorer import Explorer, Settings, explore, worlds
 from fsteer_lens.explorer.pictured import grouped, pictured
@@ -95,6 +95,10 @@ def test_the_browser_is_told_what_the_fit_is_worth_and_what_is_doubted(made, ste
     assert len(shown(at_an_edge)) == 1
     by_hand = replace(steering.experts_at(LAYER), report=None)
     assert shown(steering.with_experts(by_hand)) == []
+    alone = replace(trained[LAYER], queries=-trained[LAYER].queries, readings={})
+    cut = fit_gate(trained[LAYER].queries, kind="linear", general=alone.queries, layer=LAYER)
+    told = shown(steering.with_experts(by_hand).with_gate(cut))
+    assert len(told) == 1 and told[0].startswith("gate, out of fold: missed 0.0% of ")
 
 
 def test_only_the_first_prompts_are_shown_and_the_data_say_so(steering, tutor_model, groups):

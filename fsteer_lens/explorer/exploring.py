@@ -17,7 +17,8 @@ from fsteer_lens.ground.checks import instance, options_of, whole
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.hooks.probes import SubspaceAblation
 from fsteer_lens.method.experts import FitReport
-from fsteer_lens.method.gates import OPEN
+from fsteer_lens.method.gates import OPEN, Gate
+from fsteer_lens.method.linear_gates import out_of_fold
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.forms import GivenPrompts, Prompt, check_prompt
 from fsteer_lens.prompts.passes import FormatOptions, Passes, PassOptions
@@ -142,7 +143,7 @@ class Explorer:
         return {
             **self._pictured.message(),
             "title": shown(self._title),
-            "fit": _fit_lines(report),
+            "fit": _fit_lines(report, subject.gate),
             "composed": subject.gate is not None and not subject.has_threshold,
             "strengths": [-most if strength < 0 else 0.0, most],
             "marks_words": self._unknown is not None,
@@ -275,9 +276,11 @@ def explore(
     )
 
 
-def _fit_lines(report: FitReport | None) -> list[str]:
-    """What the fit is worth on queries that it did not see, and what speaks against it, line by line."""
+def _fit_lines(report: FitReport | None, gate: Gate | None) -> list[str]:
+    """What gate and fit are worth on queries that they did not see, and what speaks against it, line by line."""
+    apart = None if gate is None else out_of_fold(gate)
+    of_gate = [] if apart is None else [f"gate, out of fold: {apart}"]
     if report is None:
-        return []
+        return of_gate
     told = [] if report.held_out is None else [f"fit, held out: {report.held_out}", report.held_out.curve_text]
-    return [line for line in told if line] + [f"doubt: {shown(doubt)}" for doubt in report.doubts]
+    return of_gate + [line for line in told if line] + [f"doubt: {shown(doubt)}" for doubt in report.doubts]
