@@ -4,8 +4,9 @@ from fsteer_lens.method.experts import Experts, FitReport, HeldOut, Parts
 from fsteer_lens.method.fitting_experts import fit_experts
 from fsteer_lens.method.fitting_gates import fit_gate
 from fsteer_lens.method.gates import Gate
-from fsteer_lens.method.linear_gates import CosineGate, LinearGate
+from fsteer_lens.method.linear_gates import CosineGate, LinearGate, OutOfFold
 from fsteer_lens.method.null_space import DomainShare, NullSpaceGate
+from fsteer_lens.method.residual_gates import ResidualRatioGate
 from fsteer_lens.method.subspace import Subspace, fit_subspace
 from fsteer_lens.method.subspace_gates import EnergyGate, LogisticGate, QuantileGate, SubspaceGate, ThresholdGate
 
@@ -20,8 +21,10 @@ __all__ = [
     "LinearGate",
     "LogisticGate",
     "NullSpaceGate",
+    "OutOfFold",
     "Parts",
     "QuantileGate",
+    "ResidualRatioGate",
     "Subspace",
     "SubspaceGate",
     "ThresholdGate",
