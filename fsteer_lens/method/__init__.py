@@ -6,6 +6,7 @@ from fsteer_lens.method.fitting_gates import fit_gate
 from fsteer_lens.method.gates import Gate
 from fsteer_lens.method.linear_gates import CosineGate, LinearGate
 from fsteer_lens.method.null_space import DomainShare, NullSpaceGate
+from fsteer_lens.method.scan_gates import ScanGate
 from fsteer_lens.method.subspace import Subspace, fit_subspace
 from fsteer_lens.method.subspace_gates import EnergyGate, LogisticGate, QuantileGate, SubspaceGate, ThresholdGate
 
@@ -22,6 +23,7 @@ __all__ = [
     "NullSpaceGate",
     "Parts",
     "QuantileGate",
+    "ScanGate",
     "Subspace",
     "SubspaceGate",
     "ThresholdGate",
