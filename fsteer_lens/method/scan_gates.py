@@ -22,12 +22,12 @@ from fsteer_lens.method.linalg import variant
 class ScanGate(InnerGate):
     """Another gate's score, cut: 1 where it comes to `cut` for one window of the prompt, else 0.
 
-    `evaluation.fit_scan` makes one. A steering that holds it reads the windows of every prompt before it is run, which
-    takes the prompts as text or messages: in `generate`, `stream`, and whatever measures steering on prompts. Under
-    `.on` and `.attach` nobody knows them, and it raises. Called with activations, as here, it says what it makes of
-    each by itself; of a prompt that is the window nearest to opening it.
+    `evaluation.fit_scan` makes one. Called with activations it says what it makes of each by itself. A steering asks it
+    about the window of each prompt that comes nearest to opening it, whose score and readings are in the trace. That
+    takes prompts as text or messages: in `generate`, `stream`, and whatever measures steering on prompts. Under `.on`
+    and `.attach` nobody knows them, and the steering raises.
 
-    It cannot be a part of another gate, each part of which might open for another window: combine first, then scan.
+    It cannot be a part of another gate, whose parts might open for different windows: combine first, then scan.
 
     Attributes:
         inner: whose score.
