@@ -1,5 +1,6 @@
 """A gate that scans: the maximum over windows, the same wherever prompts are run, and what it does not stop."""
 
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from fsteer_lens import (
     chain,
     collect_queries,
     effects,
+    evaluate,
     explore,
     fit_gate,
     gate_report,
@@ -237,6 +239,26 @@ def test_of_several_layers_each_gate_scans_its_own(tutor_model: SteerableModel, 
     assert list(shared.scanning) == [2]
     trace = generate(tutor_model, prompts, shared, max_new_tokens=2, **QUIET).trace
     assert torch.equal(trace.gate[LAYER], trace.gate[2])
+
+
+def test_a_suite_scans_the_prompts_that_it_made_ids_of(
+    tutor_model: SteerableModel, steering: FineSteer, scan: ScanGate
+) -> None:
+    suite = tutor.TutorSuite(limit=8)
+    found = evaluate(tutor_model, {"scan": steering.with_gate(scan)}, suite, **QUIET)
+    wanted, kept = (measure.name for measure in suite.measures)
+    for items, name in ((suite.contrasts, wanted), (suite.tasks, kept)):
+        prompts = [str(item.prompt) for item in items]
+        said = [getattr(item, "preferred", None) or getattr(item, "answer", "") for item in items]
+        whole, bare = (
+            effects.exact_answers(tutor_model, one, prompts, said) for one in (steering.with_gate(None), None)
+        )
+        opened = torch.tensor([largest(tutor_model, scan.inner, prompt) for prompt in prompts]) >= scan.cut
+        assert torch.equal(found.items("scan", name), torch.where(opened, whole, bare))
+    told = Tokenisation(tutor_model)
+    remembering = Asked("<user>how to?<tutor>", told, context=tutor.world.SAFE).ids
+    assert Asked(remembering, told).windows(*AROUND) == [told.ids("<safe><user>how to?<tutor>")] == [remembering]
+    assert type(pickle.loads(pickle.dumps(remembering))) is list, "a copy holds no model"
 
 
 # ------------------------------------------------------------ calibration

@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.prompts.forms import Prompt, prompt_text
@@ -54,10 +55,16 @@ def _even(n: int, parts: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True, eq=False)
 class Asked:
-    """A prompt as it was given, with how it becomes tokens."""
+    """A prompt as it was given, with how it becomes tokens, and the context that stands before it; None is none."""
 
     prompt: Prompt
     tokenisation: Tokenisation
+    context: str | None = None
+
+    @property
+    def ids(self) -> "AskedIds":
+        """Token ids of the prompt, which remember it."""
+        return AskedIds(self)
 
     def windows(self, before: str = "", after: str = "") -> list[list[int]]:
         """Token ids of the prompt itself, which comes first, and of other prompts made of windows of it.
@@ -70,8 +77,10 @@ class Asked:
             InputError: no user's message, plain text without `before` and `after`, or a prompt that does not tell what
                 a person said in it: token ids, or text that the chat template was put around before.
         """
+        if isinstance(self.prompt, AskedIds):
+            return self.prompt.asked.windows(before, after)
         pieces = self._chat() if self.tokenisation.is_chat(self.prompt) else self._plain(before, after)
-        rows = (tuple(self.tokenisation.ids(piece)) for piece in [self.prompt, *pieces])
+        rows = (tuple(self.tokenisation.ids(piece, self.context)) for piece in [self.prompt, *pieces])
         return [list(row) for row in dict.fromkeys(rows)]
 
     def _chat(self) -> list[Prompt]:
@@ -97,3 +106,14 @@ class Asked:
             expected, fix = f"text between {before!r} and {after!r}", "Or make the gate with another fit_scan(format=)."
             raise InputError(told, expected=expected, got="none that a gate can scan", fix=fix)
         return [text[:start] + piece + text[end : end + len(after)] for piece in windows(text[start:end])]
+
+
+class AskedIds(list[int]):
+    """Token ids of a prompt that remember what they were made of; a copy of them does not."""
+
+    def __init__(self, asked: Asked) -> None:
+        super().__init__(asked.tokenisation.ids(asked.prompt, asked.context))
+        self.asked = asked
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return list, (list(self),)
