@@ -1,6 +1,7 @@
 """What steering does to given answers, by teacher forcing: nothing is generated."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 import torch
@@ -127,7 +128,7 @@ def exact_answers(
     prompts = prompts_of(prompts)
     passes = passes_of("exact_answers", options, model, steering, prompts)
     rows = answered(model, prompts, answers, passes)
-    ended = [Answered(row.prompt, (*row.answer, int(endings[0]))) for row in rows]
+    ended = [replace(row, answer=(*row.answer, int(endings[0]))) for row in rows]
     found = torch.zeros(len(rows), dtype=torch.float32, device="cpu")
     for index, logits in each_answer(model, ended, steering, batch_size=passes.batch_size):
         *said, last = logits.argmax(dim=-1).tolist()

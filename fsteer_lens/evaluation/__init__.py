@@ -12,6 +12,7 @@ from fsteer_lens.evaluation.gate_reports import (
 )
 from fsteer_lens.evaluation.perturbations import PERTURBATIONS, Perturbation, gives_same_answer, prefix, suffix, typos
 from fsteer_lens.evaluation.refusals import REFUSAL_PHRASES, RefusalSuite, harmbench, refuses, xstest
+from fsteer_lens.evaluation.scans import fit_scan
 from fsteer_lens.evaluation.suites import Measure, Setting, Suite
 from fsteer_lens.evaluation.truthfulness import TruthfulQA
 from fsteer_lens.ground.spread import every
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate",
     "every",
     "fit_ablations",
+    "fit_scan",
     "gate_report",
     "gives_same_answer",
     "harmbench",

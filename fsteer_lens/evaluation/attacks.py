@@ -30,6 +30,7 @@ from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.forms import Prompt, texts_of
 from fsteer_lens.prompts.passes import Passes, PassOptions
 from fsteer_lens.reading.reader import read_prompts
+from fsteer_lens.reading.scanning import scan_prompts
 from fsteer_lens.steering.steering import Steering
 
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
@@ -166,8 +167,9 @@ def attack_gate(
 ) -> AttackReport:
     """Replace words of prompts, greedily, so that a gate's score falls until it shuts.
 
-    The score is the gate's own, for a gate on a subspace its energy ratio, or minus it where it opens below. Prompts
-    for which the gate is shut already are left as they are. The search costs up to budget · candidates · words of a
+    The score is the gate's own, for a gate on a subspace its energy ratio, or minus it where it opens below; for one
+    that scans (`fit_scan`) that of the window nearest to opening it. Prompts for which the gate is shut already are
+    left as they are. The search costs up to budget · candidates · words of a
     prompt forward passes up to the gate's layer for each prompt, and a check of the meaning of as many texts as it
     takes to find one that keeps it.
 
@@ -201,7 +203,10 @@ def attack_gate(
 
     def read(texts: Sequence[str]) -> Float[Tensor, "n d"]:
         asked = [put(text) for text in texts]
-        found = read_prompts(model, asked, run, where, (attacked.read,))[attacked.read][where]
+        if attacked.scans:
+            found = scan_prompts(model, attacked, asked, run, where)
+        else:
+            found = read_prompts(model, asked, run, where, (attacked.read,))[attacked.read][where]
         return require_matrix(found, f"activations at layer {where}")
 
     def judged(h: Float[Tensor, "n d"]) -> tuple[list[float], list[bool]]:

@@ -5,7 +5,7 @@ left alone for which it opens. Both are shares of prompts that no gate was fitte
 intervals. A gate is not a security boundary: `attacks` measures how little it takes to shut one.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Unpack
 
@@ -28,6 +28,7 @@ from fsteer_lens.prompts.forms import Prompt, texts_of
 from fsteer_lens.prompts.passes import Passes, PassOptions
 from fsteer_lens.reading.collecting import READING
 from fsteer_lens.reading.reader import read_prompts
+from fsteer_lens.reading.scanning import scan_prompts
 from fsteer_lens.steering.steering import Steering
 
 Texts = Iterable[str] | Mapping[str, Iterable[str]]
@@ -201,6 +202,7 @@ def gate_report(
 ) -> GateReport:
     """Missed harm, false alarms and AUROC of gates, under every perturbation of the prompts.
 
+    A gate that scans (`fit_scan`) is asked about the windows of every prompt, those for the thresholds too.
     Every gate is measured twice: as it is, and with its score cut where `calibration` gives the common false-alarm
     rate. The thresholds are taken on unperturbed prompts, as one would before knowing what comes; both the harmful
     and the harmless prompts are then perturbed alike. Compare a gate with those of
@@ -251,13 +253,9 @@ def gate_report(
     said = [put(Perturbation(NONE), text) for text in calibration]
     wanted = [(p, kind, text) for p in perturbations for kind, groups in kinds.items() for text in groups[ALL]]
     perturbed = [put(p, text) for p, _, text in wanted]
-    reads: list[Reading] = list(dict.fromkeys(gate.read for gate in named.values()))
-    with run.bar(len(said) + len(perturbed), READING) as advance:
-        read = read_prompts(model, said + perturbed, run, where, reads, advance=advance)
-    rows = {way: require_matrix(found[where], f"activations at layer {where}") for way, found in read.items()}
+    rows = _activations(model, named, said + perturbed, run, where)
     cuts = {
-        name: threshold_at_rate(gate, run.false_alarm_rate, rows[gate.read][: len(said)])
-        for name, gate in named.items()
+        name: threshold_at_rate(gate, run.false_alarm_rate, rows[name][: len(said)]) for name, gate in named.items()
     }
     at_rate = {name: gate.at_threshold(cuts[name]) for name, gate in named.items()}
     places = {(p.name, kind, text): place for place, (p, kind, text) in enumerate(wanted, len(said))}
@@ -280,10 +278,26 @@ def gate_report(
                 [(name, text) in same for text in kinds[HARMFUL].get(group, ())], dtype=torch.bool, device="cpu"
             )
             for gate, own in named.items():
-                h = {kind: rows[own.read][chosen] for kind, chosen in at.items()}
+                h = {kind: rows[gate][chosen] for kind, chosen in at.items()}
                 for rate, one in ((None, own), (run.false_alarm_rate, at_rate[gate])):
                     found.append(GateRow(gate, name, group, rate, *_shares(own, one, h, kept)))
     return GateReport(tuple(found), run.false_alarm_rate, cuts, len(calibration))
+
+
+def _activations(
+    model: SteerableModel, gates: Mapping[str, Gate], prompts: Sequence[Prompt], passes: Passes, layer: int
+) -> dict[str, Float[Tensor, "n d"]]:
+    """What each gate is asked about: what it reads of each prompt, or of the nearest of its windows."""
+    reads: list[Reading] = list(dict.fromkeys(gate.read for gate in gates.values() if not gate.scans))
+    scans = [gate for gate in gates.values() if gate.scans]
+    found: dict[str, Tensor] = {}
+    with passes.bar(len(prompts) * (bool(reads) + len(scans)), READING) as advance:
+        read = read_prompts(model, prompts, passes, layer, reads, advance=advance) if reads else {}
+        for name, gate in gates.items():
+            found[name] = (
+                scan_prompts(model, gate, prompts, passes, layer, advance) if gate.scans else read[gate.read][layer]
+            )
+    return {name: require_matrix(h, f"activations at layer {layer}") for name, h in found.items()}
 
 
 def read_by(given: Mapping[str, Gate | Steering], layer: int | None) -> tuple[dict[str, Gate], int]:

@@ -15,6 +15,7 @@ from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
 from fsteer_lens.prompts.passes import Passes
+from fsteer_lens.prompts.windows import Asked
 
 Role = Literal["effect", "utility"]
 Own = TypeVar("Own", bound="Suite")
@@ -64,9 +65,9 @@ class Setting:
         return self.passes.batch_size
 
     def ids(self, model: SteerableModel, prompts: GivenPrompts) -> list[list[int]]:
-        """Prompts with the context as token ids."""
+        """Prompts with the context as token ids, which remember the prompts for gates that scan them."""
         tokenisation = self.passes.tokenisation(model)
-        return [tokenisation.ids(prompt, self.context) for prompt in prompts_of(prompts, least=0)]
+        return [Asked(prompt, tokenisation, self.context).ids for prompt in prompts_of(prompts, least=0)]
 
 
 class Suite(ABC):

@@ -8,7 +8,7 @@ from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import choice, finite, normalised, switch, whole
 from fsteer_lens.hooks.probes import SubspaceAblation
 from fsteer_lens.method.experts import Experts
-from fsteer_lens.method.gates import Gate
+from fsteer_lens.method.gates import Gate, require_still
 from fsteer_lens.method.subspace_gates import SubspaceGate, subspace_leaves
 from fsteer_lens.steering.steering import FineSteer
 
@@ -60,6 +60,8 @@ class Subject:
 
     def __post_init__(self) -> None:
         normalised(self, layer=choice("layer", self.layer, self.steering.layers, "a steered layer, one of"))
+        if self.gate is not None:
+            require_still(self.gate, "explore", "Explore the gate without its scan: steering.with_gate(gate.inner).")
         ranks = [leaf.rank for leaf in self.leaves]
         if ranks and not (len(set(ranks)) == 1 and ranks[0] <= self.ranks):
             raise InputError(

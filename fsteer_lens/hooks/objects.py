@@ -13,7 +13,7 @@ later one reads what an earlier one has edited. Objects in one `chain` all read 
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar, final
 from weakref import WeakKeyDictionary, ref
@@ -25,7 +25,7 @@ from torch import Tensor
 from fsteer_lens.errors import HookError, MismatchError, ShapeError
 from fsteer_lens.hooks.positions import View
 from fsteer_lens.hooks.session import Acted, Point, PointHook, Session, State
-from fsteer_lens.method.gates import Reading
+from fsteer_lens.method.gates import Gate, Reading
 from fsteer_lens.method.linalg import move
 from fsteer_lens.models.attaching import is_compiled, why_idle
 from fsteer_lens.models.classes import SteerableModel
@@ -150,7 +150,11 @@ class HookObject(ABC):
             prompt_lengths: real prompt tokens of each row, [b]; needed where the rows hold more than the prompt
                 (scoring) or are padded on the right. None: a row's last token is its query.
             attention_mask: 1 at real tokens, [b s]; needed for padded rectangles.
+
+        Raises:
+            HookError: a gate scans windows of the prompts, which these hooks do not know.
         """
+        self._require_no_scan("fwd_hooks")
         return Hooks(Session(self, prompt_lengths, attention_mask))
 
     @contextmanager
@@ -165,8 +169,10 @@ class HookObject(ABC):
         Raises:
             MismatchError: fitted on another model.
             SiteError: the model has no such layer.
-            HookError: at the end, if the model never ran through one of the hooks, or somebody else took them away.
+            HookError: at the end, if the model never ran through one of the hooks, or somebody else took them away; at
+                once, if a gate scans windows of the prompts, which these hooks do not know.
         """
+        self._require_no_scan("on")
         session = self.session_on(model, prompt_lengths, attention_mask)
         added = session.added_to(model)
         in_place = True
@@ -186,11 +192,23 @@ class HookObject(ABC):
             MismatchError: fitted on another model.
             SiteError: the model has no such layer.
             HookError: the model is compiled, so that its hooks may or may not run, and nobody looks at every forward.
-                Elsewhere `handle.trace` raises where one of them has never run.
+                Elsewhere `handle.trace` raises where one of them has never run. Or a gate scans, as in `on`.
         """
+        self._require_no_scan("attach")
         if is_compiled(model):
             raise HookError(f"{self!r} cannot stay on this model", fix=why_idle(model))
         return Handle(model, self.session_on(model, prompt_lengths, attention_mask))
+
+    def _require_no_scan(self, how: str) -> None:
+        """Raise where something is to be asked about windows of the prompts, which nobody knows here."""
+        for link in self.links:
+            if link.scanning:
+                raise HookError(
+                    f".{how} with {link!r}",
+                    expected="gates that read the prompt alone",
+                    got="one that scans windows of it, which takes the prompt as text or messages",
+                    fix="Use generate or stream, or the gate without its scan: steering.with_gate(gate.inner).",
+                )
 
     def session_on(
         self,
@@ -303,6 +321,11 @@ class Link(HookObject):
     def reads(self) -> tuple[Reading, ...]:
         """What it reads of a prompt: the arguments that it gives to `state.query`."""
         return ("last",)
+
+    @property
+    def scanning(self) -> Mapping[int, Gate]:
+        """Gates that are to be asked about windows of the prompts, by layer: `state.scanned` then has what to ask."""
+        return {}
 
     @property
     def stepwise(self) -> bool:

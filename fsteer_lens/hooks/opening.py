@@ -1,23 +1,28 @@
 """Opening a session for prompts that are known beforehand, so that nothing about them has to be guessed."""
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from fsteer_lens.errors import InputError
+from fsteer_lens.errors import HookError, InputError
 from fsteer_lens.ground.checks import choice, instance, optional
-from fsteer_lens.hooks.objects import HookObject, remembered
+from fsteer_lens.hooks.objects import HookObject, Link, remembered
 from fsteer_lens.hooks.session import Session
 from fsteer_lens.method.gates import READINGS, Reading
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.chat import NO_ARGUMENTS
 from fsteer_lens.prompts.tokens import Batch, Tokenisation
+from fsteer_lens.prompts.windows import Asked
 from fsteer_lens.reading import reader
 from fsteer_lens.reading.readings import of_prompt
+from fsteer_lens.reading.scanning import scanned
 
 Read = Literal["clean", "live"]
+SCANNED_AT_ONCE = 16
+"""Windows of prompts per forward pass."""
 EXPECTED = "a steering, probe, ablation or chain"
 
 
@@ -27,6 +32,7 @@ def open_session(
     hook_object: HookObject,
     prompt_lengths: Int[Tensor, " b"],
     read: Read | None = None,
+    asked: Sequence[Asked] | None = None,
 ) -> Session:
     """A session for padded rows that begin with their prompts.
 
@@ -39,9 +45,12 @@ def open_session(
             stream, in which later layers see what earlier ones have added. Gates and experts are fitted on an unsteered
             stream. The two differ only where there are several points. None: "clean", or "live" where something
             decides again at every step, which no pass over the prompt can answer.
+        asked: the prompts of the rows as they were given, for gates that scan them; None where nobody knows them.
 
     Raises:
-        InputError: no hook object, or read="clean" for several points where something decides again at every step.
+        InputError: no hook object, or read="clean" for several points where something decides again at every step, or
+            a gate scans and a prompt does not tell what a person said in it.
+        HookError: a gate scans, and nobody knows the prompts.
         MismatchError, SiteError: the hook object does not fit the model.
     """
     instance("steering", hook_object, HookObject, EXPECTED)
@@ -49,6 +58,9 @@ def open_session(
     reads: list[Reading] = [read for read in READINGS if any(read in link.reads for link in hook_object.links)]
     tails = _tails(model, batch, hook_object, prompt_lengths) if "turn_end" in reads else None
     session = hook_object.session_on(model, prompt_lengths, batch.mask, tails)
+    for state, link in zip(session.states, hook_object.links, strict=True):
+        if link.scanning:
+            state.scanned = _scanned(model, link, asked, len(batch.tokens))
     stepwise = [link for link in hook_object.links if link.stepwise]
     if len(hook_object.points) == 1 or read == "live" or (read is None and stepwise):
         return session
@@ -71,6 +83,22 @@ def open_session(
             for place, read in enumerate(reads)
         }
     return session
+
+
+def _scanned(model: SteerableModel, link: Link, asked: Sequence[Asked] | None, rows: int) -> dict[int, Tensor]:
+    """Of each prompt the window nearest to opening the link's gates that scan, {layer: [b d]}."""
+    if asked is None:
+        raise HookError(
+            f"{link!r} has a gate that scans windows of the prompts",
+            expected="prompts as text or messages",
+            got="token ids alone",
+            fix="Use generate or stream, or the gate without its scan: steering.with_gate(gate.inner).",
+        )
+    assert len(asked) == rows
+    return {
+        layer: scanned(model, gate, asked, layer, site=link.site, batch_size=SCANNED_AT_ONCE)
+        for layer, gate in link.scanning.items()
+    }
 
 
 def _tails(

@@ -66,6 +66,8 @@ class State:
         steps: what was decided at the latest positions, likewise, where a link decides at every step.
         queries: query activations, {way of reading: {layer: [b d]}}, where they are not to be read from the running
             stream; else None.
+        scanned: for gates that scan, of each prompt the window that comes nearest to opening them, {layer: [b d]}; None
+            where nobody knows the prompts' windows.
         tails: how many tokens of each prompt come after the one that ends the user's turn, [b] or [1]; None is unknown.
     """
 
@@ -75,6 +77,7 @@ class State:
         self.decisions: dict[int, Any] = {}
         self.steps: dict[int, Any] = {}
         self.queries: dict[Reading, dict[int, Tensor]] | None = None
+        self.scanned: dict[int, Tensor] | None = None
 
     def query(
         self, layer: int, activation: Float[Tensor, "b t d"], view: View, read: Reading = "last"

@@ -7,6 +7,7 @@ from fsteer_lens.method.gates import Gate
 from fsteer_lens.method.linear_gates import CosineGate, LinearGate, OutOfFold
 from fsteer_lens.method.null_space import DomainShare, NullSpaceGate
 from fsteer_lens.method.residual_gates import ResidualRatioGate
+from fsteer_lens.method.scan_gates import ScanGate
 from fsteer_lens.method.subspace import Subspace, fit_subspace
 from fsteer_lens.method.subspace_gates import EnergyGate, LogisticGate, QuantileGate, SubspaceGate, ThresholdGate
 
@@ -25,6 +26,7 @@ __all__ = [
     "Parts",
     "QuantileGate",
     "ResidualRatioGate",
+    "ScanGate",
     "Subspace",
     "SubspaceGate",
     "ThresholdGate",

@@ -49,11 +49,13 @@ class Gate(ABC):
         read: what it reads of a prompt, "last", "mean" or "turn_end"; see `Reading`. A hook object that holds it reads
             so.
         d_model: width of the activations; None takes any.
+        scans: whether what it is asked about is the nearest of several windows of a prompt, as of a `ScanGate`.
     """
 
     layer: int | None = None
     read: Reading = "last"
     d_model: int | None = None
+    scans: bool = False
 
     @abstractmethod
     def gate(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
@@ -142,6 +144,20 @@ def require_gate(gate: Any, what: str, d_model: int | None = None, layer: int | 
         raise InputError(what, expected=f"a gate of layer {layer}", got=f"one of layer {gate.layer}", fix=fix)
 
 
+def require_still(gate: Gate, what: str, fix: str) -> None:
+    """Raise `InputError` where a gate scans windows of a prompt, for what looks at one activation of each."""
+    if gate.scans:
+        raise InputError(
+            what, expected="a gate that is asked about one activation of a prompt", got=repr(gate), fix=fix
+        )
+
+
+def _require_part(gate: Gate, what: str) -> None:
+    """Raise unless this is a gate that can be a part of another."""
+    require_gate(gate, what)
+    require_still(gate, what, "Combine gates first, and scan with the whole: fit_scan(model, a & b, ...).")
+
+
 def oriented(gate: Gate, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
     """A gate's score, or minus that where it opens below its threshold: larger opens."""
     score = gate.score(h)
@@ -205,7 +221,7 @@ class _PairGate(_ComposedGate):
 
     def __post_init__(self) -> None:
         for gate in self.parts:
-            require_gate(gate, "a combination of gates")
+            _require_part(gate, "a combination of gates")
         if None not in (self.left.layer, self.right.layer) and self.left.layer != self.right.layer:
             raise InputError(
                 "a combination of gates",
@@ -260,13 +276,13 @@ class MaxGate(_PairGate):
         return torch.maximum(left, right)
 
 
-class _GateOfOne(_ComposedGate):
-    """A gate that asks one other, and looks at that one's score."""
+class InnerGate(_ComposedGate):
+    """A gate that asks one other, its `inner`, and looks at that one's score."""
 
     inner: Gate
 
     def __post_init__(self) -> None:
-        require_gate(self.inner, type(self).__name__)
+        _require_part(self.inner, type(self).__name__)
 
     @property
     def parts(self) -> tuple[Gate, ...]:
@@ -285,7 +301,7 @@ class _GateOfOne(_ComposedGate):
 
 @final
 @dataclass(frozen=True, eq=False)
-class NotGate(_GateOfOne):
+class NotGate(InnerGate):
     """`~a`: one minus a gate."""
 
     inner: Gate
@@ -311,7 +327,7 @@ class NotGate(_GateOfOne):
 
 @final
 @dataclass(frozen=True, eq=False)
-class CutGate(_GateOfOne):
+class CutGate(InnerGate):
     """Another gate's score, cut: 1 on the side of `cut` where that gate opens, else 0; `Gate.at_threshold` makes one.
 
     Attributes:

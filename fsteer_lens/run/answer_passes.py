@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from fsteer_lens.models.devices import device_of
 from fsteer_lens.models.forward import Forward
 from fsteer_lens.models.layers import begun_at, can_begin_above, outputs_kept
 from fsteer_lens.prompts.tokens import Batch, pad, require_tokenizer
+from fsteer_lens.prompts.windows import Asked
 from fsteer_lens.reading.reader import PADDING
 from fsteer_lens.run.overflow import blown_up, undefined
 
@@ -39,10 +40,14 @@ as 12 tokens do, and Python takes its time for every layer, as long as this numb
 
 @dataclass(frozen=True)
 class Answered:
-    """A prompt and an answer to it, both as token ids; without an answer its first token is still predicted."""
+    """A prompt and an answer to it, both as token ids; without an answer its first token is still predicted.
+
+    `asked` is the prompt as it was given, where that is known.
+    """
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...] = ()
+    asked: Asked | None = field(default=None, compare=False, repr=False)
 
     @property
     def fed(self) -> tuple[int, ...]:
@@ -53,6 +58,12 @@ class Answered:
     def predicted(self) -> int:
         """How many tokens are predicted."""
         return max(1, len(self.answer))
+
+
+def asked_of(rows: Sequence[Answered]) -> list[Asked] | None:
+    """The prompts as they were given; None where one of them is not known."""
+    known = [row.asked for row in rows if row.asked is not None]
+    return known if len(known) == len(rows) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -125,7 +136,7 @@ class AnswerPasses:
         session, layer = None, 0
         if hook_object is not None:
             first = Batch(self._stages[0].tokens, self._stages[0].mask)
-            session = open_session(self._model, first, hook_object, self._lengths)
+            session = open_session(self._model, first, hook_object, self._lengths, asked=asked_of(self._first))
             layer = _first_layer(hook_object) if _first_layer(hook_object) in self._starts else 0
         if layer and self._base is None:
             for _ in self._run(None, 0, stop=max(self._starts)):
@@ -180,6 +191,7 @@ class AnswerPasses:
 
     def _all_at_once(self) -> tuple[Tensor, list[_Stage]]:
         """Every answer with its prompt, padded on the right."""
+        self._first = self._rows
         batch = pad(self._model, [row.fed for row in self._rows], "right")
         lengths = torch.tensor([len(row.prompt) for row in self._rows], dtype=torch.long, device="cpu")
         places = torch.arange(max(row.predicted for row in self._rows), device="cpu")
@@ -188,7 +200,10 @@ class AnswerPasses:
 
     def _prompts_first(self) -> tuple[Tensor, list[_Stage]]:
         """Every prompt once, padded on the left; then the answers, padded on the right, in passes of like length."""
-        prompts = list(dict.fromkeys(row.prompt for row in self._rows))
+        first: dict[tuple[int, ...], Answered] = {}
+        for row in self._rows:
+            first.setdefault(row.prompt, row)
+        self._first, prompts = list(first.values()), list(first)
         place = {prompt: number for number, prompt in enumerate(prompts)}
         self._owners = [place[row.prompt] for row in self._rows]
         batch = pad(self._model, prompts, "left")

@@ -30,6 +30,7 @@ from fsteer_lens.prompts.tokens import (
     texts_of_top,
     token_texts,
 )
+from fsteer_lens.prompts.windows import Asked
 from fsteer_lens.run.decoding import Rules, Step, decode
 from fsteer_lens.run.recorder import Recorder, filled, predicted, without_fill
 from fsteer_lens.run.sampling import Sampling, SamplingOptions
@@ -148,6 +149,9 @@ def generate(
 ) -> Generations:
     """Generate text, steered, with a trace of what steering did to every row, layer and token.
 
+    Where a gate scans (`evaluation.fit_scan`) the windows of every prompt are run before it, up to the gate's layer;
+    prompts then are text or messages, since nobody can tell what a person said in token ids.
+
     Args:
         model: a HookedTransformer or TransformerBridge.
         prompts: one prompt, or several of them in a list, an array, a column of a table or a generator; see
@@ -192,7 +196,8 @@ def generate(
         require_unset("no steering", read=read)
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
     rules = Rules(sampling, Stop(model, stop), max_new_tokens, use_past_kv_cache)
-    rows = passes.ids(model, many)
+    told = passes.tokenisation(model)
+    rows = [told.ids(prompt) for prompt in many]
     for number, row in enumerate(rows):
         require_fits(model, len(row) + max_new_tokens, f"prompt {number} with {max_new_tokens} new tokens")
     size = max(1, passes.batch_size // 2) if compare else passes.batch_size
@@ -201,7 +206,7 @@ def generate(
     with passes.bar(len(rows), "generating") as advance:
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
-            asked, ids = [many[index] for index in chosen], [rows[index] for index in chosen]
+            asked, ids = [Asked(many[index], told) for index in chosen], [rows[index] for index in chosen]
             made = _generate_batch(model, asked, ids, chosen, steering, rules, read, compare)
             results |= zip(chosen, made, strict=True)
             advance(len(chosen))
@@ -230,11 +235,12 @@ def stream(
     given: dict[str, Any] = dict(options)
     passes = Passes(**{name: given.pop(name) for name in FormatOptions.__annotations__ if name in given})
     drawing = Sampling.of(given)
-    asked = [as_prompt(prompt)]
-    (ids,) = passes.following(remembered(steering), model, asked).ids(model, asked)
+    asked = as_prompt(prompt)
+    told = passes.following(remembered(steering), model, [asked]).tokenisation(model)
+    ids = told.ids(asked)
     require_fits(model, len(ids) + max_new_tokens, f"the prompt with {max_new_tokens} new tokens")
     batch = pad(model, [ids], "left")
-    session = _session(model, batch, steering, read)
+    session = _session(model, batch, steering, read, [Asked(asked, told)])
     steps = decode(model, batch, session, Rules(drawing, Stop(model, stop), max_new_tokens, use_past_kv_cache), [0])
     return _records(steps, require_tokenizer(model), ids, Trace() if session is None else session.trace)
 
@@ -258,14 +264,16 @@ def _latest(trace: Trace) -> tuple[dict[int, float], dict[int, float]]:
     return gate, {layer: float(value[0, -1]) for layer, value in trace.change.items()}
 
 
-def _session(model: SteerableModel, batch: Batch, steering: HookObject | None, read: Read | None) -> Session | None:
+def _session(
+    model: SteerableModel, batch: Batch, steering: HookObject | None, read: Read | None, asked: Sequence[Asked]
+) -> Session | None:
     """A session for left-padded prompts; None where there is nothing to put on the model."""
-    return None if steering is None else open_session(model, batch, steering, batch.mask.sum(dim=1), read)
+    return None if steering is None else open_session(model, batch, steering, batch.mask.sum(dim=1), read, asked)
 
 
 def _generate_batch(
     model: SteerableModel,
-    prompts: Sequence[Prompt],
+    asked: Sequence[Asked],
     ids: Sequence[Sequence[int]],
     numbers: Sequence[int],
     steering: HookObject | None,
@@ -275,7 +283,7 @@ def _generate_batch(
 ) -> list[Generation]:
     """Go on with one batch of prompts, whose places among all of them are `numbers`."""
     batch = pad(model, ids, "left")
-    session = _session(model, batch, steering, read)
+    session = _session(model, batch, steering, read, asked)
     recorder = Recorder(model, ids)
     steps = decode(model, batch, session, rules, numbers)
     compared = Unsteered(model, batch, cache=rules.cache).beside(steps) if compare else ((step, None) for step in steps)
@@ -293,6 +301,7 @@ def _generate_batch(
     answers = without_fill(trace.steps.tokens)
     texts = [_answer(model, *pair, rules.stop) for pair in zip(ids, answers, strict=True)]
     traces = [trace.row(index) for index in range(len(ids))]
+    prompts = [one.prompt for one in asked]
     return [Generation(*one) for one in zip(prompts, texts, answers, traces, baselines, strict=True)]
 
 

@@ -19,7 +19,8 @@ from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.forms import GivenPrompts, prompts_of
 from fsteer_lens.prompts.passes import Passes
 from fsteer_lens.prompts.tokens import Batch, answer_ids, pad, require_fits
-from fsteer_lens.run.answer_passes import Answered, AnswerPasses, require_defined, together
+from fsteer_lens.prompts.windows import Asked
+from fsteer_lens.run.answer_passes import Answered, AnswerPasses, asked_of, require_defined, together
 from fsteer_lens.run.unsteered import CHUNK_NUMBERS, divergence
 
 Advance = Callable[[int], None]
@@ -44,7 +45,8 @@ def answered(
         raise InputError("answers", expected=told, got=len(given))
     rows, tokenisation = [], passes.tokenisation(model)
     for number, (prompt, answer) in enumerate(zip(asked, given, strict=True)):
-        row = Answered(tuple(tokenisation.ids(prompt)), _answer_ids(model, answer, f"answer {number}"))
+        ids = tuple(tokenisation.ids(prompt))
+        row = Answered(ids, _answer_ids(model, answer, f"answer {number}"), Asked(prompt, tokenisation))
         if answers is not None and not row.answer:
             raise InputError(f"answer {number}", expected="at least one token", got="none")
         require_fits(model, len(row.prompt) + len(row.answer), f"prompt {number} with its answer")
@@ -173,9 +175,8 @@ def batches(model: SteerableModel, rows: Sequence[Answered], batch_size: int) ->
 
 def session_for(model: SteerableModel, batch: Batch, rows: Sequence[Answered], hook_object: HookObject) -> Session:
     """A session for one batch of prompts with answers."""
-    return open_session(
-        model, batch, hook_object, torch.tensor([len(row.prompt) for row in rows], dtype=torch.long, device="cpu")
-    )
+    lengths = torch.tensor([len(row.prompt) for row in rows], dtype=torch.long, device="cpu")
+    return open_session(model, batch, hook_object, lengths, asked=asked_of(rows))
 
 
 @torch.no_grad()

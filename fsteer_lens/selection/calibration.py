@@ -260,7 +260,7 @@ def _largest(curve: Mapping[float, float], kl: float) -> tuple[float, float]:
 def _length(model: SteerableModel, steering: Steering, prompts: Sequence[Prompt], passes: Passes) -> float | None:
     """Mean length of what is added on prompts, in lengths of the mean shift; None where that is not known."""
     units = steering.shift_lengths or {}
-    if not prompts or not all(units.get(layer) for layer in steering.layers):
+    if not prompts or steering.scanning or not all(units.get(layer) for layer in steering.layers):
         return None
     queries = read_prompts(model, prompts, passes, steering.hooked_layers, steering.reads, site=steering.site)
     return float(added_lengths(steering, queries, units).double().mean())

@@ -229,7 +229,7 @@ def _variant(steering: Steering, settings: Settings) -> Steering:
 def _length(steering: Steering, trained: Activations) -> float | None:
     """Mean length of what is added on the prompts that it was fitted to, in lengths of their mean shift."""
     unit = mean_shift_length(trained)
-    if {*steering.hooked_layers} != {trained.layer} or unit == 0:
+    if {*steering.hooked_layers} != {trained.layer} or unit == 0 or steering.scanning:
         return None
     queries: dict[Reading, Any] = {read: {trained.layer: trained.reading(read).queries} for read in steering.reads}
     return float(added_lengths(steering, queries, {trained.layer: unit}).double().mean())

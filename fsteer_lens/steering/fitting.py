@@ -280,6 +280,8 @@ def _fit_reading(
 
 def _check_gate(gate: Gate, general: Activations | None, layer: int) -> None:
     """Warn of a gate that is not known to leave alone what it should."""
+    if general is None and gate.scans:
+        return  # it was cut on prompts to be left alone
     if general is None:
         problem = "has not been looked at with queries that it should leave alone: give general="
     else:

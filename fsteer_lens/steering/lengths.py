@@ -11,7 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import DataError, ShapeError
-from fsteer_lens.method.gates import Reading
+from fsteer_lens.method.gates import Reading, require_still
 from fsteer_lens.reading.activations import Activations
 from fsteer_lens.steering.steering import Decision, Steering
 
@@ -42,8 +42,11 @@ def added_lengths(
         units: the length of the mean shift at every steered layer, > 0.
 
     Raises:
+        InputError: a gate scans windows of the prompts, which queries do not tell.
         ShapeError: no queries, or no unit, of a layer.
     """
+    for gate in steering.scanning.values():
+        require_still(gate, "lengths", "Ask for those of steering.with_gate(gate.inner).")
     read = {layer for layer in steering.hooked_layers if all(layer in queries.get(way, ()) for way in steering.reads)}
     missing = sorted({*steering.hooked_layers} - read | {*steering.layers} - {*units})
     if missing:

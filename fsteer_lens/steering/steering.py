@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from fsteer_lens.errors import InputError, NonFiniteError, ShapeError
+from fsteer_lens.errors import HookError, InputError, NonFiniteError, ShapeError
 from fsteer_lens.ground.checks import choice, finite, instance, normalised, optional, switch, whole
 from fsteer_lens.hooks.objects import Link
 from fsteer_lens.hooks.positions import View
@@ -133,6 +133,13 @@ class Steering(Link):
                 got=self.reads,
                 fix='Fit them on activations.reading("last"), or leave refresh= out.',
             )
+        if self.refresh == "step" and self.scanning:
+            raise InputError(
+                'refresh="step" decides at single tokens',
+                expected="gates that do not scan windows of the prompt",
+                got=list(self.scanning.values()),
+                fix="Leave refresh= out, or give the gate without its scan: gate.inner.",
+            )
         if self.gate_layer is not None:
             if self.gate_layer > min(self.layers):
                 raise InputError(
@@ -178,6 +185,13 @@ class Steering(Link):
         """What vector and gates read of a prompt."""
         gates = [self.gate_at(layer) for layer in self.hooked_layers]
         return tuple(dict.fromkeys([self.read, *(gate.read for gate in gates if gate is not None)]))
+
+    @property
+    def scanning(self) -> Mapping[int, Gate]:
+        """Gates that decide on windows of the prompts, by layer."""
+        asked = self.hooked_layers if self.gate_layer is None else (self.gate_layer,)
+        gates = {layer: self.gate_at(layer) for layer in asked}
+        return {layer: gate for layer, gate in gates.items() if gate is not None and gate.scans}
 
     @property
     def stepwise(self) -> bool:
@@ -227,16 +241,20 @@ class Steering(Link):
             layer: a hooked one.
             h: what the vector is made from.
             gate: overrides the layer's own gate.
-            asked: what the gate is asked about, where it reads prompts in another way; None is `h`.
+            asked: what the gate is asked about, where it reads prompts in another way, or scans windows of them; None
+                is `h`.
 
         Raises:
             NonFiniteError: an activation is NaN or infinite.
-            InputError: no `asked` for a gate that reads in another way than the vector.
+            InputError: no `asked` for a gate that reads in another way than the vector, or that scans.
         """
         steered = layer in self.layers
         decision = self.vectors(layer, h) if steered else Decision(h.new_ones(h.shape[:-1]), torch.zeros_like(h))
         own = self.gate_at(layer)
         if own is not None:
+            if asked is None and gate is None and own.scans:
+                expected, got = "asked=, the windows nearest to opening it", "activations of the prompts alone"
+                raise InputError(f"the gate of layer {layer}, which scans", expected=expected, got=got)
             if asked is None and own.read != self.read:
                 expected, got = f"asked=, the prompts read by {own.read!r}", f"what was read by {self.read!r} alone"
                 raise InputError(f"the gate of layer {layer}", expected=expected, got=got)
@@ -271,8 +289,7 @@ class Steering(Link):
         """Decide on a new prompt (with refresh="step" at every later position too), and scale by scope and schedule."""
         if view.fresh:
             h = state.query(layer, activation, view, self.read)
-            own = self.gate_at(layer)
-            asked = h if own is None or own.read == self.read else state.query(layer, activation, view, own.read)
+            asked = self._asked(state, layer, h, activation, view)
             decision = self.decide(layer, h, self._shared_gate(layer, state.decisions, h), asked)
             state.decisions[layer] = decision
             kept = decision._asdict()
@@ -288,6 +305,16 @@ class Steering(Link):
         if not bool(factor.any()):
             return None
         return factor.unsqueeze(-1) * vector.to(activation.device)
+
+    def _asked(self, state: State, layer: int, h: Tensor, activation: Tensor, view: View) -> Tensor:
+        """What a layer's gate is asked about: what it reads of each prompt, or of the nearest of its windows."""
+        if layer in self.scanning:
+            if state.scanned is None:
+                fix = "Use generate or stream, or the gate without its scan: steering.with_gate(gate.inner)."
+                raise HookError(f"{self!r} scans windows of the prompts", got="a session without them", fix=fix)
+            return state.scanned[layer].to(h.device)
+        own = self.gate_at(layer)
+        return h if own is None or own.read == self.read else state.query(layer, activation, view, own.read)
 
     def _shared_gate(self, layer: int, decisions: Mapping[int, Decision], h: Tensor) -> Tensor | None:
         """The deciding layer's gate values; None where this layer decides itself."""

@@ -20,6 +20,7 @@ from fsteer_lens.method.gates import CutGate, MaxGate, MinGate, NotGate
 from fsteer_lens.method.linear_gates import CosineGate, LinearGate, OutOfFold
 from fsteer_lens.method.null_space import DomainShare, NullSpaceGate
 from fsteer_lens.method.residual_gates import ResidualRatioGate
+from fsteer_lens.method.scan_gates import ScanGate
 from fsteer_lens.method.subspace import Subspace
 from fsteer_lens.method.subspace_gates import CalibrationRange, EnergyGate, LogisticGate, QuantileGate, ThresholdGate
 from fsteer_lens.models.classes import SteerableModel
@@ -60,6 +61,7 @@ CLASSES: Mapping[str, Any] = {
         QuantileGate,
         ResidualRatioGate,
         RidgeSteering,
+        ScanGate,
         Schedule,
         Subspace,
         SubspaceAblation,
