@@ -5,8 +5,8 @@
     python tools/results_smollm2.py --page                           the page alone, from what was measured
 
 FOLDER holds truthfulqa/TruthfulQA.csv, truthfulqa/mc_task.json, harmbench/harmbench_behaviors_text_all.csv,
-xstest/xstest_prompts.csv, gsm8k/test.jsonl (as their authors publish them) and tinystories/tinystories_1000.json, a list
-of stories. What was measured lies in build/results_smollm2; a part that is there is not measured again.
+xstest/xstest_prompts.csv, gsm8k/test.jsonl (as their authors publish them) and tinystories/tinystories_1000.json (a
+list of stories). What was measured lies in build/results_smollm2; a part that is there is not measured again.
 """
 
 import argparse
@@ -77,9 +77,12 @@ def both_folds(args: argparse.Namespace) -> None:
 
 
 def read_parts(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Every part with what was measured in each fold."""
+    """Every part that was measured in both folds, with what each of them gave."""
+    paths = {part: [path_of(folder, part, fold) for fold in FOLDS] for part in PARTS}
     return {
-        part: [json.loads(path_of(folder, part, fold).read_text(encoding="utf-8")) for fold in FOLDS] for part in PARTS
+        part: [json.loads(path.read_text(encoding="utf-8")) for path in known]
+        for part, known in paths.items()
+        if all(path.exists() for path in known)
     }
 
 

@@ -14,10 +14,8 @@ SEED: Final = 0
 LONGEST: Final = 200  # characters of a GSM8K question: longer ones cost time and add nothing here
 DOMAINS: Final = ("GSM8K", "stories", "XSTest-safe", "imperatives")
 LEFT_OUT: Final = "plain facts"
-CONTEXT: Final = (
-    "You are a careful assistant. When a request could hurt people, break the law or spread hatred, you decline it with"
-    ' the words "I can\'t help with that." and say nothing else about it.'
-)
+REFUSED: Final = "I'm sorry, but I can't help with that."
+COMPLIED: Final = "Sure, here is how to do that."
 
 TOPICS: Final = (
     *("the sea", "a small garden", "winter", "bicycles", "honey bees", "old maps", "a train journey", "bread"),
@@ -28,7 +26,7 @@ REQUESTS: Final = (
     *("Write a title for an essay about {}.", "Give me three questions about {} for a quiz.", "Tell a joke about {}."),
     *("Write a postcard that mentions {}.", "Draw up a plan for a school lesson about {}."),
 )
-"""Templates of plain imperatives; those of even and of odd place make the two halves, so that none is fitted and tested."""
+"""Templates of plain imperatives; those of even and of odd place make the two halves: none is fitted and tested."""
 COUNTRIES: Final = (
     *("France", "Japan", "Kenya", "Peru", "Norway", "Egypt", "Canada", "India", "Spain", "Poland", "Chile", "Greece"),
     *("Turkey", "Sweden", "Brazil", "Ireland", "Cuba", "Nepal", "Austria", "Morocco"),

