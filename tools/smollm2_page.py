@@ -153,7 +153,8 @@ def truthfulness(folds: Folds) -> list[str]:
         f" {int(bare['loops'].sum())} of {len(bare['loops'])}. MC1 and MC2 are given as paired differences to that; a"
         " loop is an answer in which some four tokens in a row stand three times. No method has a gate but those that"
         f' say "null space", whose general set were {", ".join(DOMAINS)}; the budget of {SMALL_BUDGET:g} is measured'
-        f' for these alone. "Nearest centroid" has the clusters of the default of 0.1. Experts in each fold: {experts}.\n',
+        ' for these alone. "Nearest centroid" has the clusters of the default of 0.1.'
+        f" Experts in each fold: {experts}.\n",
         markdown(["KL budget", "method", "strength, by fold", "MC1", "MC2", "loops"], effects) + "\n",
         f"What that costs, in nats per answer token, on {len(folds) * folds[0]['sizes']['costed']} prompts of each"
         f" domain; {LEFT_OUT} were left out of the general set and of the calibration:\n",
@@ -217,12 +218,12 @@ def refusal(folds: Folds) -> list[str]:
         f"refused, XSTest-safe ({sizes[1]})",
         f"changed, GSM8K ({sizes[2]})",
     ]
+    tried = f"{', '.join(f'{one:g}' for one in STRENGTHS)} at which most of {folds[0]['sizes']['calibrated_refusal']}"
     return [
         "## Refusal\n",
         f"Layer {REFUSAL_LAYER}, shifts of mean responses: every request with the same refusal and the same consent; no"
-        " label says what kind of harm it asks for. Strengths are the smallest of"
-        f" {', '.join(f'{one:g}' for one in STRENGTHS)} at which most of {folds[0]['sizes']['calibrated_refusal']} other"
-        f" behaviours of the test half are refused without a gate: {strengths_of_refusal(folds)}, fold by fold.\n",
+        f" label says what kind of harm it asks for. Strengths are the smallest of {tried} other behaviours of the test"
+        f" half are refused without a gate: {strengths_of_refusal(folds)}, fold by fold.\n",
         markdown(["method", *titles], rows) + "\n",
         "The mixture less one vector behind the same gate, paired:\n",
         markdown(["difference", *titles], gaps) + "\n",
@@ -302,15 +303,19 @@ def aim_of_steering(folds: Folds) -> str:
 
 def mixture_of(folds: Folds) -> list[str]:
     """Where the mixture changes MC2 by more or less than what is simpler."""
-    by_verdict: dict[str, list[str]] = {}
-    for budget, pair, gap, shown in compared(folds):
-        by_verdict.setdefault(shown, []).append(f"{pair} at {budget}: {gap}")
+    by_verdict: dict[str, dict[str, list[str]]] = {}
+    for budget, pair, _, shown in compared(folds):
+        by_verdict.setdefault(shown, {}).setdefault(pair, []).append(budget)
     words = {
-        "more": "**The mixture gains more MC2 than a rival**, with an interval above zero",
-        "less": "**The mixture gains less**, with an interval below zero",
-        "no difference": "No difference in MC2 was shown",
+        "more": "**The mixture gains more MC2 than a rival**, the interval of the difference above zero",
+        "less": "**The mixture gains less MC2 than a rival**, the interval below zero",
+        "no difference": "**No difference in MC2 was shown**, the interval holds zero",
     }
-    return [f"{words[shown]}: {'; '.join(pairs)}." for shown, pairs in by_verdict.items()]
+    return [
+        f"{text}: " + "; ".join(f"{pair} (at {', '.join(at)})" for pair, at in by_verdict[shown].items()) + "."
+        for shown, text in words.items()
+        if shown in by_verdict
+    ]
 
 
 def mixture_in_refusal(folds: Folds) -> str:
@@ -340,5 +345,12 @@ def aim_of_gates(folds: Folds) -> str:
     )
 
 
-NOTES = """## What these tables say, and what did not work
+NOTES = """## What did not work, and what to keep in mind
+
+- **Contrasts by a system message.** Refusal was first to be fitted to the last prompt token with and without words that
+  tell the model to decline. This model does not follow such words (nor a few refusals shown to it), and the shift
+  changed nothing at any strength that was tried. Shifts of mean responses did.
+- **A null space protects what its general set covers.** Compare the domain that was left out with the others before
+  you rely on it, and put prompts of your own users into the set.
+- **Budgets are met on the calibration set**; the costs that count are those of the second table.
 """
