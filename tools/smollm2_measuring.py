@@ -104,7 +104,7 @@ def some(known: Mapping[str, Sequence[str]], n: int, start: int = 0, names: Iter
 # ------------------------------------------------------------------------------------------------------ truthfulness
 
 
-def truthful_methods(bench: Bench, own: fs.Activations, general: fs.Activations) -> dict[str, HookObject]:
+def truthful_methods(bench: Bench, own: fs.Activations, general: fs.Activations) -> dict[str, steering.Steering]:
     """Every method, fitted and without a gate but the null space."""
     old = fs.fit(own, preset="0.1", seed=SEED).with_gate(None)
     mixed = fs.fit(own, null_space=general, seed=SEED)
@@ -181,7 +181,9 @@ def truthfulness(bench: Bench) -> dict[str, Any]:
         "chosen": chosen,
         "items": dict(zip(settings, effects_and_costs(bench, test, hooks), strict=True)),
         "experts": {
-            name: methods[name].experts_at(layer).n_experts for name in ("default of 0.1", "published", MIXTURE)
+            name: one.experts_at(layer).n_experts
+            for name, one in methods.items()
+            if isinstance(one, fs.FineSteer) and name != MIXTURE_NULL
         },
     }
 

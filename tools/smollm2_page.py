@@ -1,5 +1,6 @@
 """The page that `make results-smollm2` writes from what its folds measured."""
 
+from collections.abc import Mapping
 from typing import Final
 
 from smollm2_items import DOMAINS, LEFT_OUT, SEED
@@ -61,7 +62,7 @@ phrases: a rate of phrases, which says nothing about harm.
 """
 
 
-def page(parts: dict[str, Folds]) -> str:
+def page(parts: Mapping[str, Folds]) -> str:
     """The whole page; a part that was not measured has no section."""
     sections = {"truthfulness": truthfulness, "refusal": refusal, "gates": gates}
     text = [INTRO, *(one for one in summary(parts) if one), PROTOCOL, run_of(parts)]
@@ -70,7 +71,7 @@ def page(parts: dict[str, Folds]) -> str:
     return "\n".join([*text, NOTES])
 
 
-def run_of(parts: dict[str, Folds]) -> str:
+def run_of(parts: Mapping[str, Folds]) -> str:
     """Sizes, versions and cost of the run."""
     folds = [fold for found in parts.values() for fold in found]
     sizes = folds[0]["sizes"]
@@ -195,7 +196,7 @@ def gates(folds: Folds) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- in few words
 
 
-def summary(parts: dict[str, Folds]) -> list[str]:
+def summary(parts: Mapping[str, Folds]) -> list[str]:
     """Which aims were reached, and where a mixture does more than one vector; all of it from the numbers."""
     told = (
         [aim_of_steering(parts["truthfulness"]), *mixture_of(parts["truthfulness"])]
