@@ -16,10 +16,10 @@ export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-tl4 test-peers check format lint types imports notebooks docs notebook-outputs \
-	pictures gallery results bench lock clean
+	pictures gallery results results-smollm2 bench lock clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
+	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
 demo: $(RUNTIME) ## watch FineSteer steer the tutor model; writes a report that opens offline
 	$(BIN)/python -m fsteer_lens demo $(ARGS)
@@ -66,6 +66,10 @@ gallery: $(DEV) ## draw every figure from the tutor and write docs/gallery.md (n
 
 results: $(DEV) ## measure all methods on the tutor and write docs/results.md (25 minutes)
 	$(BIN)/python tools/results.py $(ARGS)
+
+results-smollm2: $(DEV) ## measure on a chat model with public data in DATA=FOLDER, write docs/results_smollm2.md (an hour)
+	@test -n "$(DATA)" || { echo "make results-smollm2 DATA=FOLDER: the head of tools/results_smollm2.py says what is in it" >&2; exit 1; }
+	$(BIN)/python tools/results_smollm2.py --data "$(DATA)" $(ARGS)
 
 bench: $(DEV) $(PEERS)/.ready ## measure speed and memory and write docs/benchmarks.md (half an hour; best on an idle machine)
 	$(BIN)/python -m benchmarks $(ARGS)

