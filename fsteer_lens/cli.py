@@ -166,10 +166,9 @@ def _load_model(args: argparse.Namespace) -> Any:
 def _fit(args: argparse.Namespace) -> int:
     from fsteer_lens import collect, collect_queries, fit, save
     from fsteer_lens.prompts.files import read_contrasts, read_prompts
-    from fsteer_lens.steering.fitting import put_together
 
-    always = args.gate == "none"
-    if always and any(one is not None for one in (args.rank, args.general, args.near_misses)):
+    given = (args.rank, args.general, args.near_misses)
+    if args.gate == "none" and any(one is not None for one in given):
         raise InputError("--rank, --general and --near-misses have no effect with --gate none", fix="Leave them out.")
     _require_folder(args.out)
     columns = _columns(args)
@@ -181,10 +180,7 @@ def _fit(args: argparse.Namespace) -> int:
     activations = collect(model, contrasts, shift=args.shift, **run)
     others: dict[str, Any] = {name: collect_queries(model, prompts, **run) for name, prompts in told.items()}
     options = {"strength": args.strength, "seed": args.seed, **_given(args, "scope", "preset")}
-    if always:  # behind the least of gates, which is then taken off
-        steering = put_together(activations, rank=1, gate="energy", **options).with_gate(None)
-    else:
-        steering = fit(activations, **others, **_given(args, "rank", "gate"), **options)
+    steering = fit(activations, **others, **_given(args, "rank", "gate"), **options)
     save(steering, args.out, model=model)
     _console().print(
         f"{steering}\nfitted to {len(contrasts)} contrasts, saved as {args.out}", markup=False, soft_wrap=True

@@ -248,3 +248,14 @@ def test_fit_tells_when_nobody_has_looked_at_the_gate_or_it_is_open_for_many() -
     with pytest.warns(UserWarning, match="opens for"):
         fs.fit(own, general=same, preset="paper", rank=3, n_experts=2, epochs=1)
     fs.fit(own, general=far, experts=EXPERTS)
+
+
+def test_a_steering_without_a_gate_is_asked_for_by_name() -> None:
+    own = activations()
+    always = fs.fit(own, gate="none", experts=EXPERTS)  # any warning is an error: there is no gate to look at
+    assert always.gate is None
+    assert fs.fit({2: own, 3: activations(layer=3)}, gate="none", experts=EXPERTS).gate is None
+    with pytest.raises(InputError, match=r"general= without effect: got gate=\"none\""):
+        fs.fit(own, gate="none", general=general(), experts=EXPERTS)
+    with pytest.raises(InputError, match=r"got \['epsilon'\]"):
+        fs.fit(own, gate="none", epsilon=0.1, experts=EXPERTS)

@@ -37,7 +37,7 @@ from fsteer_lens import (
     tutor,
 )
 from fsteer_lens.errors import InputError
-from fsteer_lens.evaluation import attack_gate, evaluate
+from fsteer_lens.evaluation import attack_gate, evaluate, fit_scan
 from fsteer_lens.ground.checks import require_unset
 from fsteer_lens.hooks import Handle
 from fsteer_lens.models import SteerableModel
@@ -242,7 +242,16 @@ ELSEWHERE = {"apply_chat_template", "gen_kwargs"}
 """Parameters of lm-evaluation-harness, which one of the errors is about."""
 EVERYWHERE = (
     *(collect, fit, fit_gate, fit_experts, fit_subspace, generate, stream, save, load, collect_queries, Contrast),
-    *(FineSteer, Steering.on, models.load, models.from_hf, harness.lm, ContrastSet.split, ContrastSet.from_records),
+    *(
+        FineSteer,
+        Steering.on,
+        models.load,
+        models.from_hf,
+        harness.lm,
+        ContrastSet.split,
+        ContrastSet.from_records,
+        fit_scan,
+    ),
 )
 SELVES: dict[str, Any] = {"steering": FineSteer, "gate": Gate, "handle": Handle, "fsteer_lens": fsteer_lens}
 

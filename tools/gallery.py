@@ -140,7 +140,7 @@ ENTRIES: Final = (
         "layer_sweep",
         "Effect and cost by layer: one pass collects the activations of all; methods are fitted at each.",
         "def ungated(activations):\n"
-        "    return fs.fit(activations, rank=8).with_gate(None)\n\n\n"
+        '    return fs.fit(activations, gate="none")\n\n\n'
         "found = effects.layer_sweep(\n"
         "    model,\n"
         "    data.train[::4],\n"

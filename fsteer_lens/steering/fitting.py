@@ -4,7 +4,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from fsteer_lens.errors import DataError, InputError, MismatchError
 from fsteer_lens.ground.checks import choice, instance, require_unset
@@ -49,7 +49,7 @@ def fit(
     general: Layered | None = None,
     near_misses: Layered | None = None,
     null_space: Layered | None = None,
-    gate: Gate | Kind | None = None,
+    gate: Gate | Kind | Literal["none"] | None = None,
     experts: Experts | None = None,
     strength: float = 1.0,
     preset: Preset | None = None,
@@ -67,7 +67,8 @@ def fit(
             The vector is then scaled by a map that is 0 on these and 1 on queries that need steering, a
             `NullSpaceGate`. It takes the gate's place where no gate is asked for, by `gate`, `general` or `rank`; else
             both have to be open, and the smaller of the two counts.
-        gate: kind of gate as in `fit_gate`, or a gate. None: "linear" where `general` is given, else "quantile".
+        gate: kind of gate as in `fit_gate`, or a gate; "none" steers always. None: "linear" where `general` is given,
+            else "quantile".
         experts: fitted experts; None fits them.
         strength: as in `FineSteer`.
         preset: "paper" is the published method: experts of Eq. 11-14, a step CDF calibrated on the very queries that
@@ -103,8 +104,8 @@ def fit(
     looked_at = null_space if general is None else general
     for layer, own in _by_layer(activations).items():
         fitted = steering.gate_at(layer)
-        assert fitted is not None
-        _check_gate(fitted, None if looked_at is None else _of_layer("general", looked_at, own), layer)
+        if fitted is not None:
+            _check_gate(fitted, None if looked_at is None else _of_layer("general", looked_at, own), layer)
     return steering
 
 
@@ -115,7 +116,7 @@ def put_together(
     general: Layered | None = None,
     near_misses: Layered | None = None,
     null_space: Layered | None = None,
-    gate: Gate | Kind | None = None,
+    gate: Gate | Kind | Literal["none"] | None = None,
     experts: Experts | None = None,
     strength: float = 1.0,
     preset: Preset | None = None,
@@ -123,6 +124,8 @@ def put_together(
 ) -> FineSteer:
     """`fit` without a look at what the gate does with queries that it should leave alone."""
     layers = _by_layer(activations)
+    if gate == "none":
+        require_unset('gate="none"', rank=rank, general=general)
     kind = _kind(rank, general, null_space, gate, preset)
     if preset is not None:
         choice("preset", preset, [name for name in PRESETS if name is not None])
@@ -194,7 +197,7 @@ def put_together(
     single = isinstance(activations, Activations)
     return FineSteer(
         mixtures[first.layer] if single else mixtures,
-        gates[first.layer] if single else gates,
+        (gates.get(first.layer) if single else gates) or None,
         layer=first.layer if single else None,
         strength=strength,
         **{name: value for name, value in options.items() if name in PLACING},
@@ -214,9 +217,9 @@ def _by_layer(activations: Layered) -> dict[int, Activations]:
     return layers
 
 
-def _kind(rank: Any, general: Any, null_space: Any, gate: Gate | Kind | None, preset: Any) -> Kind | None:
-    """The kind of gate to fit; None where it is fitted already, or only the null space is asked for."""
-    if isinstance(gate, Gate):
+def _kind(rank: Any, general: Any, null_space: Any, gate: Any, preset: Any) -> Kind | None:
+    """The kind of gate to fit; None where it is fitted already, or none or only the null space is asked for."""
+    if isinstance(gate, Gate) or gate == "none":
         return None
     if gate is not None:
         return gate
