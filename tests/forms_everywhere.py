@@ -116,6 +116,9 @@ takes_texts = {
     "attack_gate, words": lambda t: repr(
         evaluation.attack_gate(model, steering.gate, ["bomb"], words=t, format=tutor.chat, budget=1, **quiet)
     ),
+    "fit_scan": lambda t: (
+        evaluation.fit_scan(model, steering.gate, t, false_alarms=0.5, format=tutor.chat, **quiet).threshold
+    ),
     "RefusalSuite": lambda t: evaluation.RefusalSuite("mine", t, ("a", "b")).harmful,
     "Repetition": lambda t: evaluation.Repetition(t).prompts,
     "GeneralKL": lambda t: evaluation.GeneralKL(t, ("a", "b"), ("c", "d")).prompts,

@@ -31,7 +31,9 @@ def oracle_edit(steering: FineSteer, h: Tensor) -> Tensor:
         beta = torch.relu(h @ c[4].T + c[5]) @ c[6].T + c[7]
     else:
         z = h / h.norm(dim=-1, keepdim=True) @ c[4].T + c[5]
-        logits, beta = h @ c[0].T + c[1], h @ c[2].T + c[3] + torch.einsum("ni,mij,nj->nm", z, c[6], z)
+        held_back = (h @ c[7].T + c[8]).square().sum(dim=-1, keepdim=True).clamp(min=1)
+        logits = h @ c[0].T + c[1]
+        beta = (h @ c[2].T + c[3] + torch.einsum("ni,mij,nj->nm", z, c[6], z)) / held_back
     vector = logits.softmax(-1) @ prototypes + beta @ experts.residual_basis.double().T
     opened = gate.gate(h.float()).double() if gate else torch.ones(len(h)).double()  # type: ignore[union-attr]
     return steering.strength * opened[:, None] * vector
