@@ -325,17 +325,9 @@ class NotGate(InnerGate):
         return 1 - self.inner.gates(h)
 
 
-@final
-@dataclass(frozen=True, eq=False)
-class CutGate(InnerGate):
-    """Another gate's score, cut: 1 on the side of `cut` where that gate opens, else 0; `Gate.at_threshold` makes one.
+class InnerCutGate(InnerGate):
+    """A gate that cuts another gate's score: 1 on the side of `cut` where that gate opens, else 0."""
 
-    Attributes:
-        inner: whose score.
-        cut: from where on the gate is open.
-    """
-
-    inner: Gate
     cut: float
 
     def __post_init__(self) -> None:
@@ -360,6 +352,20 @@ class CutGate(InnerGate):
     def gate(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
         """1 from the cut on."""
         return cut_at(self.inner.score(h), self.cut, self.opens_above)
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class CutGate(InnerCutGate):
+    """Another gate's score, cut: 1 on the side of `cut` where that gate opens, else 0; `Gate.at_threshold` makes one.
+
+    Attributes:
+        inner: whose score.
+        cut: from where on the gate is open.
+    """
+
+    inner: Gate
+    cut: float
 
 
 def cut_at(score: Float[Tensor, "*batch"], cut: float, above: bool) -> Float[Tensor, "*batch"]:

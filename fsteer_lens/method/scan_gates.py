@@ -12,14 +12,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import finite, normalised
-from fsteer_lens.method.gates import Gate, InnerGate, cut_at, oriented
+from fsteer_lens.ground.checks import finite
+from fsteer_lens.method.gates import Gate, InnerCutGate, oriented
 from fsteer_lens.method.linalg import variant
 
 
 @final
 @dataclass(frozen=True, eq=False, repr=False)
-class ScanGate(InnerGate):
+class ScanGate(InnerCutGate):
     """Another gate's score, cut: 1 where it comes to `cut` for one window of the prompt, else 0.
 
     `evaluation.fit_scan` makes one. Called with activations it says what it makes of each by itself. A steering asks it
@@ -47,33 +47,13 @@ class ScanGate(InnerGate):
         super().__post_init__()
         if not isinstance(self.before, str) or not isinstance(self.after, str):
             raise InputError("ScanGate", expected="before and after as text", got=(self.before, self.after))
-        normalised(self, cut=finite("threshold", self.cut))
 
     def __repr__(self) -> str:
         return f"ScanGate({self.inner!r}, cut={self.cut:.4g})"
 
-    @property
-    def ranks(self) -> int:
-        """None: the cut belongs to the score as it was."""
-        return 0
-
-    @property
-    def threshold(self) -> float:
-        """The cut."""
-        return self.cut
-
-    @property
-    def opens_above(self) -> bool:
-        """Where the inner gate does."""
-        return self.inner.opens_above
-
     def at_threshold(self, threshold: float) -> Gate:
         """The same with another cut."""
         return variant(self, cut=finite("threshold", threshold))
-
-    def gate(self, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
-        """1 from the cut on."""
-        return cut_at(self.inner.score(h), self.cut, self.opens_above)
 
 
 def nearest(gate: Gate, windows: Float[Tensor, "w d"], owners: Int[Tensor, " w"]) -> Float[Tensor, "n d"]:
