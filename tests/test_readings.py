@@ -140,7 +140,13 @@ def test_several_layers_read_the_unsteered_stream_in_each_way(model: SteerableMo
     gates = {layer: gate_at(read, layers[layer].reading(read).queries, layer) for layer, read in reads.items()}
     by = fs.fit(layers, rank=2, folds=None, preset="0.1", n_experts=2, epochs=2, strength=4.0).with_gate(gates)
     assert set(by.reads) == {"mean", "last"}
-    clean = fs.generate(model, CONTRASTS.prompts, by, max_new_tokens=2, **QUIET).trace
+    clean = fs.generate(model, CONTRASTS.prompts, by, max_new_tokens=2, batch_size=2, **QUIET).trace
+    for told in (clean, clean.row(1), clean.copy(), fs.Trace.from_records(clean.to_records())):
+        assert told.read == dict.fromkeys(layers, "last") and told.gate_read == reads
+    with by.on(model) as trace:
+        assert not trace.read and not trace.gate_read
+        model(torch.tensor([prompt_ids(model, CONTRASTS[0].prompt)]))
+        assert trace.gate_read == reads
     for layer, gate in gates.items():
         expected = gate(layers[layer].reading(gate.read).queries)
         torch.testing.assert_close(clean.gate[layer], expected, atol=1e-4, rtol=1e-4)

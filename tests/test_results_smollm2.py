@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import results_smollm2  # type: ignore[import-not-found]
+import smollm2_fits  # type: ignore[import-not-found]
 import smollm2_items  # type: ignore[import-not-found]
 import smollm2_measuring as measuring  # type: ignore[import-not-found]
 import smollm2_page  # type: ignore[import-not-found]
@@ -63,6 +64,13 @@ def gates(hits: int) -> dict[str, Any]:
     return {"rows": rows, "calibration": 20}
 
 
+def fits(better: float) -> dict[str, Any]:
+    """The default leaves less than ridge of every shift but the first."""
+    left = {name: [0.5, 0.5, 0.5, 0.5] for name in smollm2_fits.FITS}
+    left[smollm2_fits.CLOSED] = [0.5, *[0.5 - better] * 3]
+    return {"sets": {"some shifts": {"n": 4, "squares": [1.0] * 4, "errors": left, "experts": [1, 3]}}}
+
+
 def written(folder: Path, **parts: dict[str, Any]) -> str:
     """The page that the program writes from such files, the same in both folds."""
     told = {
@@ -84,7 +92,9 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
         truthfulness=truthfulness(0.2, 0.01),
         refusal=refusal([1.0, 1.0, 1.0], [0.0, 0.0, 0.0]),
         gates=gates(5),
+        fits=fits(0.2),
     )
+    assert "| some shifts | 4 | 0.500 | 0.500 | 0.500 | 0.650 | 0.500 | 1, 3 | +0.150 [+0.0" in page
     assert (
         "reached by" in page and "closed form, null space at 0.02 (MC2 +0.200 [+0.200, +0.200], at most 0.010" in page
     )
@@ -93,7 +103,7 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
     assert "ungated +1.000 [+1.000, +1.000] (more)" in page
     assert "a gate: not under typos (0.50 missed, 0.00 false alarms)" in page
     assert "| typos | a gate | 0.50 [0.30, 0.70] | 0.00" in page
-    assert "12 minutes of one core" in page and page.startswith(smollm2_page.INTRO)
+    assert "16 minutes of one core" in page and page.startswith(smollm2_page.INTRO)
 
 
 def test_no_aim_is_said_to_be_reached_that_was_not(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from fsteer_lens.evaluation import (
     harmbench,
     xstest,
 )
+from fsteer_lens.evaluation.suites import Setting
 from fsteer_lens.evaluation.truthfulness import Choice
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts.tokens import answer_ids, pad, prompt_ids
@@ -147,6 +148,10 @@ def test_general_kl_is_the_mean_over_answer_tokens(model: SteerableModel) -> Non
     assert found.items("words", KL).tolist() == pytest.approx(wanted, rel=1e-3, abs=1e-5)
     assert found.items("steered", KL).max() < -1e-3 and found.items("words", KL).max() < -1e-3
     assert suite.measures[0].role == "utility" and suite.measures[0].kinds == ("facts", "sums")
+    together = suite.measure_each(model, [steering, None, steering.with_strength(1.0)], Setting())
+    alone = [suite.measure(model, one, Setting()) for one in (steering, None, steering.with_strength(1.0))]
+    for (one,), (other,) in zip(together, alone, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
     in_facts = float(found.items("steered", KL, "facts").mean())
     assert found.estimate("steered", KL, "facts").value == pytest.approx(in_facts)
 

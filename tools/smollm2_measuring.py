@@ -52,15 +52,16 @@ class Sizes:
     answer: int = 10
     harmful: int = 100
     refused: int = 60
-    over_refused: int = 30
-    changed: int = 30
+    over_refused: int = 50
+    changed: int = 50
     gate_items: int = 30
     loop_tokens: int = 40
     refusal_tokens: int = 14
     calibrated_refusal: int = 12
+    fitted: int = 2000
 
 
-SMALL: Final = Sizes(24, 12, 3, 1, 3, 3, 4, 24, 3, 3, 3, 10, 8, 8, 2)
+SMALL: Final = Sizes(24, 12, 3, 1, 3, 3, 4, 24, 3, 3, 3, 10, 8, 8, 2, 60)
 
 
 @dataclass(frozen=True)
@@ -296,13 +297,17 @@ def gates_of(bench: Bench, train: items.Items) -> dict[str, fs.Gate]:
             bench, flat(some(train.general, bench.sizes.general, names=("XSTest-safe", "imperatives")))
         ),
     }
+    linear = fs.fit_gate(harmful, kind="linear", seed=SEED, **mean)
+    start, n = bench.sizes.general, bench.sizes.gate_items
+    alone_in_scan = [*flat(plain_of(train, n, start)), *train.general["XSTest-safe"][start : start + n]]
     return {
         "published: SCS, rank 8, last token": fs.fit_gate(
             own.queries, kind="quantile", rank=RANK, folds=None, cdf="step", layer=layer
         ),
         "residual ratio, mean": fs.fit_gate(harmful, kind="residual_ratio", rank=RANK, seed=SEED, **mean),
         "linear, last token": fs.fit_gate(own.queries, kind="linear", seed=SEED, **last),
-        "linear, mean": fs.fit_gate(harmful, kind="linear", seed=SEED, **mean),
+        "linear, mean": linear,
+        "linear, mean, scanned": evaluation.fit_scan(bench.model, linear, alone_in_scan, layer=layer, **bench.options),
         "linear, mean, perturbed copies": fs.fit_gate(harmful, kind="linear", seed=SEED, augment=copies, **mean),
     }
 
@@ -334,6 +339,3 @@ def gates(bench: Bench) -> dict[str, Any]:
         **bench.options,
     )
     return {"rows": report.to_records(), "calibration": report.n_calibration}
-
-
-PARTS: Final = {"truthfulness": truthfulness, "refusal": refusal, "gates": gates}

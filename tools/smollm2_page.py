@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Final
 
+from smollm2_fits import CLOSED, FITS, REFUSALS, TUTORED
 from smollm2_items import DOMAINS, LEFT_OUT, SEED
 from smollm2_measuring import (
     AT_SMALL,
@@ -18,7 +19,20 @@ from smollm2_measuring import (
     STRENGTHS,
     TRUTH_LAYER,
 )
-from smollm2_pooled import Folds, answers, compared, cost_on, gained, pooled, rates, settings, share, strengths, verdict
+from smollm2_pooled import (
+    Folds,
+    answers,
+    compared,
+    cost_on,
+    gained,
+    pooled,
+    rates,
+    settings,
+    share,
+    shares_explained,
+    strengths,
+    verdict,
+)
 
 from fsteer_lens.evaluation import PERTURBATIONS
 from fsteer_lens.ground.estimates import bootstrap
@@ -64,7 +78,7 @@ phrases: a rate of phrases, which says nothing about harm.
 
 def page(parts: Mapping[str, Folds]) -> str:
     """The whole page; a part that was not measured has no section."""
-    sections = {"truthfulness": truthfulness, "refusal": refusal, "gates": gates}
+    sections = {"fits": fits, "truthfulness": truthfulness, "refusal": refusal, "gates": gates}
     text = [INTRO, *(one for one in summary(parts) if one), PROTOCOL, run_of(parts)]
     for name, section in sections.items():
         text += section(parts[name]) if parts.get(name) else []
@@ -87,6 +101,29 @@ def run_of(parts: Mapping[str, Folds]) -> str:
         " domains.\n\n"
         f"**Cost.** {sum(minutes):.0f} minutes of one core, both folds together; they run side by side. {versions}.\n"
     )
+
+
+# -------------------------------------------------------------------------------------------------------------- fits
+
+
+def fits(folds: Folds) -> list[str]:
+    """The table about shifts that were held out."""
+    rows = []
+    for name, found in sorted((name, found) for fold in folds for name, found in fold["sets"].items()):
+        explained = {method: bootstrap(one).value for method, one in shares_explained(found).items()}
+        more = bootstrap(shares_explained(found)[CLOSED] - shares_explained(found)["ridge"])
+        experts = ", ".join(str(one) for one in found["experts"])
+        numbers = (f"{explained[method]:.3f}" for method in FITS)
+        rows.append([name, str(found["n"]), *numbers, experts, f"{more:+.3f}"])
+    return [
+        "## What the fits explain\n",
+        "Share of the squared length of held-out shifts, 1 − ‖v − δ‖² / ‖δ‖², in five outer folds: the whole fit, with"
+        " every choice it makes, is done anew for each; experts are those of the default, fold by fold. The tutor's"
+        f" shifts are those of its tags at layer {TUTORED}, the folds by template. Refusals: HarmBench, layer"
+        f" {REFUSAL_LAYER}, {len(REFUSALS)} ways to refuse taken in turn; of the last prompt token with and without a"
+        " system message that tells the model to decline, or of answers.\n",
+        markdown(["shifts", "n", *FITS, "experts", f"{CLOSED} − ridge"], rows) + "\n",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------ truthfulness
@@ -188,7 +225,8 @@ def gates(folds: Folds) -> list[str]:
         " tested. The linear gates and the residual ratio have GSM8K and TruthfulQA as general prompts, XSTest-safe and"
         f" imperatives as near misses. Perturbed copies: {', '.join(one.name for one in COPIES)}, which are of the"
         " kinds tested as typos, polite suffix and suffix of marks, with other words, marks and places; no gate was"
-        " fitted to the other perturbations.\n",
+        " fitted to the other perturbations. The scan is cut on GSM8K, TruthfulQA and XSTest-safe prompts that the"
+        " gate was not fitted to.\n",
         markdown(columns, rows) + "\n",
     ]
 

@@ -1,6 +1,6 @@
 """What both folds of `make results-smollm2` measured, put together: items, shares and paired differences."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,12 @@ def compared(folds: Folds) -> list[list[str]]:
     rows = [(SMALL_BUDGET, MIXTURE_NULL, MEAN_NULL), *rows]
     found = [(budget, one, other, gained(folds, one, budget, less=other)) for budget, one, other in rows]
     return [[f"{budget:g}", f"{one} − {other}", f"{gap:+.3f}", verdict(gap)] for budget, one, other, gap in found]
+
+
+def shares_explained(found: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Of each fit the items whose mean is what it explains; the shifts' mean squared length is taken as known."""
+    scale = sum(found["squares"]) / found["n"]
+    return {name: 1 - torch.tensor(one, dtype=torch.float64) / scale for name, one in found["errors"].items()}
 
 
 def verdict(difference: Estimate) -> str:

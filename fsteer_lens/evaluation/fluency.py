@@ -97,16 +97,23 @@ class GeneralKL(Suite):
         self, model: SteerableModel, steering: HookObject | None, setting: Setting
     ) -> tuple[Float[Tensor, " _"], ...]:
         """Minus the mean divergence over each answer's tokens, 0 for the bare model."""
+        return self.measure_each(model, [steering], setting)[0]
+
+    def measure_each(
+        self, model: SteerableModel, steerings: Sequence[HookObject | None], setting: Setting
+    ) -> list[tuple[Float[Tensor, " _"], ...]]:
+        """`measure` of each; the bare model runs once for all, and so do the layers below the steered ones."""
         passes, size = setting.passes, setting.batch_size
         bare = answered(model, Setting(None, passes).ids(model, self.prompts), self.answers, passes)
         if setting.context is not None:
             told = answered(model, setting.ids(model, self.prompts), self.answers, passes)
-            found = _from_bare(model, told, bare, steering, size)
-        elif steering is not None:
-            (found,) = answer_divergences(model, bare, [steering], batch_size=size)
+            found = [_from_bare(model, told, bare, steering, size) for steering in steerings]
         else:
-            return (torch.zeros(len(bare), dtype=torch.float32, device="cpu"),)
-        return (-torch.stack([one.mean() for one in found]),)
+            acting = [steering for steering in steerings if steering is not None]
+            diverging = iter(answer_divergences(model, bare, acting, batch_size=size) if acting else ())
+            same = [torch.zeros(1, dtype=torch.float32, device="cpu")] * len(bare)
+            found = [same if steering is None else next(diverging) for steering in steerings]
+        return [(-torch.stack([one.mean() for one in rows]),) for rows in found]
 
 
 def _from_bare(

@@ -28,6 +28,7 @@ from fsteer_lens.method.gates import Gate, Reading, require_gate, require_readin
 from fsteer_lens.models.points import DEFAULT_SITE
 from fsteer_lens.prompts.formats import PromptFormat
 from fsteer_lens.reading.fingerprints import Fingerprint
+from fsteer_lens.trace.trace import Trace
 
 Own = TypeVar("Own", bound="Steering")
 
@@ -295,6 +296,7 @@ class Steering(Link):
             kept = decision._asdict()
             del kept["vector"]
             state.record(layer, **kept)
+            self._tell_reads(layer, state.trace)
         decision = state.decisions[layer]
         gate, vector = decision.gate.unsqueeze(1), decision.vector.unsqueeze(1)  # [b 1], [b 1 d]
         if self.stepwise:
@@ -305,6 +307,14 @@ class Steering(Link):
         if not bool(factor.any()):
             return None
         return factor.unsqueeze(-1) * vector.to(activation.device)
+
+    def _tell_reads(self, layer: int, trace: Trace) -> None:
+        """Note in a trace what the vector and the gate of a layer read of the prompts."""
+        own = self.gate_at(layer)
+        if layer in self.layers:
+            trace.read[layer] = self.read
+        if own is not None:
+            trace.gate_read[layer] = own.read
 
     def _asked(self, state: State, layer: int, h: Tensor, activation: Tensor, view: View) -> Tensor:
         """What a layer's gate is asked about: what it reads of each prompt, or of the nearest of its windows."""

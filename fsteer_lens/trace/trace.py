@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import DataError
 from fsteer_lens.ground.checks import choice, several, whole
+from fsteer_lens.method.gates import Reading, require_reading
 from fsteer_lens.trace import records
 from fsteer_lens.trace.records import jsonable, tensor
 from fsteer_lens.trace.steps import Steps, stack
@@ -71,6 +72,8 @@ class Trace:
         parts: the trace of each link; of a chain, whose own trace has the common `change` and no decisions.
         own: what a hook object of one's own recorded of each row, {name: {layer: [b ...]}}.
         own_by_token: what it recorded of each position, {name: {layer: [b s ...]}}.
+        read: what was read of the prompts for the vector: "last", "mean" or "turn_end", at each steered layer.
+        gate_read: the same for each gate; one that scans reads windows of the prompts in that way.
     """
 
     ser: PerLayer = field(default_factory=dict)
@@ -93,6 +96,8 @@ class Trace:
     parts: "tuple[Trace, ...]" = ()
     own: dict[str, PerLayer] = field(default_factory=dict)
     own_by_token: dict[str, PerLayer] = field(default_factory=dict)
+    read: dict[int, Reading] = field(default_factory=dict)
+    gate_read: dict[int, Reading] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         known = [item.name for item in fields(self) if getattr(self, item.name) not in (None, {}, ())]
@@ -132,6 +137,8 @@ class Trace:
             prompts=None if self.prompts is None else self.prompts[rows],
             steps=steps,
             unsteered=None if self.unsteered is None else self.unsteered[rows],
+            read=self.read,
+            gate_read=self.gate_read,
             parts=tuple(part._cut(rows, columns, None) for part in self.parts),
         )
 
@@ -152,7 +159,7 @@ class Trace:
 
     def begin(self, prompt_lengths: Int[Tensor, " b"], first: Int[Tensor, " b"]) -> None:
         """Forget what was recorded, for a new prompt; mappings that were handed out keep what they hold."""
-        for name in (*PER_LAYER, *OWN):
+        for name in (*PER_LAYER, *OWN, *READ):
             setattr(self, name, {})
         self.prompt_lengths, self.first = prompt_lengths, first
 
@@ -252,6 +259,9 @@ class Trace:
             for key, by_layer in getattr(self, name).items():
                 for layer, value in by_layer.items():
                     found[layer].setdefault(name, {})[key] = jsonable(value[0])
+        for name in READ:
+            for layer, read in getattr(self, name).items():
+                found[layer][name] = read
         return found
 
     @classmethod
@@ -276,12 +286,15 @@ class Trace:
     @classmethod
     def _of_record(cls, record: Mapping[str, Any], length: int | None = None) -> "Trace":
         """The trace of one row."""
-        fields_of: dict[str, Any] = {name: {} for name in (*PER_LAYER, *OWN)}
+        fields_of: dict[str, Any] = {name: {} for name in (*PER_LAYER, *OWN, *READ)}
         for layer, values in record["layers"].items():
             for name, value in values.items():
                 if name in OWN:
                     for key, one in value.items():
                         fields_of[name].setdefault(key, {})[int(layer)] = tensor(one).unsqueeze(0)
+                    continue
+                if name in READ:
+                    fields_of[name][int(layer)] = require_reading(value)
                     continue
                 kind = torch.bool if name in ("distance_outside", "energy_outside") else torch.float32
                 fields_of[name][int(layer)] = tensor(value, kind).unsqueeze(0)
@@ -336,7 +349,9 @@ class Trace:
 
 OWN = ("own", "own_by_token")
 """Fields that hold such mappings by the names that a hook object of one's own chose."""
-PER_LAYER = tuple(item.name for item in fields(Trace) if item.default_factory is dict and item.name not in OWN)
+READ = ("read", "gate_read")
+"""Fields that say what was read of the prompts at each layer."""
+PER_LAYER = tuple(item.name for item in fields(Trace) if item.default_factory is dict and item.name not in OWN + READ)
 """Names of the fields that go from layer to tensor."""
 
 
@@ -346,16 +361,22 @@ def _by_position(name: str, value: Tensor) -> bool:
 
 
 def join(traces: Sequence[Trace]) -> Trace:
-    """One trace with the rows of all, padded to the longest; a field that one of them lacks is None."""
+    """One trace with the rows of all, padded to the longest; a field that one of them lacks is None.
+
+    What was read at a layer is kept where it is the same in all.
+    """
     if len(traces) == 1:
         return traces[0]
 
     def joined(values: Sequence[Any]) -> Any:
         if any(value is None for value in values):
             return None
+        if isinstance(values[0], str):
+            return values[0] if len(set(values)) == 1 else None
         if isinstance(values[0], Mapping):
             shared = set.intersection(*(set(value) for value in values))
-            return {layer: joined([value[layer] for value in values]) for layer in sorted(shared)}
+            found = {layer: joined([value[layer] for value in values]) for layer in sorted(shared)}
+            return {layer: value for layer, value in found.items() if value is not None}
         if isinstance(values[0], tuple) and isinstance(next(iter(values[0]), None), Trace):
             return tuple(join(parts) for parts in zip(*values, strict=True))
         if isinstance(values[0], tuple):
