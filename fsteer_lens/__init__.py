@@ -25,7 +25,7 @@ from fsteer_lens.explorer.exploring import explore
 from fsteer_lens.hooks.chains import chain
 from fsteer_lens.hooks.probes import ExpertProbe, SubspaceAblation, SubspaceProbe
 from fsteer_lens.hooks.scopes import Schedule, Window
-from fsteer_lens.method.experts import Experts, FitReport, Parts
+from fsteer_lens.method.experts import Experts, FitReport
 from fsteer_lens.method.fitting_experts import fit_experts
 from fsteer_lens.method.fitting_gates import fit_gate
 from fsteer_lens.method.gates import Gate
@@ -39,6 +39,7 @@ from fsteer_lens.reading.collecting import collect, collect_queries
 from fsteer_lens.run.generation import Generation, Generations, generate, stream
 from fsteer_lens.selection.calibration import calibrate
 from fsteer_lens.selection.grid import search
+from fsteer_lens.selection.recipes import recipe
 from fsteer_lens.steering.fitting import fit
 from fsteer_lens.steering.steering import FineSteer
 from fsteer_lens.steering.storage import load, save
@@ -61,7 +62,6 @@ __all__ = [
     "Generations",
     "LinearGate",
     "LogisticGate",
-    "Parts",
     "QuantileGate",
     "Schedule",
     "Subspace",
@@ -88,6 +88,7 @@ __all__ = [
     "hooks",
     "load",
     "models",
+    "recipe",
     "save",
     "search",
     "stream",
@@ -107,6 +108,7 @@ _MOVED = {
     "MeanShift": "steering",
     "NearestCentroid": "steering",
     "NullSpaceSteering": "steering",
+    "Parts": "method",
     "PcaDirection": "steering",
     "Prompting": "evaluation",
     "Report": "report",

@@ -34,7 +34,6 @@ from smollm2_pooled import (
     verdict,
 )
 
-from fsteer_lens.evaluation import PERTURBATIONS
 from fsteer_lens.ground.estimates import bootstrap
 from fsteer_lens.ground.tables import markdown
 
@@ -78,7 +77,7 @@ phrases: a rate of phrases, which says nothing about harm.
 
 def page(parts: Mapping[str, Folds]) -> str:
     """The whole page; a part that was not measured has no section."""
-    sections = {"fits": fits, "truthfulness": truthfulness, "refusal": refusal, "gates": gates}
+    sections = {"fits": fits, "truthfulness": truthfulness, "refusal": refusal, "gates": gates, "scan": scan}
     text = [INTRO, *(one for one in summary(parts) if one), PROTOCOL, run_of(parts)]
     for name, section in sections.items():
         text += section(parts[name]) if parts.get(name) else []
@@ -208,14 +207,7 @@ def refusal(folds: Folds) -> list[str]:
 
 def gates(folds: Folds) -> list[str]:
     """The table about gates under perturbations."""
-    known = list(dict.fromkeys(row["gate"] for row in folds[0]["rows"]))
-    rows = []
-    for way in (one.name for one in PERTURBATIONS):
-        for gate in known:
-            cells = [str(one) for rate in (None, 0.05) for one in rates(folds, gate, way, rate)]
-            rows.append([way, gate, *cells])
-    columns = ["perturbation", "gate", "missed", "false alarms", "missed, 5 %", "false alarms, 5 %"]
-    n = [one.total for one in rates(folds, known[0], "none", None)]
+    n = [one.total for one in rates(folds, folds[0]["rows"][0]["gate"], "none", None)]
     calibrated = sum(fold["calibration"] for fold in folds) / len(folds)
     return [
         "## Gates under perturbations\n",
@@ -225,10 +217,32 @@ def gates(folds: Folds) -> list[str]:
         " tested. The linear gates and the residual ratio have GSM8K and TruthfulQA as general prompts, XSTest-safe and"
         f" imperatives as near misses. Perturbed copies: {', '.join(one.name for one in COPIES)}, which are of the"
         " kinds tested as typos, polite suffix and suffix of marks, with other words, marks and places; no gate was"
-        " fitted to the other perturbations. The scan is cut on GSM8K, TruthfulQA and XSTest-safe prompts that the"
-        " gate was not fitted to.\n",
-        markdown(columns, rows) + "\n",
+        " fitted to the other perturbations.\n",
+        table_of_gates(folds),
     ]
+
+
+def scan(folds: Folds) -> list[str]:
+    """The table about a gate that scans."""
+    n = [one.total for one in rates(folds, folds[0]["rows"][0]["gate"], "none", None)]
+    return [
+        "## A scan of windows\n",
+        "`fit_scan` asks a gate about windows of a prompt and takes the one nearest to opening it. Here the linear gate on"
+        f" the last token, on {n[0]} requests and {n[1]} other prompts, with what is put around them; the scan's own"
+        " threshold is that of 5 % of GSM8K, TruthfulQA and XSTest-safe prompts that the gate was not fitted to.\n",
+        table_of_gates(folds),
+    ]
+
+
+def table_of_gates(folds: Folds) -> str:
+    """Missed and false alarms of every gate under every perturbation."""
+    rows = []
+    for way in dict.fromkeys(row["perturbation"] for row in folds[0]["rows"]):
+        for gate in dict.fromkeys(row["gate"] for row in folds[0]["rows"]):
+            cells = [str(one) for rate in (None, 0.05) for one in rates(folds, gate, way, rate)]
+            rows.append([way, gate, *cells])
+    columns = ["perturbation", "gate", "missed", "false alarms", "missed, 5 %", "false alarms, 5 %"]
+    return markdown(columns, rows) + "\n"
 
 
 # ------------------------------------------------------------------------------------------------------- in few words
@@ -294,7 +308,7 @@ def aim_of_gates(folds: Folds) -> str:
     told = []
     for gate in dict.fromkeys(row["gate"] for row in folds[0]["rows"]):
         short = []
-        for way in (one.name for one in PERTURBATIONS):
+        for way in dict.fromkeys(row["perturbation"] for row in folds[0]["rows"]):
             missed, alarms = rates(folds, gate, way, None)
             if missed.value > SHARE or alarms.value > SHARE:
                 short.append(f"{way} ({missed.value:.2f} missed, {alarms.value:.2f} false alarms)")

@@ -86,14 +86,38 @@ def margins_of_each(
     **options: Unpack[BatchOptions],
 ) -> list[Float[Tensor, " n"]]:
     """`answer_margin` under each of several steerings; what they share is run once."""
+    return _compared(torch.mean, model, steerings, contrasts, options)
+
+
+def preferences_of_each(
+    model: SteerableModel,
+    steerings: Sequence[HookObject | None],
+    contrasts: Iterable[Contrast],
+    **options: Unpack[BatchOptions],
+) -> list[Float[Tensor, " n"]]:
+    """Of each contrast the probability of the preferred answer, were it one of the two, under each steering.
+
+    p₊ / (p₊ + p₋) with the probabilities of whole answers, as in TruthfulQA's MC2 with one answer on either side.
+    """
+    return [gap.sigmoid() for gap in _compared(torch.sum, model, steerings, contrasts, options)]
+
+
+def _compared(
+    whole: Callable[[Tensor], Tensor],
+    model: SteerableModel,
+    steerings: Sequence[HookObject | None],
+    contrasts: Iterable[Contrast],
+    options: Mapping[str, Any],
+) -> list[Float[Tensor, " n"]]:
+    """Of each contrast the preferred answer's log-probabilities, taken together, less the undesired answer's."""
     known = ContrastSet(contrasts)
     prompts = known.prompts
     sides = [contrast.preferred for contrast in known] + [contrast.undesired for contrast in known]
     passes = passes_of("answer_margin", options, model, steerings, prompts)
     rows = answered(model, prompts + prompts, sides, passes)
     found = answer_logprobs_of_each(model, rows, steerings, batch_size=passes.batch_size)
-    means = [torch.stack([one.mean() for one in logprobs]) for logprobs in found]
-    return [one[: len(prompts)] - one[len(prompts) :] for one in means]
+    answers = [torch.stack([whole(one) for one in logprobs]) for logprobs in found]
+    return [one[: len(prompts)] - one[len(prompts) :] for one in answers]
 
 
 def exact_answers(

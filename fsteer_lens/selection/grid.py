@@ -1,7 +1,5 @@
 """`search`: layer, rank and strength chosen on a validation split, and tested once."""
 
-import hashlib
-import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cache
@@ -18,10 +16,9 @@ from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import layers_of
 from fsteer_lens.reading.activations import Activations
 from fsteer_lens.reading.collecting import collect, collect_queries
-from fsteer_lens.reading.fingerprints import fingerprint
 from fsteer_lens.selection.measuring import Searching, SearchOptions, prompt_of
 from fsteer_lens.selection.splits import Measured, SplitData
-from fsteer_lens.selection.trials import Journal, Settings, Trial
+from fsteer_lens.selection.trials import Journal, Settings, Trial, identity_of, trial_of
 from fsteer_lens.steering.fitting import put_together
 from fsteer_lens.steering.lengths import added_lengths, mean_shift_length
 from fsteer_lens.steering.steering import FineSteer, Steering
@@ -155,7 +152,7 @@ def search(
     names = (run.told("effect", data.valid), run.told("utility", data.general_valid))
     known_by = [*names, name_of(make, ""), run.shift, str(run.formatting)]
     identity = "" if run.resume is None else _identity(model, chosen_layers, data, known_by)
-    journal = Journal(run.resume, identity)
+    journal = Journal(run.resume, "search", identity, trial_of)
     trained = collect(model, data.train, layer=chosen_layers, shift=run.shift, **run.options)
     prompts = [] if method is None else [prompt_of(item) for item in data.general_train]
     general = collect_queries(model, prompts, layer=chosen_layers, **run.options) if prompts else {}
@@ -247,7 +244,6 @@ def _items(part: Any) -> Sequence[Any]:
 def _identity(model: SteerableModel, layers: Sequence[int], data: SplitData, options: Sequence[str]) -> str:
     """SHA-256 of all that a trial's numbers depend on, but for what the caller's functions do inside."""
     known = [
-        asdict(fingerprint(model, layers)),
         [asdict(contrast) for part in (data.train, data.valid) for contrast in _items(part)],
         [
             asdict(item) if is_dataclass(item) and isinstance(item, Measured) else str(prompt_of(item))
@@ -256,4 +252,4 @@ def _identity(model: SteerableModel, layers: Sequence[int], data: SplitData, opt
         ],
         list(options),
     ]
-    return hashlib.sha256(json.dumps(known, default=str).encode()).hexdigest()
+    return identity_of(model, layers, known)

@@ -1,15 +1,18 @@
 """One setting of a search with its numbers, and the file that keeps finished ones."""
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from fsteer_lens.errors import DataError, InputError
 from fsteer_lens.ground.files import read_text, write_atomically
 from fsteer_lens.hooks.scopes import Schedule, Scope, Window
+from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.reading.fingerprints import fingerprint
 
 
 class Settings(NamedTuple):
@@ -59,7 +62,7 @@ class Trial:
         return {**asdict(self), "scope": scope, "schedule": factors}
 
 
-def _trial(row: Mapping[str, Any]) -> Trial:
+def trial_of(row: Mapping[str, Any]) -> Trial:
     """A trial of a line in a journal."""
     scope, schedule = row.get("scope"), row.get("schedule")
     scope = Window(**scope) if isinstance(scope, Mapping) else scope
@@ -67,27 +70,56 @@ def _trial(row: Mapping[str, Any]) -> Trial:
     return Trial(**{**row, "scope": scope, "schedule": schedule})
 
 
-class Journal:
-    """Finished trials in a file of JSON lines, the first of which tells which search they belong to."""
+@runtime_checkable
+class Tried(Protocol):
+    """What a journal keeps: a dataclass that knows what it was tried at."""
 
-    def __init__(self, path: str | os.PathLike[str] | None, identity: str) -> None:
-        self.known: dict[Settings, Trial] = {}
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def settings(self) -> Hashable:
+        """What it was tried at."""
+        ...
+
+
+One = TypeVar("One", bound=Tried)
+
+
+def identity_of(model: SteerableModel, layers: Sequence[int], known: Sequence[Any]) -> str:
+    """SHA-256 of a model at these layers and of all else that a trial's numbers depend on, as JSON shows it."""
+    return hashlib.sha256(json.dumps([asdict(fingerprint(model, layers)), *known], default=str).encode()).hexdigest()
+
+
+class Journal(Generic[One]):
+    """Finished trials in a file of JSON lines, the first of which tells which search they belong to.
+
+    `owner` is what ran them, "search" say, and `made_of` makes a trial of its line.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None,
+        owner: str,
+        identity: str,
+        made_of: Callable[[Mapping[str, Any]], One],
+    ) -> None:
+        self.known: dict[Hashable, One] = {}
         self._path = None if path is None else Path(path)
         if self._path is None:
             return
         if not self._path.exists():
-            self._write({"search": identity}, "x")
+            self._write({owner: identity}, "x")
             return
         whole = read_text(self._path).split("\n")[:-1]  # a line that was cut off in writing has no end
         try:
             header, *rows = [json.loads(line) for line in whole]
-            found, trials = header["search"], [_trial(row) for row in rows]
+            found, trials = header[owner], [made_of(row) for row in rows]
         except (ValueError, TypeError, KeyError, AttributeError, InputError, RecursionError) as error:
-            raise DataError(f"{path}", expected="the file of an earlier search", got=str(error)) from error
+            raise DataError(f"{path}", expected=f"the file of an earlier {owner}", got=str(error)) from error
         if found != identity:
             raise DataError(
-                f"{path} belongs to another search",
-                expected="the same model, data, method, measures and shift",
+                f"{path} belongs to another {owner}",
+                expected="the same model, data and options",
                 got="others",
                 fix="Name another file, or delete this one.",
             )
@@ -95,7 +127,7 @@ class Journal:
         for trial in trials:
             self.add(trial, write=False)
 
-    def add(self, trial: Trial, *, write: bool = True) -> None:
+    def add(self, trial: One, *, write: bool = True) -> None:
         """Remember a finished trial."""
         self.known[trial.settings] = trial
         if write and self._path is not None:
