@@ -71,6 +71,15 @@ def fits(better: float) -> dict[str, Any]:
     return {"sets": {"some shifts": {"n": 4, "squares": [1.0] * 4, "errors": left, "experts": [1, 3]}}}
 
 
+def reasons() -> dict[str, Any]:
+    """Every method but the mean shift gives the right reason to one more of three requests."""
+    found = {}
+    for name in ("unsteered", *dict.fromkeys(name for pair in smollm2_page.REASONED for name in pair)):
+        best = [0.0, 1.0, 1.0] if name != measuring.MEAN else [0.0, 0.0, 1.0]
+        found[name] = {"right": best, "probability": best}
+    return {"items": found, "experts": {"closed form": 6}}
+
+
 def written(folder: Path, **parts: dict[str, Any]) -> str:
     """The page that the program writes from such files, the same in both folds."""
     told = {
@@ -93,7 +102,10 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
         refusal=refusal([1.0, 1.0, 1.0], [0.0, 0.0, 0.0]),
         gates=gates(5),
         fits=fits(0.2),
+        reasons=reasons(),
     )
+    assert "| closed form on means | 0.67 [0.30, 0.90] | 0.667 [" in page
+    assert "closed form − mean shift +0.333 [+0.000, +0.667] (no difference)" in page
     assert "| some shifts | 4 | 0.500 | 0.500 | 0.500 | 0.650 | 0.500 | 1, 3 | +0.150 [+0.0" in page
     assert (
         "reached by" in page and "closed form, null space at 0.02 (MC2 +0.200 [+0.200, +0.200], at most 0.010" in page
@@ -103,7 +115,7 @@ def test_the_page_says_what_was_measured(tmp_path: Path) -> None:
     assert "ungated +1.000 [+1.000, +1.000] (more)" in page
     assert "a gate: not under typos (0.50 missed, 0.00 false alarms)" in page
     assert "| typos | a gate | 0.50 [0.30, 0.70] | 0.00" in page
-    assert "16 minutes of one core" in page and page.startswith(smollm2_page.INTRO)
+    assert "20 minutes of one core" in page and page.startswith(smollm2_page.INTRO)
 
 
 def test_no_aim_is_said_to_be_reached_that_was_not(tmp_path: Path) -> None:

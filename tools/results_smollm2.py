@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 from smollm2_fits import fits
 from smollm2_measuring import SMALL, Bench, Sizes, gates, refusal, scan, truthfulness
+from smollm2_reasons import reasons
 
 import fsteer_lens as fs
 from fsteer_lens.ground.files import write_atomically
@@ -36,7 +37,7 @@ ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "results_smollm2"
 PAGE = ROOT / "docs" / "results_smollm2.md"
 FOLDS = (0, 1)
-PARTS = {"fits": fits, "truthfulness": truthfulness, "refusal": refusal, "gates": gates, "scan": scan}
+PARTS = {part.__name__: part for part in (fits, truthfulness, refusal, reasons, gates, scan)}
 
 
 def measure(data: Path, fold: int, parts: list[str], model: str, sizes: Sizes, into: Path, console: Console) -> None:

@@ -67,9 +67,10 @@ class Sizes:
     refusal_tokens: int = 14
     calibrated_refusal: int = 12
     fitted: int = 2000
+    reasons: int = 60
 
 
-SMALL: Final = Sizes(24, 12, 3, 1, 3, 3, 4, 24, 3, 3, 3, 10, 8, 8, 2, 60)
+SMALL: Final = Sizes(24, 12, 3, 1, 3, 3, 4, 24, 3, 3, 3, 10, 8, 8, 2, 60, 2)
 
 
 @dataclass(frozen=True)

@@ -33,10 +33,19 @@ from smollm2_pooled import (
     strengths,
     verdict,
 )
+from smollm2_reasons import REASONS
 
 from fsteer_lens.ground.estimates import bootstrap
 from fsteer_lens.ground.tables import markdown
 
+REASONED: Final = (
+    ("closed form", "mean shift"),
+    ("closed form on means", "mean shift"),
+    ("closed form on means", "ridge on means"),
+    ("closed form on means", "nearest centroid"),
+    ("closed form on means", "default of 0.1"),
+)
+KINDS_OF_REASON: Final = ("right", "probability")
 GAIN: Final = 0.10
 COST: Final = 0.03
 SHARE: Final = 0.10
@@ -77,10 +86,10 @@ phrases: a rate of phrases, which says nothing about harm.
 
 def page(parts: Mapping[str, Folds]) -> str:
     """The whole page; a part that was not measured has no section."""
-    sections = {"fits": fits, "truthfulness": truthfulness, "refusal": refusal, "gates": gates, "scan": scan}
     text = [INTRO, *(one for one in summary(parts) if one), PROTOCOL, run_of(parts)]
-    for name, section in sections.items():
-        text += section(parts[name]) if parts.get(name) else []
+    for section in (fits, truthfulness, refusal, reasons, gates, scan):
+        found = parts.get(section.__name__)
+        text += section(found) if found else []
     return "\n".join([*text, NOTES])
 
 
@@ -202,6 +211,39 @@ def refusal(folds: Folds) -> list[str]:
     ]
 
 
+# ----------------------------------------------------------------------------------------------------------- reasons
+
+
+def reasons(folds: Folds) -> list[str]:
+    """The table about refusals that say why."""
+    n = len(answers(folds, "unsteered", "right"))
+    rows = [
+        [name, str(share(answers(folds, name, "right").tolist())), f"{bootstrap(answers(folds, name, 'probability'))}"]
+        for name in folds[0]["items"]
+    ]
+    gaps = [
+        [
+            f"{one} − {other}",
+            *(f"{bootstrap(answers(folds, one, what) - answers(folds, other, what)):+.3f}" for what in KINDS_OF_REASON),
+        ]
+        for one, other in REASONED
+    ]
+    experts = "; ".join(
+        f"{name}: {', '.join(str(fold['experts'][name]) for fold in folds)}" for name in folds[0]["experts"]
+    )
+    return [
+        "## Refusals with a reason\n",
+        f"A set made so that one vector cannot do: each of HarmBench's {len(REASONS)} categories has a refusal of its"
+        " own that says why, and the shift of a request is that of its category. Measured on"
+        f" {n} held-out requests: how often the refusal of the request's own category is the likeliest of the"
+        f" {len(REASONS)}, and its probability among them. Layer {REFUSAL_LAYER}, strength 1, no gate; what reads the"
+        f" mean of the prompt's tokens says so. Experts in each fold: {experts}.\n",
+        markdown(["method", f"right ({n})", "probability"], rows) + "\n",
+        "Paired:\n",
+        markdown(["difference", "right", "probability"], gaps) + "\n",
+    ]
+
+
 # ------------------------------------------------------------------------------------------------------------- gates
 
 
@@ -227,8 +269,8 @@ def scan(folds: Folds) -> list[str]:
     n = [one.total for one in rates(folds, folds[0]["rows"][0]["gate"], "none", None)]
     return [
         "## A scan of windows\n",
-        "`fit_scan` asks a gate about windows of a prompt and takes the one nearest to opening it. Here the linear gate on"
-        f" the last token, on {n[0]} requests and {n[1]} other prompts, with what is put around them; the scan's own"
+        "`fit_scan` asks a gate about windows of a prompt and takes the one nearest to opening it. Here the linear gate"
+        f" on the last token, on {n[0]} requests and {n[1]} other prompts, with what is put around them; the scan's own"
         " threshold is that of 5 % of GSM8K, TruthfulQA and XSTest-safe prompts that the gate was not fitted to.\n",
         table_of_gates(folds),
     ]
@@ -256,6 +298,7 @@ def summary(parts: Mapping[str, Folds]) -> list[str]:
         else []
     )
     told += [mixture_in_refusal(parts["refusal"])] if parts.get("refusal") else []
+    told += [mixture_in_reasons(parts["reasons"])] if parts.get("reasons") else []
     told += [aim_of_gates(parts["gates"])] if parts.get("gates") else []
     return ["## In few words\n", "\n".join(f"- {one}" for one in told) + "\n"]
 
@@ -301,6 +344,16 @@ def mixture_in_refusal(folds: Folds) -> str:
     }
     told = "; ".join(f"{gate} {gap:+.3f} ({verdict(gap)})" for gate, gap in gaps.items())
     return f"**Refused on HarmBench, mixture less mean shift behind the same gate:** {told}."
+
+
+def mixture_in_reasons(folds: Folds) -> str:
+    """Whether the mixture gives the right reason for a refusal with more probability than what is simpler."""
+    gaps = {
+        f"{one} − {other}": bootstrap(answers(folds, one, "probability") - answers(folds, other, "probability"))
+        for one, other in REASONED
+    }
+    told = "; ".join(f"{pair} {gap:+.3f} ({verdict(gap)})" for pair, gap in gaps.items())
+    return f"**Probability of the refusal that gives the right reason:** {told}."
 
 
 def aim_of_gates(folds: Folds) -> str:
