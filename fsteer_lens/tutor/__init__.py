@@ -4,14 +4,13 @@
 names words outside its world, `fit` steers it with defaults that were chosen on its valid split, `exact` tells which
 answers are the wanted ones. Two behaviours can be switched on by a tag before the user's turn: `<safe>` refuses harmful
 requests, `<honest>` answers myths truthfully. `TutorSuite` is what `fsteer_lens.evaluate` measures methods on,
-`gate_report` tells how well gates decide, and `demo` shows all of it on one page. `exercise` and `reveal` check the
-answers of who learns with the notebooks.
+and `gate_report` tells how well gates decide. `exercise` and `reveal` check the answers of who learns with the
+notebooks.
 """
 
 from fsteer_lens.explorer import worlds
 from fsteer_lens.tutor import tokenizer
 from fsteer_lens.tutor.accuracy import exact
-from fsteer_lens.tutor.demonstration import demo
 from fsteer_lens.tutor.exercises import Verdict, exercise, reveal
 from fsteer_lens.tutor.gate_reports import fit_gates, gate_report
 from fsteer_lens.tutor.loading import load
@@ -32,7 +31,6 @@ __all__ = [
     "activations",
     "chat",
     "data",
-    "demo",
     "exact",
     "exercise",
     "fit",

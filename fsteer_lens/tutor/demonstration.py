@@ -1,13 +1,10 @@
-"""`demo`: steer the tutor, compare methods, print what came out, and write a report."""
+"""The demonstration's part of the tutor: steer it, compare methods, print what came out."""
 
-import os
-import webbrowser
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from fsteer_lens.report.page import Report
-from fsteer_lens.report.settings import add_settings, machine_rows, steering_rows
+from fsteer_lens.report.settings import steering_rows
 from fsteer_lens.run.generation import Generations, generate
 from fsteer_lens.tutor.chapters import GROUPS, INTRO, TITLES, add_chapter, findings, table_of
 from fsteer_lens.tutor.loading import load
@@ -25,32 +22,22 @@ SAMPLE: Final = 40
 MAX_NEW_TOKENS: Final = 32
 
 
-def demo(
-    out: str | os.PathLike[str] = "fsteer_report.html",
-    *,
-    seed: int = 0,
-    full: bool = False,
-    open_browser: bool = False,
-) -> Path:
-    """Steer the tutor, compare methods on its test prompts, print the tables, and write a report.
+def add_tutor(report: Report, console: "rich.console.Console", *, seed: int, full: bool) -> list[list[str]]:
+    """Steer the tutor, compare methods on its test prompts, print the tables, and add them to a report.
 
     Args:
-        out: the report; its folder is made where it is missing.
-        seed: of the controllers' training.
+        report: what it is added to.
+        console: where tables and texts are printed.
+        seed: of the trained controllers.
         full: measure on all test prompts instead of a sample of each kind.
-        open_browser: show the report when it is written.
 
     Returns:
-        The report's path.
+        What it takes to get the same numbers again, for `add_settings`.
     """
-    from rich.console import Console
-
-    console = Console()
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    report = Report("What FineSteer did to the tutor").add_text(INTRO)
+    report.add_heading("The tutor").add_text(INTRO)
     with console.status("loading the tutor"):
         model = load()
-    settings = [*machine_rows(), ["test prompts", "all" if full else f"at most {SAMPLE} of each kind"]]
+    settings = [["the tutor: test prompts", "all" if full else f"at most {SAMPLE} of each kind"]]
     for behaviour in BEHAVIOURS:
         limit = None if full else SAMPLE
         measured = measure(model, behaviour, seed=seed, limit=limit, progress=console.is_terminal)
@@ -62,12 +49,7 @@ def demo(
         add_chapter(report, model, measured, titles, examples)
         settings += steering_rows(measured.steering, behaviour)
         settings.append([f"{behaviour}: seed", str(seed)])
-    add_settings(report, settings)
-    path = report.write(out).resolve()
-    console.print(f"\nThe report, with pictures; it opens without network:\n{path}", markup=False, soft_wrap=True)
-    if open_browser:
-        webbrowser.open(path.as_uri())
-    return path
+    return settings
 
 
 def examples_of(suite: TutorSuite) -> tuple[list[str], list[str]]:
