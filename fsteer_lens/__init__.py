@@ -2,13 +2,14 @@
 
 What the flow of work needs is here: read, fit, steer, look, measure. The rest is in public modules, one for each step:
 `prompts`, `reading`, `method`, `steering`, `hooks`, `run`, `trace`, `effects`, `figures`, `selection`, `evaluation`,
-`explorer`, `report`, and beside them `models`, `tutor`, `errors`, `harness`.
+`explorer`, `report`, `demo`, and beside them `models`, `tutor`, `errors`, `harness`.
 """
 
 import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from fsteer_lens import demo as demo
 from fsteer_lens import effects, errors, evaluation, figures, hooks, models, tutor
 from fsteer_lens import explorer as explorer
 from fsteer_lens import method as method
@@ -95,7 +96,7 @@ __all__ = [
     "tutor",
 ]
 
-_ROOMS = ("explorer", "method", "prompts", "reading", "report", "run", "selection", "steering", "trace")
+_ROOMS = ("demo", "explorer", "method", "prompts", "reading", "report", "run", "selection", "steering", "trace")
 
 # Where to find what 0.1 had at the top. These addresses work for a while, with a warning.
 _MOVED = {

@@ -27,7 +27,7 @@ import smollm2_page
 import torch
 from rich.console import Console
 from smollm2_fits import fits
-from smollm2_measuring import SMALL, Bench, Sizes, gates, refusal, scan, truthfulness
+from smollm2_measuring import SMALL, Bench, Sizes, gates, null_spaces, refusal, scan, truthfulness
 from smollm2_reasons import reasons
 
 import fsteer_lens as fs
@@ -37,7 +37,8 @@ ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "results_smollm2"
 PAGE = ROOT / "docs" / "results_smollm2.md"
 FOLDS = (0, 1)
-PARTS = {part.__name__: part for part in (fits, truthfulness, refusal, reasons, gates, scan)}
+MEASURES = (fits, truthfulness, null_spaces, refusal, reasons, gates, scan)
+PARTS = {measure.__name__: measure for measure in MEASURES}
 
 
 def measure(data: Path, fold: int, parts: list[str], model: str, sizes: Sizes, into: Path, console: Console) -> None:

@@ -68,9 +68,10 @@ class Sizes:
     calibrated_refusal: int = 12
     fitted: int = 2000
     reasons: int = 60
+    calibrated_dearest: int = 8
 
 
-SMALL: Final = Sizes(24, 12, 3, 1, 3, 3, 4, 24, 3, 3, 3, 10, 8, 8, 2, 60, 2)
+SMALL: Final = Sizes(24, 12, 3, 1, 3, 3, 4, 24, 3, 3, 3, 10, 8, 8, 2, 60, 2, 2)
 
 
 @dataclass(frozen=True)
@@ -196,6 +197,31 @@ def truthfulness(bench: Bench) -> dict[str, Any]:
             if isinstance(one, fs.FineSteer) and name != MIXTURE_NULL
         },
     }
+
+
+def null_spaces(bench: Bench) -> dict[str, Any]:
+    """What steering in the null space does at the strength at which its dearest domain costs the smallest budget."""
+    sizes, layer = bench.sizes, bench.truth_layer
+    train, test = items.sides(bench.data, bench.fold)
+    own = fs.collect(bench.model, train.contrasts[: sizes.contrasts], layer=[layer], **bench.options)[layer]
+    mixed = fs.fit(own, null_space=bench.queries(some(train.general, sizes.general), layer), seed=SEED)
+    methods = {MEAN_NULL: steering.fit_mean_shift(own, gate=mixed.gate_at(layer)), MIXTURE_NULL: mixed}
+    chosen: list[dict[str, Any]] = []
+    hooks: dict[str, HookObject | None] = {"unsteered": None}
+    for name, method in methods.items():
+        ladder = [method.with_strength(strength) for strength in LADDER]
+        by_domain = [
+            [sum(row) / len(row) for row in divergences(bench, prompts, ladder)]
+            for prompts in some(test.general, sizes.calibrated_dearest, sizes.costed).values()
+        ]
+        found = strength_at(SMALL_BUDGET, [max(costs) for costs in zip(*by_domain, strict=True)])
+        strength = FALLBACK if found is None else found
+        hooks[name] = method.with_strength(strength)
+        chosen.append(
+            {"method": name, "budget": SMALL_BUDGET, "strength": strength, "below": found is None, "setting": name}
+        )
+    measured = effects_and_costs(bench, test, list(hooks.values()))
+    return {"chosen": chosen, "items": dict(zip(hooks, measured, strict=True))}
 
 
 def effects_and_costs(bench: Bench, test: items.Items, hooks: Sequence[HookObject | None]) -> list[dict[str, Any]]:

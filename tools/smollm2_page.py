@@ -87,7 +87,7 @@ phrases: a rate of phrases, which says nothing about harm.
 def page(parts: Mapping[str, Folds]) -> str:
     """The whole page; a part that was not measured has no section."""
     text = [INTRO, *(one for one in summary(parts) if one), PROTOCOL, run_of(parts)]
-    for section in (fits, truthfulness, refusal, reasons, gates, scan):
+    for section in (fits, truthfulness, null_spaces, refusal, reasons, gates, scan):
         found = parts.get(section.__name__)
         text += section(found) if found else []
     return "\n".join([*text, NOTES])
@@ -167,6 +167,24 @@ def truthfulness(folds: Folds) -> list[str]:
         markdown(["KL budget", "method", *DOMAINS, LEFT_OUT], costs) + "\n",
         "Differences in MC2 at equal budget, paired:\n",
         markdown(["KL budget", "difference", "MC2", "shown"], compared(folds)) + "\n",
+    ]
+
+
+def null_spaces(folds: Folds) -> list[str]:
+    """The table about steering in the null space at a budget of its dearest domain."""
+    rows = []
+    for method, budget in settings(folds):
+        loops = pooled(folds, method, budget, "loops")
+        gains = [f"{gained(folds, method, budget, name):+.3f}" for name in ("MC1", "MC2")]
+        costs = [f"{cost_on(folds, method, budget, one)}" for one in (*DOMAINS, LEFT_OUT)]
+        rows.append([method, strengths(folds, method, budget), *gains, f"{int(loops.sum())} of {len(loops)}", *costs])
+    n, prompts = len(pooled(folds, "unsteered", 0, "MC2")), folds[0]["sizes"]["calibrated_dearest"]
+    return [
+        "### In the null space, by the dearest domain\n",
+        f"A budget that is a mean over domains hides one that pays for the others. Here the strength is the one at which"
+        f" the dearest of the four domains costs {SMALL_BUDGET:g} nats ({prompts} prompts of each to calibrate on). The"
+        f" same {n} questions.\n",
+        markdown(["method", "strength, by fold", "MC1", "MC2", "loops", *DOMAINS, LEFT_OUT], rows) + "\n",
     ]
 
 
@@ -293,7 +311,7 @@ def table_of_gates(folds: Folds) -> str:
 def summary(parts: Mapping[str, Folds]) -> list[str]:
     """Which aims were reached, and where a mixture does more than one vector; all of it from the numbers."""
     told = (
-        [aim_of_steering(parts["truthfulness"]), *mixture_of(parts["truthfulness"])]
+        [aim_of_steering(parts.get("null_spaces") or parts["truthfulness"]), *mixture_of(parts["truthfulness"])]
         if parts.get("truthfulness")
         else []
     )
