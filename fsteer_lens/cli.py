@@ -97,15 +97,19 @@ def _parser() -> argparse.ArgumentParser:
     fit.set_defaults(run=_fit)
     option = fit.add_argument
     option("--data", type=Path, required=True, help=f".jsonl or .csv: {', '.join(PARTS)}; or TruthfulQA.csv")
-    option("--layer", type=int, required=True)
+    option("--layer", type=int, help="where to steer (default: half way up; --auto tries three depths)")
     option("--out", type=Path, required=True, help="the steering, a .safetensors file")
+    about = "choose layer and strength on a quarter that is held out, within budgets; needs --general"
+    option("--auto", action="store_true", help=about)
+    option("--kl", type=float, help="with --auto: what prompts to leave alone may cost, in nats (default: 0.1)")
+    option("--resume", type=Path, help="with --auto: a file of finished layers to go on from")
     option("--shift", choices=["response_mean", "last_prompt"], default="response_mean")
     option("--rank", type=int, help="rank of the gate's subspace")
     kinds = ["quantile", "logistic", "energy", "linear", "residual_ratio", "cosine", "null_space", "none"]
     option("--gate", choices=kinds, help="none: always (default: linear with --general, else quantile)")
     option("--general", type=Path, help="prompts to leave alone: .txt, .jsonl or .csv")
     option("--near-misses", type=Path, help="those of them that look like prompts to be steered, likewise")
-    option("--strength", type=float, default=1.0)
+    option("--strength", type=float, help="(default: 1)")
     option("--scope", choices=["all", "prompt", "generated"], help="positions (default: by --shift)")
     option("--preset", choices=["paper", "0.1"], help="trained, to the paper's letter or as by 0.1 (default: not)")
     option("--seed", type=int, default=0)
@@ -172,20 +176,50 @@ def _fit(args: argparse.Namespace) -> int:
     if args.gate == "none" and any(one is not None for one in given):
         raise InputError("--rank, --general and --near-misses have no effect with --gate none", fix="Leave them out.")
     _require_folder(args.out)
+    if args.auto:
+        return _fit_auto(args)
+    for name in ("kl", "resume"):
+        if getattr(args, name) is not None:
+            raise InputError(f"--{name} has no effect without --auto", fix="Add --auto, or leave it out.")
     columns = _columns(args)
     contrasts = read_contrasts(args.data, columns)
     paths = {"general": args.general, "near_misses": args.near_misses}
     told = {name: read_prompts(path, columns.get("prompt")) for name, path in paths.items() if path is not None}
     model = _load_model(args)
-    run = {"layer": args.layer, **_passes(args)}
+    run = {"layer": model.cfg.n_layers // 2 if args.layer is None else args.layer, **_passes(args)}
     activations = collect(model, contrasts, shift=args.shift, **run)
     others: dict[str, Any] = {name: collect_queries(model, prompts, **run) for name, prompts in told.items()}
-    options = {"strength": args.strength, "seed": args.seed, **_given(args, "scope", "preset")}
-    steering = fit(activations, **others, **_given(args, "rank", "gate"), **options)
+    options = {"seed": args.seed, **_given(args, "strength", "scope", "preset", "rank", "gate")}
+    steering = fit(activations, **others, **options)
     save(steering, args.out, model=model)
     _console().print(
         f"{steering}\nfitted to {len(contrasts)} contrasts, saved as {args.out}", markup=False, soft_wrap=True
     )
+    return 0
+
+
+def _fit_auto(args: argparse.Namespace) -> int:
+    """Choose layer and strength by a recipe."""
+    from fsteer_lens import recipe, save
+    from fsteer_lens.prompts.files import read_contrasts, read_prompts
+
+    given = [name for name in ("rank", "gate", "strength", "scope", "preset") if getattr(args, name) is not None]
+    if given:
+        raise InputError(f"--{given[0]} has no effect with --auto, which chooses", fix="Leave one of them out.")
+    if args.general is None:
+        raise InputError("--auto", expected="--general, prompts to be left alone", got="none")
+    columns = _columns(args)
+    contrasts = read_contrasts(args.data, columns)
+    general, near = (
+        None if path is None else read_prompts(path, columns.get("prompt")) for path in (args.general, args.near_misses)
+    )
+    assert general is not None
+    model = _load_model(args)
+    layers = None if args.layer is None else [args.layer]
+    options = {"shift": args.shift, "seed": args.seed, **_given(args, "kl", "resume"), **_passes(args)}
+    found = recipe(model, contrasts, general, near_misses=near, layers=layers, **options)
+    save(found.steering, args.out, model=model)
+    _console().print(f"{found}\nsaved as {args.out}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

@@ -181,9 +181,9 @@ def null_spaces(folds: Folds) -> list[str]:
     n, prompts = len(pooled(folds, "unsteered", 0, "MC2")), folds[0]["sizes"]["calibrated_dearest"]
     return [
         "### In the null space, by the dearest domain\n",
-        f"A budget that is a mean over domains hides one that pays for the others. Here the strength is the one at which"
-        f" the dearest of the four domains costs {SMALL_BUDGET:g} nats ({prompts} prompts of each to calibrate on). The"
-        f" same {n} questions.\n",
+        "A budget that is a mean over domains hides one that pays for the others. Here the strength is the one at"
+        f" which the dearest of the four domains costs {SMALL_BUDGET:g} nats ({prompts} prompts of each to calibrate"
+        f" on). The same {n} questions.\n",
         markdown(["method", "strength, by fold", "MC1", "MC2", "loops", *DOMAINS, LEFT_OUT], rows) + "\n",
     ]
 

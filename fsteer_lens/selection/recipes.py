@@ -8,7 +8,7 @@ from typing import Any, Final, Unpack
 
 from fsteer_lens.effects.answers import preferences_of_each
 from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.ground.checks import finite, normalised, options_of, several, whole
+from fsteer_lens.ground.checks import finite, normalised, options_of, whole
 from fsteer_lens.ground.estimates import bootstrap
 from fsteer_lens.ground.spread import every
 from fsteer_lens.method.experts import FitReport
@@ -27,8 +27,8 @@ from fsteer_lens.steering.steering import FineSteer
 DEPTHS: Final = (0.35, 0.5, 0.65)
 """Where to steer, as shares of the model's depth."""
 HELD_OUT: Final = 0.25
-LEAST: Final = 8
-"""Contrasts, and general prompts, at least: fewer leave too little to choose on."""
+LEAST: Final = {"contrasts": 8, "general": 26, "near_misses": 8}
+"""Fewer leave too little to choose on, or to cut a gate at 5 % of the others."""
 MOST_CHOSEN_ON: Final = 60
 MOST_COSTED: Final = 24
 ANSWERS: Final = 20
@@ -152,8 +152,8 @@ def recipe(
     Args:
         model: a HookedTransformer or TransformerBridge.
         contrasts: prompts with a preferred and an undesired answer, at least 8; some hundreds are better.
-        general: prompts to be left alone, at least 8, like those that the model will see.
-        near_misses: those of them that look like prompts to be steered, likewise; None has none.
+        general: prompts to be left alone, at least 26, like those that the model will see.
+        near_misses: those of them that look like prompts to be steered, at least 8; None has none.
         kl: the budget of divergence on prompts that are to be left alone, in nats: the 0.95 quantile over answer tokens
             of KL(steered ‖ unsteered), as in `calibrate`.
         layers: where to try it; None takes three, at 0.35, 0.5 and 0.65 of the model's depth.
@@ -176,12 +176,10 @@ def recipe(
     if near_misses is not None:
         left_alone["near_misses"] = prompts_of(near_misses, "near miss", least=0)
     for name, given in {"contrasts": told, **left_alone}.items():
-        if len(given) < LEAST:
-            raise DataError(name, expected=f"at least {LEAST}", got=len(given), fix="A quarter of them is held out.")
+        if len(given) < LEAST[name]:
+            raise DataError(name, expected=f"at least {LEAST[name]}", got=len(given), fix="A quarter of them is held out.")
     depths = [round(model.cfg.n_layers * depth) for depth in DEPTHS]
-    where = layers_of(model, dict.fromkeys(depths) if layers is None else several("layers", layers, "a list of ints"))
-    if not where:
-        raise InputError("layers", expected="at least one", got="none")
+    where = layers_of(model, list(dict.fromkeys(depths)) if layers is None else layers)
     by = "label" if all(contrast.group is None for contrast in told) else "group"
     contrasts_of = told.split(valid=HELD_OUT, test=0, seed=run.seed, by=by)
     valid = ContrastSet(every(contrasts_of.valid, MOST_CHOSEN_ON))
