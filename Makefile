@@ -16,7 +16,7 @@ PEERS := .venv-peers
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-tl4 test-peers check format lint types imports notebooks docs notebook-outputs \
+.PHONY: help demo test test-slow test-tl4 test-peers check package format lint types imports notebooks docs notebook-outputs \
 	pictures gallery results results-smollm2 bench lock clean
 
 help: ## show this list
@@ -37,7 +37,12 @@ test-tl4: $(TL4)/.ready ## run the model tests with TransformerLens 4, which has
 test-peers: $(PEERS)/.ready ## run the tests beside other toolkits: SAELens, steering-vectors, repeng, lm-eval
 	$(PEERS)/bin/python -m pytest -n 2 --dist loadfile tests/peers $(ARGS)
 
-check: lint types imports test test-slow test-tl4 test-peers ## everything that CI runs
+check: lint types imports package test test-slow test-tl4 test-peers ## everything that CI runs
+
+package: $(DEV) ## build source distribution and wheel into dist/ and check them
+	rm -rf dist && mkdir -p build
+	$(BIN)/python -m build --no-isolation --outdir dist . >build/package.log 2>&1 || { cat build/package.log; exit 1; }
+	$(BIN)/twine check --strict dist/*
 
 lint: $(DEV)
 	$(BIN)/ruff format --check
