@@ -25,7 +25,16 @@ README = ROOT / "README.md"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # gallery.md is run by tests/browser/test_gallery_page.py, with_saelens.md by tests/peers/test_saelens.py.
 RUN_ELSEWHERE = {"gallery.md", "with_saelens.md"}
-SLOW = {"hooks.md", "limits.md", "big_models.md", "choose_a_layer.md", "gates.md", "two_behaviours.md", "your_own.md"}
+SLOW = {
+    "measure.md",
+    "hooks.md",
+    "limits.md",
+    "big_models.md",
+    "choose_a_layer.md",
+    "gates.md",
+    "two_behaviours.md",
+    "your_own.md",
+}
 MARKS = {**dict.fromkeys(SLOW, pytest.mark.slow), "start_here.md": [pytest.mark.slow, needs_smollm2]}
 PAGES = sorted([README, ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")])
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
