@@ -394,6 +394,11 @@ NOTES = """## What did not work, and what to keep in mind
 - **Contrasts by a system message.** Refusal was first to be fitted to the last prompt token with and without words that
   tell the model to decline. This model does not follow such words (nor a few refusals shown to it), and the shift
   changed nothing at any strength that was tried. Shifts of mean responses did.
+- **What the mixture is for.** Where every prompt needs the same shift one vector does as well and is simpler: refusal
+  with one answer is such a case, and the fit says so by its single expert. A mixture is for shifts that differ from
+  prompt to prompt and that the prompts tell. On TruthfulQA and on refusals with a reason it is compared above with one
+  vector, one linear map (ridge) and the nearest centroid. No public set was found on which it clearly beats all of
+  them; the tutor, whose modes are known, is one that was made so ([results](results.md)).
 - **A null space protects what its general set covers.** Compare the domain that was left out with the others before
   you rely on it, and put prompts of your own users into the set.
 - **Budgets are met on the calibration set**; the costs that count are those of the second table.
