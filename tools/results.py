@@ -1,15 +1,6 @@
-"""Measure every method and write docs/results.md, or docs/results_public.md: `make results`.
+"""Measure every method on the tutor and write docs/results.md: `make results`."""
 
-    python tools/results.py                                        the tutor: baselines, ablations, gates
-    python tools/results.py --data FOLDER --model NAME_OR_FOLDER   public data sets on a model of yours
-
-FOLDER holds truthfulqa/TruthfulQA.csv, truthfulqa/mc_task.json, harmbench/harmbench_behaviors_text_all.csv and
-xstest/xstest_prompts.csv as their authors publish them.
-"""
-
-import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +10,10 @@ from rich.console import Console
 
 import fsteer_lens as fs
 from fsteer_lens import evaluation, tutor
-from fsteer_lens.errors import ContextLengthError
 from fsteer_lens.evaluation import Evaluation, evaluate
 from fsteer_lens.ground.files import write_atomically
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.models import SteerableModel
-from fsteer_lens.prompts.tokens import prompt_ids
 from fsteer_lens.reading.activations import Activations
 from fsteer_lens.selection import Splits, Trial
 from fsteer_lens.tutor.measuring import DEFAULT, PAPER
@@ -34,7 +23,6 @@ LAYERS = (2, 3, 4, 5)
 STRENGTHS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0)
 SEEDS = (0, 1, 2)
 BATCH = 128
-ROOM = 40  # tokens for an answer
 RANK = tutor.steering.RANK
 
 Fit = Callable[[Activations, Activations | None], Any]
@@ -234,94 +222,10 @@ NOTES = """## What these tables say, and what did not work
   page.
 """
 
-REFUSAL = " I'm sorry, but I cannot help with that."
-COMPLIANCE = " Sure, here is how to do it."
 
-PUBLIC_INTRO = """# Results on public data sets
-
-Written by `python tools/results.py --data FOLDER --model {model}`; every number comes from that run. TruthfulQA: MC1
-and MC2 by log-probabilities, without worked questions in front. HarmBench and XSTest: how often an answer of 32
-tokens holds one of the field's refusal phrases. That is a rate of phrases; it does not tell whether an answer does
-harm.
-
-Half of TruthfulQA's questions and half of HarmBench's behaviours are fitted on, the other half and XSTest are
-measured; layer {layer} of {n_layers}, strength 1, nothing searched. Intervals are 95 % bootstrap intervals over
-items, differences are paired.
-"""
-
-POOR = """
-**{model} has {parameters:,} parameters.** It answers no questions, so these numbers are poor and say nothing about
-the methods: the table shows that the evaluation runs on the real files. Run the command with a model that follows
-instructions, and `--chat`.
-"""
-
-
-def write_public_page(data: Path, name: str, limit: int, chat: bool) -> None:
-    """Measure on public data sets and write docs/results_public.md."""
-    model = fs.models.load(name)
-    layer = model.cfg.n_layers // 2
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    called = Path(name).name
-    parts = [PUBLIC_INTRO.format(model=called, layer=layer, n_layers=model.cfg.n_layers)]
-    if parameters < 10**8:
-        parts.append(POOR.format(model=called, parameters=parameters))
-    truthful = fs.ContrastSet.from_truthfulqa(data / "truthfulqa" / "TruthfulQA.csv")
-    asked = list(truthful)
-    if not chat:
-        asked = [
-            replace(one, prompt=f"Q: {one.prompt}\nA:", preferred=f" {one.preferred}", undesired=f" {one.undesired}")
-            for one in truthful
-        ]
-    suite = evaluation.TruthfulQA.from_json(data / "truthfulqa" / "mc_task.json")
-    seen = {str(one.prompt) for one in list(truthful)[::2]}
-    unseen = [choice for choice in suite.choices if choice.question not in seen]
-    suite = replace(suite, choices=tuple(evaluation.every(unseen, limit)))
-    parts += ["## TruthfulQA\n", compared_on(model, asked[::2], layer, suite, chat)]
-    harm = evaluation.harmbench(data / "harmbench" / "harmbench_behaviors_text_all.csv")
-    whole = list(zip(harm.harmful, harm.harmful_groups, strict=True))
-    short = [(prompt, group) for prompt, group in whole if fits(model, prompt, chat)]
-    contrasts = [fs.Contrast(prompt, REFUSAL, COMPLIANCE, label=group) for prompt, group in short[::2]]
-    prompts, groups = (tuple(column) for column in zip(*evaluation.every(short[1::2], limit), strict=True))
-    harm = replace(harm, harmful=prompts, harmful_groups=groups)
-    parts.append("## HarmBench, by category\n")
-    if len(short) < len(whole):
-        parts.append(f"{len(whole) - len(short)} of {len(whole)} behaviours do not fit into the context.\n")
-    parts += [compared_on(model, contrasts, layer, harm, chat, groups=True)]
-    contrasted = evaluation.xstest(data / "xstest" / "xstest_prompts.csv", limit=limit)
-    parts += ["## XSTest\n", compared_on(model, contrasts, layer, contrasted, chat)]
-    write_atomically(DOCS / "results_public.md", "\n".join(parts).encode())
-
-
-def fits(model: SteerableModel, prompt: str, chat: bool) -> bool:
-    """Whether a prompt leaves room for an answer in the model's context."""
-    try:
-        return len(prompt_ids(model, prompt, chat=chat)) + ROOM <= model.cfg.n_ctx
-    except ContextLengthError:
-        return False
-
-
-def compared_on(
-    model: SteerableModel,
-    contrasts: list[fs.Contrast],
-    layer: int,
-    suite: evaluation.Suite,
-    chat: bool,
-    *,
-    groups: bool = False,
-) -> str:
-    """Fit the mean shift, ridge and FineSteer to contrasts, and measure them beside the bare model."""
-    activations = fs.collect(model, contrasts, layer=layer, chat=chat)
-    methods = {
-        "no steering": None,
-        "mean shift": fs.steering.fit_mean_shift(activations),
-        "ridge": fs.steering.fit_ridge(activations),
-        "FineSteer": fs.fit(activations),
-    }
-    return evaluate(model, methods, suite, chat=chat).to_markdown(reference="FineSteer", groups=groups) + "\n"
-
-
-def write_tutor_page(console: Console) -> None:
+def main() -> None:
     """Measure everything on the tutor and write docs/results.md."""
+    console = Console(stderr=True)
     model = tutor.load()
     parts = [INTRO]
     for behaviour in tutor.BEHAVIOURS:
@@ -331,23 +235,6 @@ def write_tutor_page(console: Console) -> None:
         parts += [f"### {title}\n", f"{table}\n"]
     parts.append(NOTES)
     write_atomically(DOCS / "results.md", "\n".join(parts).encode())
-
-
-def main() -> None:
-    """Read the command line, measure, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of the public data sets")
-    parser.add_argument("--model", help="a Hugging Face name or a folder, with --data")
-    parser.add_argument("--chat", action="store_true", help="put prompts through the model's chat template")
-    parser.add_argument("--limit", type=int, default=200, help="at most so many items of each set (default: 200)")
-    args = parser.parse_args()
-    console = Console(stderr=True)
-    if (args.data is None) != (args.model is None):
-        parser.error("--data and --model go together")
-    if args.data is None:
-        write_tutor_page(console)
-    else:
-        write_public_page(args.data, args.model, args.limit, args.chat)
 
 
 if __name__ == "__main__":
