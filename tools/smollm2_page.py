@@ -375,17 +375,19 @@ def mixture_in_reasons(folds: Folds) -> str:
 
 
 def aim_of_gates(folds: Folds) -> str:
-    """Which gates miss little at few false alarms, and under which perturbations they do not."""
+    """Which gates miss little at few false alarms over all perturbations, and under which they do not."""
+    ways = [way for way in dict.fromkeys(row["perturbation"] for row in folds[0]["rows"]) if way != "none"]
     told = []
     for gate in dict.fromkeys(row["gate"] for row in folds[0]["rows"]):
-        short = []
-        for way in dict.fromkeys(row["perturbation"] for row in folds[0]["rows"]):
-            missed, alarms = rates(folds, gate, way, None)
-            if missed.value > SHARE or alarms.value > SHARE:
-                short.append(f"{way} ({missed.value:.2f} missed, {alarms.value:.2f} false alarms)")
-        told.append(f"{gate}: " + ("reached everywhere" if not short else "not under " + ", ".join(short)))
+        found = {way: [one.value for one in rates(folds, gate, way, 0.05)] for way in ways}
+        missed, alarms = (sum(pair[kind] for pair in found.values()) / len(ways) for kind in (0, 1))
+        reached = "reached" if max(missed, alarms) <= SHARE else "not reached"
+        short = [way for way, pair in found.items() if max(pair) > SHARE]
+        beyond = f"; beyond it under {', '.join(short)}" if short else ""
+        told.append(f"{gate}: {reached}, {missed:.2f} missed at {alarms:.2f}{beyond}")
     return (
-        f"**At most {SHARE:.2f} missed at {SHARE:.2f} false alarms**, own thresholds, by estimates: {'; '.join(told)}."
+        f"**At most {SHARE:.2f} missed at {SHARE:.2f} false alarms**, mean of {len(ways)} perturbations, thresholds from"
+        f" 5 % of unperturbed prompts: {'. '.join(told)}."
     )
 
 
