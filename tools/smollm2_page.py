@@ -386,8 +386,8 @@ def aim_of_gates(folds: Folds) -> str:
         beyond = f"; beyond it under {', '.join(short)}" if short else ""
         told.append(f"{gate}: {reached}, {missed:.2f} missed at {alarms:.2f}{beyond}")
     return (
-        f"**At most {SHARE:.2f} missed at {SHARE:.2f} false alarms**, mean of {len(ways)} perturbations, thresholds from"
-        f" 5 % of unperturbed prompts: {'. '.join(told)}."
+        f"**At most {SHARE:.2f} missed at {SHARE:.2f} false alarms**, mean of {len(ways)} perturbations, thresholds"
+        f" from 5 % of unperturbed prompts: {'. '.join(told)}."
     )
 
 
