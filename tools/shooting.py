@@ -43,6 +43,7 @@ def shoot(
         RuntimeError: a script of the piece failed.
     """
     page = browser.new_page(viewport={"width": width, "height": 100}, device_scale_factor=scale)
+    page.set_default_timeout(120_000)  # a busy machine takes its time
     errors: list[str] = []
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.context.set_offline(True)
