@@ -73,7 +73,7 @@ gallery: $(DEV) ## draw every figure from the tutor and write docs/gallery.md (n
 results: $(DEV) ## measure all methods on the tutor and write docs/results.md (25 minutes)
 	$(BIN)/python tools/results.py
 
-results-smollm2: $(DEV) ## measure on a chat model with public data in DATA=FOLDER, write docs/results_smollm2.md (an hour)
+results-smollm2: $(DEV) ## measure on a chat model with public data in DATA=FOLDER, write docs/results_smollm2.md (an hour and a half)
 	@test -n "$(DATA)" || { echo "make results-smollm2 DATA=FOLDER: the head of tools/results_smollm2.py says what is in it" >&2; exit 1; }
 	$(BIN)/python tools/results_smollm2.py --data "$(DATA)" $(ARGS)
 

@@ -16,6 +16,7 @@ from nbclient import NotebookClient
 from plotly.graph_objects import Figure
 from shooting import chromium, html_of, shoot
 
+STATE = "application/vnd.jupyter.widget-state+json"
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
@@ -32,6 +33,12 @@ def picture(browser: Any, notebook: Any, data: Any) -> str | None:
     return base64.b64encode(png).decode()
 
 
+def is_progress(notebook: Any, data: Any) -> bool:
+    """Whether an output is a progress bar that was there for a while."""
+    states = notebook.metadata.get("widgets", {}).get(STATE, {}).get("state", {})
+    return VIEW in data and states.get(data[VIEW]["model_id"], {}).get("model_name") == "OutputModel"
+
+
 def store(path: Path, browser: Any) -> None:
     """Run one notebook and write it back with its outputs."""
     notebook = nbformat.read(path, as_version=4)
@@ -39,6 +46,8 @@ def store(path: Path, browser: Any) -> None:
     NotebookClient(notebook, timeout=600, kernel_name="python3", coalesce_streams=True, resources=folder).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if not is_progress(notebook, output.get("data", {}))]
         for output in cell.get("outputs", []):
             if (png := picture(browser, notebook, output.get("data", {}))) is not None:
                 output.data["image/png"] = png

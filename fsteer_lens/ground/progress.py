@@ -8,12 +8,13 @@ from contextlib import contextmanager
 def progress_bar(total: int, description: str, shown: bool) -> Iterator[Callable[[int], None]]:
     """Yield a function that advances the bar by so many steps.
 
-    Draws nothing where `shown` is false, or where the output is neither a terminal nor a notebook.
+    Draws nothing where `shown` is false, where there are no steps, or where the output is neither a terminal nor a
+    notebook.
     """
     from rich.console import Console
 
     console = Console()
-    if not shown or not (console.is_terminal or console.is_jupyter):
+    if not shown or total == 0 or not (console.is_terminal or console.is_jupyter):
         yield lambda steps: None
         return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
