@@ -273,9 +273,11 @@ def _gate(args: argparse.Namespace) -> int:
     from fsteer_lens.evaluation import PERTURBATIONS
     from fsteer_lens.ground.tables import markdown
     from fsteer_lens.prompts.files import read_contrasts, read_prompts
+    from fsteer_lens.prompts.forms import texts_of
 
     columns = _columns(args)
-    harmful, general = read_contrasts(args.data, columns).prompts, read_prompts(args.general, columns.get("prompt"))
+    harmful = texts_of(read_contrasts(args.data, columns).prompts, "prompt")
+    general = texts_of(read_prompts(args.general, columns.get("prompt")), "general prompt")
     model = _load_model(args)
     steering = load(args.steering, model=model)
     rate = {"false_alarm_rate": args.false_alarms, "seed": args.seed}

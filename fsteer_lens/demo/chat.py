@@ -138,8 +138,10 @@ def show(model: SteerableModel) -> Shown:
         spans[name] = slice(start, start + len(kind))
         start += len(kind)
     names = []
+    report = experts.report
+    assert report is not None
     for expert in range(experts.n_experts):
-        members = Counter(own.labels[row] for row in (experts.report.clusters == expert).nonzero()[:, 0].tolist())
+        members = Counter(own.labels[row] for row in (report.clusters == expert).nonzero()[:, 0].tolist())
         names.append(str(members.most_common(1)[0][0]))
     return Shown(
         steering,
@@ -175,7 +177,9 @@ def print_shown(console: "rich.console.Console", shown: Shown) -> None:
     for name in shown.made:
         table.add_row(*shown.row(name))
     console.print(table)
-    console.print(f"The fit, held out: {shown.steering.experts.report.held_out}\n", markup=False, highlight=False)
+    report = shown.steering.experts_at(shown.layer).report
+    assert report is not None
+    console.print(f"The fit, held out: {report.held_out}\n", markup=False, highlight=False)
 
 
 def decided(shown: Shown, one: Generation) -> str:
@@ -196,7 +200,9 @@ def add_chapter(report: Report, shown: Shown, name: str) -> None:
     report.add_table(list(COLUMNS), [shown.row(kind) for kind in shown.made])
     titles = [f"{title}: {decided(shown, one)}" for title, one in shown.examples]
     report.add_heading("Six prompts, side by side", 3)
-    report.add_figure(figures.steer_compare([one for _, one in shown.examples], titles=titles), CAPTIONS["compare"])
+    report.add_figure(
+        figures.steer_compare(Generations([one for _, one in shown.examples]), titles=titles), CAPTIONS["compare"]
+    )
     report.add_heading("When: the gate", 3)
     alone = torch.cat([shown.queries[kind] for kind in ALONE])
     separation = figures.gate_separation(gate, shown.queries[HARMFUL_NAME], alone, names=(HARMFUL_NAME, "all others"))

@@ -183,17 +183,18 @@ def recipe(
     depths = [round(model.cfg.n_layers * depth) for depth in DEPTHS]
     where = layers_of(model, list(dict.fromkeys(depths)) if layers is None else layers)
     by = "label" if all(contrast.group is None for contrast in told) else "group"
-    contrasts_of = told.split(valid=HELD_OUT, test=0, seed=run.seed, by=by)
-    valid = ContrastSet(every(contrasts_of.valid, MOST_CHOSEN_ON))
+    split = told.split(valid=HELD_OUT, test=0, seed=run.seed, by=by)
+    valid = ContrastSet(every(split.valid, MOST_CHOSEN_ON))
     parts = {name: _parts(prompts, run.seed) for name, prompts in left_alone.items()}
     spared = [prompt for _, held_out in parts.values() for prompt in every(held_out, MOST_COSTED // len(parts))]
 
     def fits(layers: Sequence[int]) -> Iterator[tuple[int, FineSteer]]:
         """A steering for each of these layers, one after the other; what they read is read once."""
-        own = collect(model, contrasts_of.train, layer=layers, shift=run.shift, **run.options)
+        own = collect(model, split.train, layer=layers, shift=run.shift, **run.options)
         others = {name: collect_queries(model, kept, layer=layers, **run.options) for name, (kept, _) in parts.items()}
         for layer in layers:
-            yield layer, fit(own[layer], **{name: one[layer] for name, one in others.items()}, seed=run.seed)
+            near = others["near_misses"][layer] if "near_misses" in others else None
+            yield layer, fit(own[layer], general=others["general"][layer], near_misses=near, seed=run.seed)
 
     known = [[str(asdict(one)) for one in told], {name: list(map(str, one)) for name, one in left_alone.items()}]
     settings = {**run.formatting, "loops": run.loops, "shift": run.shift, "seed": run.seed, "kl": kl}
@@ -215,9 +216,15 @@ def recipe(
     if chosen.layer not in fitted:
         fitted |= fits([chosen.layer])
     steering = fitted[chosen.layer]
-    return Recipe(
-        steering.with_strength(chosen.strength), steering.experts.report, chosen, trials, valid, tuple(spared)
-    )
+    report = _report(steering, chosen.layer)
+    return Recipe(steering.with_strength(chosen.strength), report, chosen, trials, valid, tuple(spared))
+
+
+def _report(steering: FineSteer, layer: int) -> FitReport:
+    """What the fit of the experts came to."""
+    report = steering.experts_at(layer).report
+    assert report is not None
+    return report
 
 
 def _parts(prompts: Sequence[Prompt], seed: int) -> tuple[list[Prompt], list[Prompt]]:
@@ -249,7 +256,7 @@ def _tried(
         **run.options,
     )
     (chosen,) = preferences_of_each(model, [found.steering], valid, **run.batching)
-    effect, held_out = bootstrap(chosen - before), steering.experts.report.held_out
+    effect, held_out = bootstrap(chosen - before), _report(steering, layer).held_out
     low, high = effect.interval
     assert found.loops is not None and held_out is not None
     opened, shut = (_opened(model, steering, layer, prompts, run) for prompts in (valid.prompts, spared))
