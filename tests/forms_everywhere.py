@@ -12,6 +12,7 @@ import torch
 
 import fsteer_lens as fl
 from fsteer_lens import effects, evaluation, figures, tutor
+from fsteer_lens.errors import DataError
 from fsteer_lens.prompts.tokens import prompt_ids
 from fsteer_lens.report import steering_report
 from fsteer_lens.selection import Splits
@@ -30,6 +31,16 @@ h = acts.queries[:3]
 def searched(splits: Splits) -> Any:
     options: Any = {"layers": [4], "strengths": [0.5], "shift": "last_prompt", "method": mean_shift}
     return fl.search(model, splits, budget=64, **options, **quiet).to_records()
+
+
+def counted(contrasts: Any, others: Any) -> Any:
+    """What a recipe says of too few: it has gone through them by then, and would otherwise take minutes."""
+    try:
+        return fl.recipe(model, contrasts, others, **quiet)
+    except DataError as error:
+        if "at least" in str(error) and "held out" in str(error):
+            return str(error)
+        raise
 
 
 def page(contrasts: Any, others: Any) -> Any:
@@ -86,6 +97,7 @@ takes_prompts = {
         )
     ),
     "search": lambda p: searched(Splits(train, held, p)),
+    "recipe": lambda p: counted(train, p),
     "steering_report": lambda p: page(held, p),
     "setting of a suite": lambda p: evaluation.Setting().ids(model, p),
     "rank_explorer": lambda p: figures.rank_explorer(
@@ -103,6 +115,7 @@ takes_contrasts = {
     ),
     "strength_sweep": lambda c: numbers(effects.strength_sweep(model, steering, c, general, strengths=[1.0], **quiet)),
     "search": lambda c: searched(Splits(train, c, general)),
+    "recipe": lambda c: counted(c, general),
     "steering_report": lambda c: page(c, ()),
     "tutor.exact": lambda c: tutor.exact(model, steering, c).tolist(),
 }
