@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fsteer_lens import Window, chain, figures, generate
+import fsteer_lens as fs
+from fsteer_lens import Window, chain, figures, generate, tutor
 from fsteer_lens.effects import GateExplanation
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.rich import harmless
@@ -373,3 +374,19 @@ def test_a_link_of_a_chain_is_drawn_with_the_chains_texts(tutor_model, steering)
         figures.token_experts(trace, layer=4)
     with pytest.raises(InputError, match=r"one of the links of a chain, \[0, 1\], got 2"):
         trace.link(2)
+
+
+def test_a_gate_that_knows_no_subspace_is_shown_as_a_gate(tutor_model, trained):
+    class Shut(fs.Gate):
+        def gate(self, h):
+            return torch.zeros(h.shape[:-1])
+
+    own = trained[4]
+    linear = fs.fit_gate(own.queries, general=-own.queries, kind="linear", layer=4)
+    steering = fs.fit(own, gate="none", n_experts=2)
+    prompt = tutor.data("safe").train[0].prompt
+    for gate, shown in ((linear, "open"), (Shut(), "gate 0.00 closed"), (None, "always steered")):
+        gated = steering.with_gate(gate)
+        made = generate(tutor_model, prompt, gated, compare=True, max_new_tokens=2, progress=False)
+        page = str(figures.steer_compare(made))
+        assert shown in page and ("always steered" in page) == (gate is None)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 FITTED: Final = 0.75
 """Share of each list that is fitted to; the rest is what is shown and measured."""
+STRENGTH: Final = 1.25
+"""About what `recipe` chooses on a quarter of what is fitted to (docs/how_to/start_here.md)."""
 MAX_NEW_TOKENS: Final = 20
 PICTURED: Final = ("fraud", "theft", "bullying")
 """Kinds of request of which one is printed with its answers."""
@@ -106,7 +108,7 @@ def parts(items: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
 
 
 def fitted(model: SteerableModel) -> tuple[FineSteer, Activations]:
-    """A steering half way up, by the package's defaults, and what it was fitted to."""
+    """A steering half way up, by the package's defaults but for the strength, and what it was fitted to."""
     layer = model.cfg.n_layers // 2
     contrasts = [
         Contrast(request, REFUSALS[kind], CONSENT, label=kind)
@@ -119,7 +121,7 @@ def fitted(model: SteerableModel) -> tuple[FineSteer, Activations]:
         "near_misses": collect_queries(model, parts(near)[0], layer=layer, chat=True, progress=False),
         "general": collect_queries(model, general, layer=layer, chat=True, progress=False),
     }
-    return fit(own, **alone), own
+    return fit(own, strength=STRENGTH, **alone), own
 
 
 def show(model: SteerableModel) -> Shown:

@@ -179,7 +179,8 @@ def _decision(trace: Trace) -> str:
     decided = [(link, layer) for link in trace.parts or (trace,) for layer in link.layers if layer in link.gate]
     for link, layer in decided:
         gate = float(link.gate[layer][0])
-        told = f"gate {gate:.2f} {'open' if gate >= OPEN else 'closed'}" if layer in link.ser else "always steered"
+        gated = any(layer in known for known in (link.gate_read, link.score, link.ser))  # an old trace has no gate_read
+        told = f"gate {gate:.2f} {'open' if gate >= OPEN else 'closed'}" if gated else "always steered"
         told = f"layer {layer}: {told}" if len(decided) > 1 else told
         told = f"<span style='{MUTED}'>{told}</span>"
         if gate >= OPEN and layer in link.weights:
