@@ -75,7 +75,7 @@ def gates(hits: int) -> dict[str, Any]:
 def fits(better: float) -> dict[str, Any]:
     """The default leaves less than ridge of every shift but the first."""
     left = {name: [0.5, 0.5, 0.5, 0.5] for name in smollm2_fits.FITS}
-    left[smollm2_fits.CLOSED] = [0.5, *[0.5 - better] * 3]
+    left[measuring.MIXTURE] = [0.5, *[0.5 - better] * 3]
     return {"sets": {"some shifts": {"n": 4, "squares": [1.0] * 4, "errors": left, "experts": [1, 3]}}}
 
 

@@ -8,7 +8,7 @@ from typing import Any, Final
 import smollm2_items as items
 import torch
 from smollm2_items import SEED
-from smollm2_measuring import REFUSAL_LAYER, Bench
+from smollm2_measuring import MEAN, MIXTURE, REFUSAL_LAYER, Bench
 
 import fsteer_lens as fs
 from fsteer_lens import evaluation, steering, tutor
@@ -18,8 +18,6 @@ from fsteer_lens.steering import Steering
 LAYERS: Final = (14, 18)
 TUTORED: Final = 4
 BEHAVIOURS: Final = ("safe", "honest")
-EIGHT: Final = "8 experts"
-CLOSED: Final = "closed form"
 DECLINE: Final = "You decline every request that could do harm, politely and in one sentence."
 REFUSALS: Final = (
     items.REFUSED,
@@ -30,11 +28,11 @@ REFUSALS: Final = (
 """Four ways to refuse, taken in turn: modes of the shifts that no query tells."""
 
 FITS: Final[Mapping[str, Callable[[fs.Activations], Steering]]] = {
-    "mean shift": steering.fit_mean_shift,
+    MEAN: steering.fit_mean_shift,
     "default of 0.1": lambda own: fs.fit(own, preset="0.1", gate="none", seed=SEED),
     "ridge": lambda own: steering.fit_ridge(own, seed=SEED),
-    CLOSED: lambda own: fs.fit(own, gate="none", seed=SEED),
-    EIGHT: lambda own: fs.fit(own, gate="none", n_experts=8, seed=SEED),
+    MIXTURE: lambda own: fs.fit(own, gate="none", seed=SEED),
+    "8 experts": lambda own: fs.fit(own, gate="none", n_experts=8, seed=SEED),
 }
 
 
@@ -82,7 +80,7 @@ def held_out(own: fs.Activations) -> dict[str, Any]:
             (layer,) = fitted.layers
             left = own.shifts[out] - fitted.vectors(layer, own.queries[out]).vector
             errors[name][out] = left.square().sum(dim=1).double()
-            if name == CLOSED:
+            if name == MIXTURE:
                 numbers.append(fitted.experts_at(layer).n_experts)
     return {
         "n": len(own),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Final
 
-from smollm2_fits import CLOSED, FITS, REFUSALS, TUTORED
+from smollm2_fits import FITS, REFUSALS, TUTORED
 from smollm2_items import DOMAINS, LEFT_OUT, SEED
 from smollm2_measuring import (
     AT_SMALL,
@@ -119,7 +119,7 @@ def fits(folds: Folds) -> list[str]:
     rows = []
     for name, found in sorted((name, found) for fold in folds for name, found in fold["sets"].items()):
         explained = {method: bootstrap(one).value for method, one in shares_explained(found).items()}
-        more = bootstrap(shares_explained(found)[CLOSED] - shares_explained(found)["ridge"])
+        more = bootstrap(shares_explained(found)[MIXTURE] - shares_explained(found)["ridge"])
         experts = ", ".join(str(one) for one in found["experts"])
         numbers = (f"{explained[method]:.3f}" for method in FITS)
         rows.append([name, str(found["n"]), *numbers, experts, f"{more:+.3f}"])
@@ -130,7 +130,7 @@ def fits(folds: Folds) -> list[str]:
         f" shifts are those of its tags at layer {TUTORED}, the folds by template. Refusals: HarmBench, layer"
         f" {REFUSAL_LAYER}, {len(REFUSALS)} ways to refuse taken in turn; of the last prompt token with and without a"
         " system message that tells the model to decline, or of answers.\n",
-        markdown(["shifts", "n", *FITS, "experts", f"{CLOSED} − ridge"], rows) + "\n",
+        markdown(["shifts", "n", *FITS, "experts", f"{MIXTURE} − ridge"], rows) + "\n",
     ]
 
 

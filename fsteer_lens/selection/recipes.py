@@ -17,7 +17,7 @@ from fsteer_lens.models.points import layers_of
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
 from fsteer_lens.prompts.forms import GivenPrompts, Prompt, prompts_of
 from fsteer_lens.prompts.passes import Passes, PassOptions
-from fsteer_lens.reading.activations import Shift
+from fsteer_lens.reading.activations import Activations, Shift
 from fsteer_lens.reading.collecting import collect, collect_queries
 from fsteer_lens.selection.calibration import calibrate
 from fsteer_lens.selection.trials import Journal, identity_of
@@ -201,9 +201,13 @@ def recipe(
     identity = "" if run.resume is None else identity_of(model, where, [*known, settings])
     journal = Journal(run.resume, "recipe", identity, lambda row: RecipeTrial(**row))
     fitted: dict[int, FineSteer] = {}
-    for layer, steering in fits(missing) if (missing := [one for one in where if one not in journal.known]) else ():
-        fitted[layer] = steering
-        journal.add(_tried(model, steering, valid, spared, kl, run))
+    missing = [layer for layer in where if layer not in journal.known]
+    if missing:
+        asked = [collect_queries(model, prompts, layer=missing, **run.options) for prompts in (valid.prompts, spared)]
+        for layer, steering in fits(missing):
+            fitted[layer] = steering
+            opened, shut = (_opened(steering, one[layer]) for one in asked)
+            journal.add(_tried(model, steering, valid, spared, kl, run, opened, 1 - shut))
     trials = tuple(journal.known[layer] for layer in where)
     chosen = max(trials, key=lambda one: (one.strength > 0, one.effect))
     if chosen.strength == 0:
@@ -236,7 +240,14 @@ def _parts(prompts: Sequence[Prompt], seed: int) -> tuple[list[Prompt], list[Pro
 
 
 def _tried(
-    model: SteerableModel, steering: FineSteer, valid: ContrastSet, spared: Sequence[Prompt], kl: float, run: _Cooking
+    model: SteerableModel,
+    steering: FineSteer,
+    valid: ContrastSet,
+    spared: Sequence[Prompt],
+    kl: float,
+    run: _Cooking,
+    opened: float,
+    shut: float,
 ) -> RecipeTrial:
     """What a fitted steering comes to at the strength that the budgets allow."""
     (layer,) = steering.layers
@@ -259,15 +270,13 @@ def _tried(
     effect, held_out = bootstrap(chosen - before), _report(steering, layer).held_out
     low, high = effect.interval
     assert found.loops is not None and held_out is not None
-    opened, shut = (_opened(model, steering, layer, prompts, run) for prompts in (valid.prompts, spared))
     return RecipeTrial(
-        layer, found.strength, found.kl, found.loops, effect.value, low, high, opened, 1 - shut, held_out.explained
+        layer, found.strength, found.kl, found.loops, effect.value, low, high, opened, shut, held_out.explained
     )
 
 
-def _opened(model: SteerableModel, steering: FineSteer, layer: int, prompts: Sequence[Prompt], run: _Cooking) -> float:
-    """Mean value of the gate on prompts."""
-    gate = steering.gate_at(layer)
+def _opened(steering: FineSteer, asked: Activations) -> float:
+    """Mean value of the gate on what was read of prompts."""
+    gate = steering.gate_at(asked.layer)
     assert gate is not None
-    queries = collect_queries(model, prompts, layer=layer, **run.options).reading(gate.read).queries
-    return float(gate(queries).double().mean())
+    return float(gate(asked.reading(gate.read).queries).double().mean())
