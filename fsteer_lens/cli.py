@@ -18,6 +18,7 @@ from fsteer_lens.errors import FsteerError, InputError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from fsteer_lens.prompts.contrasts import ContrastSet
     from fsteer_lens.trace.trace import Trace
 
 REQUIRED = (
@@ -194,7 +195,6 @@ def _load_model(args: argparse.Namespace) -> Any:
 
 def _fit(args: argparse.Namespace) -> int:
     from fsteer_lens import collect, collect_queries, fit, save
-    from fsteer_lens.prompts.files import read_contrasts, read_prompts
 
     given = (args.rank, args.general, args.near_misses)
     if args.gate == "none" and any(one is not None for one in given):
@@ -205,10 +205,7 @@ def _fit(args: argparse.Namespace) -> int:
     for name in ("kl", "resume"):
         if getattr(args, name) is not None:
             raise InputError(f"--{name} has no effect without --auto", fix="Add --auto, or leave it out.")
-    columns = _columns(args)
-    contrasts = read_contrasts(args.data, columns)
-    paths = {"general": args.general, "near_misses": args.near_misses}
-    told = {name: read_prompts(path, columns.get("prompt")) for name, path in paths.items() if path is not None}
+    contrasts, told = _sets(args)
     model = _load_model(args)
     run = {"layer": model.cfg.n_layers // 2 if args.layer is None else args.layer, **_passes(args)}
     activations = collect(model, contrasts, shift=args.shift, **run)
@@ -225,26 +222,31 @@ def _fit(args: argparse.Namespace) -> int:
 def _fit_auto(args: argparse.Namespace) -> int:
     """Choose layer and strength by a recipe."""
     from fsteer_lens import recipe, save
-    from fsteer_lens.prompts.files import read_contrasts, read_prompts
 
     given = [name for name in ("rank", "gate", "strength", "scope", "preset") if getattr(args, name) is not None]
     if given:
         raise InputError(f"--{given[0]} has no effect with --auto, which chooses", fix="Leave one of them out.")
     if args.general is None:
         raise InputError("--auto", expected="--general, prompts to be left alone", got="none")
-    columns = _columns(args)
-    contrasts = read_contrasts(args.data, columns)
-    general, near = (
-        None if path is None else read_prompts(path, columns.get("prompt")) for path in (args.general, args.near_misses)
-    )
-    assert general is not None
+    contrasts, told = _sets(args)
     model = _load_model(args)
     layers = None if args.layer is None else [args.layer]
     options = {"shift": args.shift, "seed": args.seed, **_given(args, "kl", "resume"), **_passes(args)}
-    found = recipe(model, contrasts, general, near_misses=near, layers=layers, **options)
+    found = recipe(model, contrasts, **told, layers=layers, **options)
     save(found.steering, args.out, model=model)
     _console().print(f"{found}\nsaved as {args.out}", markup=False, highlight=False, soft_wrap=True)
     return 0
+
+
+def _sets(args: argparse.Namespace) -> tuple["ContrastSet", dict[str, Any]]:
+    """The contrasts, and the prompts to be left alone that were given, by the name that `fit` and `recipe` take."""
+    from fsteer_lens.prompts.files import read_contrasts, read_prompts
+
+    columns = _columns(args)
+    contrasts = read_contrasts(args.data, columns)
+    paths = {"general": args.general, "near_misses": args.near_misses}
+    told = {name: read_prompts(path, columns.get("prompt")) for name, path in paths.items() if path is not None}
+    return contrasts, told
 
 
 def _evaluate(args: argparse.Namespace) -> int:
