@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks import peers
 from benchmarks.measuring import Row, Section, Settings, page, section_text
 
-NAMES = ("decode", "collecting", "scoring", "fitting", "energies", "vocabulary")
+NAMES = ("decode", "collecting", "scoring", "fitting", "energies", "vocabulary", "smollm2")
 PEERS = Path(".venv-peers/bin/python")
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 INTRO = """
@@ -22,7 +22,7 @@ What steering costs, and how the package's own ways compare with plain ones. `ma
 page. Times are ratios of two things that ran in one process in turn, the first of each pair changing, so that a busy
 machine slows both; the median over the pairs is given with the smallest and the largest. Peaks of memory are those of
 processes of their own, one run each. Absolute times are told beside it and belong to this machine alone. Models have
-random weights: the cost does not depend on what they say.
+random weights: the cost does not depend on what they say. One section has a real chat model.
 """.strip()
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from benchmarks import shapes
 from benchmarks.measuring import (
     Aim,
+    Kept,
     OnGpu,
     Ratio,
     Row,
@@ -42,12 +43,8 @@ def run(settings: Settings) -> Section:
     for kind in models.available_kinds():
         model = shapes.model(shape, kind, settings.device)
         for layer in (n_layers // 3, 2 * n_layers // 3):
-            error = largest_difference(reference, model, contrasts, layer)
-            ratio = speed(reference, model, contrasts, layer, settings.rounds_or(3))
-            floor = arithmetic(reference, model, contrasts, layer)
-            note = f"Largest difference {error:.1e} of the largest value; multiplications alone: {floor:.1f}."
             name = f"{models.CLASS_NAMES[kind]}, layer {layer}"
-            rows.append(Row(name, "plain recipe / collect", ratio, Aim(8, at_least=True), note))
+            rows.append(row(name, reference, model, contrasts, layer, settings.rounds_or(3), Aim(8, at_least=True)))
     few = 4 if settings.quick else 16
     peaks = [peak_memory(collecting_in_child, shape, n) for n in (few, 10 * few)]
     grown = Ratio((peaks[1] / peaks[0],), *peaks, unit="MiB")
@@ -71,14 +68,23 @@ few records fill a batch as well.
     return Section("Collecting", text, tuple(rows), after)
 
 
-def speed(hf_model: Any, model: Any, contrasts: list[Contrast], layer: int, rounds: int) -> Ratio:
-    """How many times as fast as the plain recipe `collect` is."""
-    return compare(
-        lambda: plain_recipe(hf_model, model, contrasts, layer),
-        lambda: collect(model, contrasts, layer=layer, progress=False),
-        rounds=rounds,
-        warmup=0,
-    ).inverse
+def row(
+    name: str, hf_model: Any, model: Any, contrasts: list[Contrast], layer: int, rounds: int, aim: Aim | None = None
+) -> Row:
+    """Speed of `collect`, with how far it is from the plain recipe and what it saves by arithmetic."""
+    ratio, error = beside_plain(hf_model, model, contrasts, layer, rounds)
+    floor = arithmetic(hf_model, model, contrasts, layer)
+    note = f"Largest difference {error:.1e} of the largest value; multiplications alone: {floor:.1f}."
+    return Row(name, "plain recipe / collect", ratio, aim, note)
+
+
+def beside_plain(hf_model: Any, model: Any, contrasts: list[Contrast], layer: int, rounds: int) -> tuple[Ratio, float]:
+    """How many times as fast as the plain recipe `collect` is, and their largest difference over the largest value."""
+    plain = Kept(lambda: plain_recipe(hf_model, model, contrasts, layer))
+    ours = Kept(lambda: collect(model, contrasts, layer=layer, progress=False))
+    ratio = compare(plain, ours, rounds=rounds, warmup=0).inverse
+    pairs = ((ours.value.queries, plain.value.queries), (ours.value.shifts, plain.value.shifts))
+    return ratio, max(float((mine - other).abs().max() / other.abs().max()) for mine, other in pairs)
 
 
 def arithmetic(hf_model: Any, model: Any, contrasts: list[Contrast], layer: int) -> float:
@@ -107,7 +113,7 @@ def on_gpu(shape: str, count: int = 64, rounds: int = 3) -> OnGpu:
         for contrast in contrasts
     )
     peak = peak_on_gpu(lambda: collect(model, contrasts, layer=layer, progress=False))
-    ratio = speed(shapes.hf_model(shape, "cuda"), model, contrasts, layer, rounds)
+    ratio, _ = beside_plain(shapes.hf_model(shape, "cuda"), model, contrasts, layer, rounds)
     return OnGpu(ratio, peak, n_tokens / ratio.ours)
 
 
@@ -124,15 +130,6 @@ def plain_recipe(hf_model: Any, model: Any, contrasts: list[Contrast], layer: in
         queries.append(hidden[0][-1])
         shifts.append(hidden[1][len(prompt) :].mean(dim=0) - hidden[2][len(prompt) :].mean(dim=0))
     return Found(torch.stack(queries).cpu(), torch.stack(shifts).cpu())
-
-
-def largest_difference(hf_model: Any, model: Any, contrasts: list[Contrast], layer: int) -> float:
-    """Largest difference between `collect` and the plain recipe, over the largest value, of queries and shifts."""
-    plain = plain_recipe(hf_model, model, contrasts, layer)
-    ours = collect(model, contrasts, layer=layer, progress=False)
-    assert ours.shifts is not None
-    pairs = ((ours.queries, plain.queries), (ours.shifts, plain.shifts))
-    return max(float((mine - other).abs().max() / other.abs().max()) for mine, other in pairs)
 
 
 def collecting_in_child(shape: str, count: int) -> Callable[[], object]:

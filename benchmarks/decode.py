@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks import shapes
 from benchmarks.measuring import Aim, OnGpu, Ratio, Row, Section, Settings, compare, gpu_rows, peak_on_gpu
@@ -58,17 +59,20 @@ def decoding(model: Any, steering: FineSteer, n_new: int, rounds: int, *, trace:
         )
     tokens = torch.tensor([prompt], device=model.cfg.device)
 
-    def plain() -> None:
-        found = model.generate(
-            tokens, max_new_tokens=n_new, stop_at_eos=False, do_sample=False, verbose=False, return_type="tokens"
-        )
-        assert found.shape[1] == len(prompt) + n_new
-
     def steered() -> None:
         with steering.on(model):
-            plain()
+            own_generate(model, tokens, n_new)
 
-    return compare(plain, steered, rounds=rounds)
+    return compare(lambda: own_generate(model, tokens, n_new), steered, rounds=rounds)
+
+
+def own_generate(model: Any, tokens: Tensor, n_new: int) -> list[int]:
+    """What the model's own `generate` puts after one row, the most probable token each time, whatever ends a text."""
+    found = model.generate(
+        tokens, max_new_tokens=n_new, stop_at_eos=False, do_sample=False, verbose=False, return_type="tokens"
+    )
+    assert found.shape[1] == tokens.shape[1] + n_new
+    return found[0, tokens.shape[1] :].tolist()
 
 
 def one_hook(model: Any, steering: FineSteer, settings: Settings) -> Ratio:

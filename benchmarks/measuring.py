@@ -197,6 +197,19 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+@dataclass
+class Kept:
+    """A call that keeps what it last returned: what is timed is what is looked at afterwards."""
+
+    run: Callable[[], Any]
+    value: Any = None
+
+    def __call__(self) -> Any:
+        """Run it."""
+        self.value = self.run()
+        return self.value
+
+
 def compare(reference: Callable[[], Any], ours: Callable[[], Any], *, rounds: int, warmup: int = 1) -> Ratio:
     """Time two calls in pairs, in alternating order, and give ours / reference of every pair.
 

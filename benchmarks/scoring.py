@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import shapes
-from benchmarks.measuring import Ratio, Row, Section, Settings, compare
+from benchmarks.measuring import Kept, Ratio, Row, Section, Settings, compare
 from fsteer_lens import FineSteer, evaluate, models
 from fsteer_lens.evaluation import TruthfulQA
 from fsteer_lens.evaluation.truthfulness import Choice
@@ -53,29 +53,26 @@ is predicted.
     return Section("Scoring answers", text, tuple(told))
 
 
-def choosing(model: Any, steering: FineSteer, suite: TruthfulQA, rounds: int) -> tuple[Ratio, float]:
+def choosing(
+    model: Any, steering: FineSteer, suite: TruthfulQA, rounds: int, *, chat: bool = False
+) -> tuple[Ratio, float]:
     """How many times as fast `evaluate` is on multiple choice, and the largest difference of an MC2."""
     methods = {"none": None, **{f"at {by:g}": steering.with_strength(by) for by in (0.5, 1.0, 2.0)}}
-
-    def ours() -> Any:
-        return evaluate(model, methods, suite, progress=False)
-
-    found, plain = ours(), plain_mc2(model, suite, list(methods.values()))
-    error = max(float((found.items(name, "MC2") - one).abs().max()) for name, one in zip(methods, plain, strict=True))
-    ratio = compare(lambda: plain_mc2(model, suite, list(methods.values())), ours, rounds=rounds, warmup=0)
-    return ratio.inverse, error
+    ours = Kept(lambda: evaluate(model, methods, suite, chat=chat, progress=False))
+    plain = Kept(lambda: plain_mc2(model, suite, list(methods.values()), chat=chat))
+    ratio = compare(plain, ours, rounds=rounds, warmup=0).inverse
+    pairs = zip(methods, plain.value, strict=True)
+    return ratio, max(float((ours.value.items(name, "MC2") - one).abs().max()) for name, one in pairs)
 
 
 def costing(model: Any, steering: FineSteer, rows: Sequence[Answered], rounds: int) -> tuple[Ratio, float]:
     """How many times as fast a round of `calibrate` is, and the largest difference of a KL."""
     variants = [steering.with_strength(strength) for strength in STRENGTHS]
-
-    def ours() -> list[list[Tensor]]:
-        return answer_divergences(model, rows, variants, batch_size=BATCH)
-
-    pairs = zip(ours(), plain_divergences(model, rows, variants), strict=True)
-    error = max(float((torch.cat(mine) - torch.cat(other)).abs().max()) for mine, other in pairs)
-    return compare(lambda: plain_divergences(model, rows, variants), ours, rounds=rounds, warmup=0).inverse, error
+    ours = Kept(lambda: answer_divergences(model, rows, variants, batch_size=BATCH))
+    plain = Kept(lambda: plain_divergences(model, rows, variants))
+    ratio = compare(plain, ours, rounds=rounds, warmup=0).inverse
+    pairs = zip(ours.value, plain.value, strict=True)
+    return ratio, max(float((torch.cat(mine) - torch.cat(other)).abs().max()) for mine, other in pairs)
 
 
 def plain_logits(model: Any, rows: Sequence[Answered], hook_object: HookObject | None) -> list[Tensor]:
@@ -88,13 +85,16 @@ def plain_logits(model: Any, rows: Sequence[Answered], hook_object: HookObject |
     return [found[index] for index in range(len(rows))]
 
 
-def plain_mc2(model: Any, suite: TruthfulQA, methods: Sequence[HookObject | None]) -> list[Tensor]:
+def plain_mc2(
+    model: Any, suite: TruthfulQA, methods: Sequence[HookObject | None], *, chat: bool = False
+) -> list[Tensor]:
     """MC2 of every question under each method."""
     found = []
     for method in methods:
-        prompts = [f"Q: {choice.question}\nA:" for choice in suite.choices for _ in choice.mc2]
-        answers = [f" {text}" for choice in suite.choices for text, _ in choice.mc2]
-        rows = answered(model, prompts, answers, Passes())
+        around, space = ("{}", "") if chat else ("Q: {}\nA:", " ")
+        prompts = [around.format(choice.question) for choice in suite.choices for _ in choice.mc2]
+        answers = [space + text for choice in suite.choices for text, _ in choice.mc2]
+        rows = answered(model, prompts, answers, Passes(chat=chat))
         logits = plain_logits(model, rows, method)
         scores = [known_logprobs(one, row.answer).double().sum() for one, row in zip(logits, rows, strict=True)]
         shares = torch.stack(scores).cpu().reshape(len(suite.choices), -1).softmax(dim=1)

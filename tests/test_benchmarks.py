@@ -1,23 +1,29 @@
 """The benchmarks run, and what they compare is equal; how long anything takes is not tested."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import collecting, decode, energies, fitting, measuring, scoring, shapes, vocabulary
+from benchmarks import smollm2 as chatting
 from benchmarks.__main__ import main
 from benchmarks.measuring import Aim, Ratio, Row, Section, Settings
 from fsteer_lens import fit_experts, models
+from tests.running import needs_smollm2
 
 KINDS = models.available_kinds()
 MIB = 2**20
 
 
 STARTS_PROCESSES = [pytest.param(one, marks=pytest.mark.slow) for one in (decode, collecting, vocabulary)]
+ON_SMOLLM2 = pytest.param(chatting, marks=[pytest.mark.slow, pytest.mark.smollm2, needs_smollm2])
 
 
-@pytest.mark.parametrize("benchmark", [*STARTS_PROCESSES, scoring, fitting, energies], ids=lambda one: one.__name__)
+@pytest.mark.parametrize(
+    "benchmark", [*STARTS_PROCESSES, ON_SMOLLM2, scoring, fitting, energies], ids=lambda one: one.__name__
+)
 def test_every_benchmark_fills_its_section(benchmark: object) -> None:
     section = benchmark.run(Settings(quick=True, rounds=2))  # type: ignore[attr-defined]
     assert section.rows and section.title and section.text
@@ -32,10 +38,10 @@ def test_every_benchmark_fills_its_section(benchmark: object) -> None:
 def test_collect_reads_what_the_plain_recipe_reads(kind: models.Kind) -> None:
     contrasts = shapes.contrasts("tiny", 5)
     reference, model = shapes.hf_model("tiny"), shapes.model("tiny", kind)
-    assert collecting.largest_difference(reference, model, contrasts, layer=1) < 1e-4
+    assert collecting.beside_plain(reference, model, contrasts, 1, rounds=1)[1] < 1e-4
     with torch.no_grad():
         reference.transformer.h[1].mlp.c_proj.weight.mul_(2)
-    assert collecting.largest_difference(reference, model, contrasts, layer=1) > 1e-2, "another model must show"
+    assert collecting.beside_plain(reference, model, contrasts, 1, rounds=1)[1] > 1e-2, "another model must show"
 
 
 @pytest.mark.model
@@ -49,6 +55,33 @@ def test_plain_passes_score_what_ours_score(kind: models.Kind) -> None:
     none, steered = scoring.plain_mc2(model, suite, [None, steering.with_strength(4.0)])
     assert float((none - steered).abs().max()) > 1e-3, "a steering must show"
     assert float(torch.cat(scoring.plain_divergences(model, rows, [steering])[0]).max()) > 1e-3
+
+
+def test_a_chat_model_reads_says_and_scores_what_plain_ways_do(smollm2: Any) -> None:
+    reference, _ = chatting.plain_reading()
+    read, layer = chatting.contrasts(smollm2, 2), smollm2.cfg.n_layers // 2
+    assert collecting.beside_plain(reference, smollm2, read, layer, rounds=1)[1] < 1e-4
+    steering = chatting.fitted(smollm2)
+    n_new = 4
+    same = {what: n for what, _, n in chatting.generating(reference, smollm2, read[0].prompt, steering, n_new, 1)}
+    steered = same.pop("fsteer_lens.generate, steered")
+    assert len(same) == 2 and set(same.values()) == {n_new} and steered < n_new, "a steering must show"
+    suite, rows, ungated = chatting.suite(1), chatting.texts(smollm2, 2), steering.with_gate(None)
+    assert scoring.choosing(smollm2, steering, suite, 1, chat=True)[1] < 1e-4
+    assert scoring.costing(smollm2, ungated, rows, 1)[1] < 1e-4
+    none, moved = scoring.plain_mc2(smollm2, suite, [None, ungated.with_strength(2.0)], chat=True)
+    assert float((none - moved).abs().max()) > 1e-3
+    assert float(torch.cat(scoring.plain_divergences(smollm2, rows, [ungated])[0]).max()) > 1e-3
+    with torch.no_grad():
+        reference.model.layers[1].mlp.down_proj.weight.mul_(2)
+    assert collecting.beside_plain(reference, smollm2, read, layer, rounds=1)[1] > 1e-2, "another model must show"
+
+
+def test_without_the_chat_model_its_section_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chatting, "find_spec", lambda name: None)
+    section = chatting.run(Settings())
+    assert section.rows[0].ratio is None and "requirements-smollm2.lock" in section.rows[0].note
+    assert "not measured" in measuring.section_text(section)
 
 
 def test_the_loop_over_ranks_gives_the_ratios_of_one_product() -> None:
