@@ -15,6 +15,7 @@ from fsteer_lens.method.fitting_subspace_gates import QUANTILE, fit_subspace_gat
 from fsteer_lens.method.gates import Gate, Reading, require_reading
 
 RANK: Final = 8
+"""Of a gate on a subspace. Few contrasts carry no more; who has hundreds chooses it on a validation split."""
 SUBSPACE_KINDS = ("quantile", "logistic", "energy")
 CONTRASTING_KINDS = ("linear", "residual_ratio", "cosine")
 CUT_KINDS = ("linear", "residual_ratio")

@@ -2,7 +2,9 @@
 
 import inspect
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -16,6 +18,7 @@ from fsteer_lens.method.fitting_gates import (
     CUT_KINDS,
     NEED_GENERAL,
     NULL_SPACE,
+    RANK,
     SUBSPACE_KINDS,
     GateOptions,
     Kind,
@@ -30,7 +33,6 @@ from fsteer_lens.reading.fingerprints import Fingerprint, merge_fingerprints, re
 from fsteer_lens.steering.lengths import mean_shift_length
 from fsteer_lens.steering.steering import FineSteer
 
-RANK = 8
 OFTEN_OPEN = 0.2
 """A gate that opens for a larger share of general queries is warned of."""
 WORSE = 0.05
@@ -186,12 +188,15 @@ def put_together(
             read = gates[layer].read if layer in gates else own.read
             scaled = _fit_gate(own, left_alone, {}, kind=NULL_SPACE, groups=_groups_of(own), read=read, **seeded)
             gates[layer] = gates[layer] & scaled if layer in gates else scaled
-        mixtures[layer] = experts or fit_experts(
-            own.queries,
-            own.shifts,
-            preset=preset,
-            groups=_groups_of(own) if preset is None else None,
-            **{name: value for name, value in options.items() if name in for_experts},
+        mixtures[layer] = experts or _named(
+            fit_experts(
+                own.queries,
+                own.shifts,
+                preset=preset,
+                groups=_groups_of(own) if preset is None else None,
+                **{name: value for name, value in options.items() if name in for_experts},
+            ),
+            own.labels,
         )
     first = next(iter(layers.values()))
     single = isinstance(activations, Activations)
@@ -208,6 +213,18 @@ def put_together(
         read=first.read,
         shift_lengths={layer: mean_shift_length(own) for layer, own in layers.items()},
     )
+
+
+def _named(experts: Experts, labels: Sequence[str | None]) -> Experts:
+    """The experts, each with its number and the label that most of its cluster have, where they have labels."""
+    assert experts.report is not None
+    clusters = experts.report.clusters.tolist()
+    pairs = [pair for pair in zip(clusters, labels, strict=True) if pair[1] is not None]
+    counts = [Counter(label for cluster, label in pairs if cluster == k) for k in range(experts.n_experts)]
+    if not any(counts):
+        return experts
+    names = [f"{k} · {count.most_common(1)[0][0]}" if count else f"expert {k}" for k, count in enumerate(counts)]
+    return replace(experts, names=tuple(names))
 
 
 def _by_layer(activations: Layered) -> dict[int, Activations]:
