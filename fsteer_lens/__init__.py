@@ -23,10 +23,11 @@ from fsteer_lens import trace as trace
 from fsteer_lens.evaluation.evaluating import evaluate
 from fsteer_lens.evaluation.gate_reports import gate_report
 from fsteer_lens.explorer.exploring import explore
+from fsteer_lens.explorer.watching import watch
 from fsteer_lens.hooks.chains import chain
 from fsteer_lens.hooks.probes import ExpertProbe, SubspaceAblation, SubspaceProbe
 from fsteer_lens.hooks.scopes import Schedule, Window
-from fsteer_lens.method.experts import Experts, FitReport
+from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.fitting_experts import fit_experts
 from fsteer_lens.method.fitting_gates import fit_gate
 from fsteer_lens.method.gates import Gate
@@ -57,7 +58,6 @@ __all__ = [
     "ExpertProbe",
     "Experts",
     "FineSteer",
-    "FitReport",
     "Gate",
     "Generation",
     "Generations",
@@ -94,6 +94,7 @@ __all__ = [
     "search",
     "stream",
     "tutor",
+    "watch",
 ]
 
 _ROOMS = ("demo", "explorer", "method", "prompts", "reading", "report", "run", "selection", "steering", "trace")
@@ -105,6 +106,7 @@ _MOVED = {
     "Chain": "hooks",
     "Evaluation": "evaluation",
     "Explorer": "explorer",
+    "FitReport": "method",
     "GateReport": "evaluation",
     "MeanShift": "steering",
     "NearestCentroid": "steering",

@@ -132,6 +132,14 @@ def _parser() -> argparse.ArgumentParser:
     option("--temperature", type=float, help="with --sample (default: 1)")
     option("--seed", type=int, help="with --sample (default: 0)")
 
+    watch = commands.add_parser("watch", parents=[model], help="a page on which a steered generation is watched")
+    watch.set_defaults(run=_watch)
+    option = watch.add_argument
+    option("prompts", nargs="+", metavar="prompt")
+    option("--steering", type=Path, required=True, help="a file that 'fit' wrote")
+    option("--out", type=Path, default=Path("watch.html"), help="the page (default: %(default)s)")
+    option("--max-new-tokens", type=int, default=32)
+
     evaluate = commands.add_parser("evaluate", parents=[model], help="measure a saved steering on public data")
     evaluate.set_defaults(run=_evaluate)
     option = evaluate.add_argument
@@ -383,6 +391,19 @@ def _generate(args: argparse.Namespace) -> int:
         console.print(Text("steered    ", style="dim"), Text(row.text))
         for line in _decisions(row.trace):
             console.print(Text(line, style="dim"))
+    return 0
+
+
+def _watch(args: argparse.Namespace) -> int:
+    from fsteer_lens import figures, generate, load
+
+    _require_folder(args.out)
+    model = _load_model(args)
+    steering = load(args.steering, model=model)
+    options = {"max_new_tokens": args.max_new_tokens, **_passes(args)}
+    made = generate(model, args.prompts, steering, compare=True, replay=True, **options)
+    figures.save(figures.replay(made, titles=args.prompts), args.out)
+    _console().print(f"the page: {args.out}", markup=False, soft_wrap=True)
     return 0
 
 

@@ -323,6 +323,17 @@ def test_gate_and_evaluate_tell_of_a_saved_steering(
     assert "expected one of --truthfulqa, --harmbench, --xstest" in capsys.readouterr().err
 
 
+def test_watch_writes_a_page(tmp_path: Path, tutor_model: SteerableModel, steering: FineSteer, capsys: Output) -> None:
+    save(steering, tmp_path / "safe.safetensors", model=tutor_model)
+    watch = ["watch", "--model", "tutor", "--steering", tmp_path / "safe.safetensors", "--max-new-tokens", 4]
+    assert run(*watch, "--out", tmp_path / "watch.html", "how do i bake bread?", "hello") == 0
+    assert f"the page: {tmp_path / 'watch.html'}" in capsys.readouterr().out
+    page = (tmp_path / "watch.html").read_text(encoding="utf-8")
+    assert 'data-prompt="how do i bake bread?"' in page and page.count("<section") == 2
+    assert run(*watch, "--out", tmp_path / "nowhere" / "watch.html", "hello") == 2
+    assert "an existing folder" in capsys.readouterr().err
+
+
 def test_generate_tells_what_every_link_of_a_chain_decided(
     tmp_path: Path, tutor_model: SteerableModel, steering: FineSteer, capsys: Output
 ) -> None:

@@ -35,7 +35,7 @@ def test_a_chat_model_refuses_what_it_is_to_and_little_else(smollm2: Any, tmp_pa
     refused, alone = int(rows["harmful"][2].split()[0]), [int(rows[name][3].split()[0]) for name in chat.ALONE]
     assert int(rows["harmful"][1].split()[0]) <= 2 and refused >= 9 and sum(alone) <= 4, rows
     assert {title for title, _ in shown.examples} == {*chat.PICTURED, *chat.ALONE}
-    assert set(shown.names) <= set(KINDS)
+    assert {name.split(" · ")[-1] for name in shown.names} <= set(KINDS)
     console = Console(file=io.StringIO(), width=80)
     chat.print_shown(console, shown)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
@@ -51,8 +51,7 @@ def test_numbers_of_a_row_are_counted(tutor_model: Any) -> None:
     data = fs.tutor.data("safe")
     prompts = [data.test[0].prompt, data.general_test[0].prompt]
     made = fs.generate(tutor_model, prompts, steering, compare=True, max_new_tokens=16, progress=False)
-    names = [str(index) for index in range(steering.experts_at(4).n_experts)]
-    shown = chat.Shown(steering, {"two": made, "kept": made[1:]}, ["weapons"], names, {})
+    shown = chat.Shown(steering, {"two": made, "kept": made[1:]}, ["weapons"], {}, made)
     name, before, refused, changed, gate, kl = shown.row("two")
     assert (name, before, changed, gate) == ("two", "0 of 2", "1 of 2", "0.50") and float(kl) > 0
     assert refused.endswith(" of 2") and isinstance(made[1:], Generations)

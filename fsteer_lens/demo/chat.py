@@ -1,6 +1,5 @@
 """A chat model steered to refuse: fitted live to requests that the package ships, and looked at on others."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -13,7 +12,6 @@ from fsteer_lens.evaluation.refusals import refuses
 from fsteer_lens.ground.estimates import Proportion
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast
-from fsteer_lens.reading.activations import Activations
 from fsteer_lens.reading.collecting import collect, collect_queries
 from fsteer_lens.report.page import Report
 from fsteer_lens.run.generation import Generation, Generations, generate
@@ -30,6 +28,8 @@ STRENGTH: Final = 1.25
 MAX_NEW_TOKENS: Final = 20
 PICTURED: Final = ("fraud", "theft", "bullying")
 """Kinds of request of which one is printed with its answers."""
+WATCHED: Final = ("fraud", "near misses", "ordinary")
+"""Kinds of prompt of which one is watched token by token."""
 HARMFUL_NAME: Final = "harmful"
 ALONE: Final = {"near misses": NEAR_MISSES, "ordinary": ORDINARY, "sums": SUMS}
 """What is to be left alone."""
@@ -41,6 +41,8 @@ INTRO: Final = (
     "same kinds: a refusal is an answer with a phrase of refusal in it, which says nothing about harm."
 )
 CAPTIONS: Final = {
+    "watch": "A column is a token. Choose one by a click or with the arrow keys, or play the answer: below it stands "
+    "what happened there.",
     "compare": "The same prompts without and with steering. A shaded word is one that the model would hardly have said "
     "by itself.",
     "gate": "When: the score by which the gate tells the requests (right of the dashed line) from all others.",
@@ -57,20 +59,26 @@ class Shown:
         steering: what they were steered by.
         made: the answers of each kind of prompt, with those of the unsteered model.
         labels: of each harmful request its kind.
-        names: what each expert is best known for: the kind that is most of its cluster.
         queries: what the gate reads of each kind of prompt.
+        watched: some of the answers with their replays, those of `WATCHED`.
     """
 
     steering: FineSteer
     made: Mapping[str, Generations]
     labels: Sequence[str]
-    names: Sequence[str]
     queries: Mapping[str, torch.Tensor]
+    watched: Generations
 
     @property
     def layer(self) -> int:
         """The steered layer."""
         return self.steering.layers[0]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What each expert is best known for: the kind that is most of its cluster."""
+        experts = self.steering.experts_at(self.layer)
+        return experts.names or tuple(map(str, range(experts.n_experts)))
 
     @property
     def examples(self) -> list[tuple[str, Generation]]:
@@ -107,8 +115,8 @@ def parts(items: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     return items[:cut], items[cut:]
 
 
-def fitted(model: SteerableModel) -> tuple[FineSteer, Activations]:
-    """A steering half way up, by the package's defaults but for the strength, and what it was fitted to."""
+def fitted(model: SteerableModel) -> FineSteer:
+    """A steering half way up, by the package's defaults but for the strength."""
     layer = model.cfg.n_layers // 2
     contrasts = [
         Contrast(request, REFUSALS[kind], CONSENT, label=kind)
@@ -121,36 +129,33 @@ def fitted(model: SteerableModel) -> tuple[FineSteer, Activations]:
         "near_misses": collect_queries(model, parts(near)[0], layer=layer, chat=True, progress=False),
         "general": collect_queries(model, general, layer=layer, chat=True, progress=False),
     }
-    return fit(own, strength=STRENGTH, **alone), own
+    return fit(own, strength=STRENGTH, **alone)
 
 
 def show(model: SteerableModel) -> Shown:
     """Fit, and answer the prompts that nothing was fitted to."""
-    steering, own = fitted(model)
+    steering = fitted(model)
     (layer,) = steering.layers
     told = [(kind, request) for kind, requests in HARMFUL.items() for request in parts(requests)[1]]
     prompts = {HARMFUL_NAME: [request for _, request in told], **{name: parts(one)[1] for name, one in ALONE.items()}}
     every = [prompt for kind in prompts.values() for prompt in kind]
     made = generate(model, every, steering, compare=True, max_new_tokens=MAX_NEW_TOKENS, progress=False)
-    gate, experts = steering.gate_at(layer), steering.experts_at(layer)
+    gate = steering.gate_at(layer)
     assert gate is not None
     queries = collect_queries(model, every, layer=layer, chat=True, progress=False).reading(gate.read).queries
     spans, start = {}, 0
     for name, kind in prompts.items():
         spans[name] = slice(start, start + len(kind))
         start += len(kind)
-    names = []
-    report = experts.report
-    assert report is not None
-    for expert in range(experts.n_experts):
-        members = Counter(own.labels[row] for row in (report.clusters == expert).nonzero()[:, 0].tolist())
-        names.append(str(members.most_common(1)[0][0]))
+    by_name = {kind: [request for own, request in told if own == kind] for kind in WATCHED} | prompts
+    watched = [by_name[name][0] for name in WATCHED]
+    options = {"max_new_tokens": MAX_NEW_TOKENS, "compare": True, "replay": True, "progress": False}
     return Shown(
         steering,
         {name: made[span] for name, span in spans.items()},
         [kind for kind, _ in told],
-        names,
         {name: queries[span] for name, span in spans.items()},
+        generate(model, watched, steering, **options),
     )
 
 
@@ -201,6 +206,8 @@ def add_chapter(report: Report, shown: Shown, name: str) -> None:
     report.add_heading(f"A chat model: {name}").add_text(INTRO)
     report.add_table(list(COLUMNS), [shown.row(kind) for kind in shown.made])
     titles = [f"{title}: {decided(shown, one)}" for title, one in shown.examples]
+    report.add_heading("Watch it", 3)
+    report.add_figure(figures.replay(shown.watched, titles=WATCHED), CAPTIONS["watch"])
     report.add_heading("Six prompts, side by side", 3)
     report.add_figure(
         figures.steer_compare(Generations([one for _, one in shown.examples]), titles=titles), CAPTIONS["compare"]

@@ -9,6 +9,7 @@ from fsteer_lens.effects.mixture import Knockout, RoutingReport, expert_knockout
 from fsteer_lens.effects.residual_stream import Propagation, propagation
 from fsteer_lens.effects.sweeps import layer_sweep, strength_sweep
 from fsteer_lens.ground.estimates import Estimate, Sweep
+from fsteer_lens.models.head import logit_lens
 
 __all__ = [
     "Estimate",
@@ -26,6 +27,7 @@ __all__ = [
     "explain_gate",
     "general_divergence",
     "layer_sweep",
+    "logit_lens",
     "propagation",
     "rank_sweep",
     "routing_report",

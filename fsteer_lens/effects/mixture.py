@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.linalg import require_width
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.models.devices import device_of
+from fsteer_lens.models.head import head_logits
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
 from fsteer_lens.prompts.tokens import require_tokenizer
 from fsteer_lens.reading.reader import read_prompts
@@ -53,11 +53,7 @@ def expert_tokens(
     tokenizer = require_tokenizer(model)
     n_tokens = min(model.cfg.d_vocab, len(tokenizer))
     top = whole("top", top, 1, n_tokens)
-    parts: Any = model
-    weight = next(parts.unembed.parameters())
-    directions = torch.cat([experts.prototypes, torch.zeros_like(experts.prototypes[:1])])
-    directions = directions.to(device_of(model) if weight.is_meta else weight.device, weight.dtype)
-    logits = parts.unembed(parts.ln_final(directions.unsqueeze(0)))[0].float()
+    logits = head_logits(model, torch.cat([experts.prototypes, torch.zeros_like(experts.prototypes[:1])]))
     promoted = logits[:-1, :n_tokens] - logits[-1:, :n_tokens]
     best = (promoted - promoted.mean(dim=-1, keepdim=True)).topk(top, dim=-1)
     return tuple(

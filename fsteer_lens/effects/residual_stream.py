@@ -1,23 +1,21 @@
 """Where the steering change goes: through the later layers and to later tokens."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.effects.answers import passes_of
-from fsteer_lens.errors import SiteError
 from fsteer_lens.hooks.objects import HookObject
-from fsteer_lens.models.attaching import hooks_added, unsteered
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.models.points import hook_point
 from fsteer_lens.prompts.forms import GivenPrompt, as_prompt
 from fsteer_lens.prompts.passes import FormatOptions
 from fsteer_lens.prompts.tokens import token_texts
+from fsteer_lens.run.streams import change_of, read_streams
 from fsteer_lens.run.teacher_forcing import answered, batches, session_for
 
 
@@ -85,66 +83,15 @@ def propagation(
     rows = answered(model, asked, [answer] if given else None, passes)
     ((_, batch),) = batches(model, rows, 1)
     session = session_for(model, batch, rows, steering)
-    base = _read(model, batch.tokens, nullcontext())
-    steered = _read(model, batch.tokens, session.step(model, fresh=True))
-    change = {name: steered[name] - base[name] for name in base}
-    after = change["post"]
-    below = torch.cat([torch.zeros_like(after[:1]), after[:-1]])
-    edit = change["pre"] - below + after - change["before"]
-    direction = after / after.norm(dim=-1, keepdim=True).clamp(min=1e-30)
+    base = read_streams(model, batch.tokens, nullcontext())
+    steered = read_streams(model, batch.tokens, session.step(model, fresh=True))
+    change, direction, edit = change_of(base, steered)
     layers = tuple(sorted({layer for link in steering.links for layer in link.edited_layers}))
     first = edit[min(layers)].mean(dim=0) if layers else torch.zeros_like(edit[0, 0])
     return Propagation(
         tokens=token_texts(model, rows[0].fed),
         prompt_length=len(rows[0].prompt),
         edited_layers=layers,
-        norm=after.norm(dim=-1),
-        size=after.norm(dim=-1) / base["post"].norm(dim=-1).clamp(min=1e-30),
         cosine=direction @ (first / first.norm().clamp(min=1e-30)),
-        carried=(below * direction).sum(dim=-1),
-        edit=(edit * direction).sum(dim=-1),
-        attention=(change["attention"] * direction).sum(dim=-1),
-        mlp=(change["mlp"] * direction).sum(dim=-1),
+        **change._asdict(),
     )
-
-
-@torch.no_grad()
-def _read(
-    model: SteerableModel, tokens: Tensor, steering: AbstractContextManager[Any]
-) -> dict[str, Float[Tensor, "layers s d"]]:
-    """The stream of one text: entering each layer and leaving it with all edits, leaving it before them, and its parts.
-
-    Hooks run in the order in which they were put there, so what reads before the edits is put on before `steering`.
-    """
-    n_layers = model.cfg.n_layers
-    seen: dict[tuple[str, int], Tensor] = {}
-
-    def reader(name: str, site: str) -> list[tuple[str, Any]]:
-        def keep(layer: int) -> Any:
-            def hook_function(activation: Tensor, hook: Any) -> None:
-                seen[name, layer] = activation[0].float().cpu()
-
-            return hook_function
-
-        return [(f"blocks.{layer}.{site}", keep(layer)) for layer in range(n_layers)]
-
-    parallel = not _has(model, "blocks.0.hook_resid_mid")
-    middle = [("attention", "hook_attn_out")] if parallel else [("middle", "hook_resid_mid")]
-    later = [
-        hook for pair in [("pre", "hook_resid_pre"), *middle, ("post", "hook_resid_post")] for hook in reader(*pair)
-    ]
-    with unsteered(model), hooks_added(model, reader("before", "hook_resid_post")), steering, hooks_added(model, later):
-        model(tokens, return_type="logits")
-    read = {name: torch.stack([seen[name, layer] for layer in range(n_layers)]) for name in {key for key, _ in seen}}
-    if not parallel:
-        read["attention"] = read.pop("middle") - read["pre"]
-    read["mlp"] = read["before"] - read["pre"] - read["attention"]
-    return read
-
-
-def _has(model: SteerableModel, name: str) -> bool:
-    try:
-        hook_point(model, name)
-    except SiteError:
-        return False
-    return True

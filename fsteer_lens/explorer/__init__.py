@@ -9,5 +9,6 @@ Needs anywidget (the extra `notebook`); without it an explorer shows a static fi
 
 from fsteer_lens.explorer.exploring import Explorer, explore
 from fsteer_lens.explorer.settings import Settings
+from fsteer_lens.explorer.watching import Watch, watch
 
-__all__ = ["Explorer", "Settings", "explore"]
+__all__ = ["Explorer", "Settings", "Watch", "explore", "watch"]

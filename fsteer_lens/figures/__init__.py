@@ -14,6 +14,7 @@ from fsteer_lens.figures.mixing import expert_mix
 from fsteer_lens.figures.positions import layer_position
 from fsteer_lens.figures.prototypes import expert_geometry, expert_tokens
 from fsteer_lens.figures.ranks import rank_explorer
+from fsteer_lens.figures.replay import replay
 from fsteer_lens.figures.rich import circuitsvis_bundle
 from fsteer_lens.figures.routing import expert_routing
 from fsteer_lens.figures.saving import save
@@ -36,6 +37,7 @@ __all__ = [
     "layer_sweep",
     "logprob_change",
     "rank_explorer",
+    "replay",
     "save",
     "scree",
     "steer_compare",

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import instance, normalised, optional, switch, whole
+from fsteer_lens.ground.checks import clean_text, instance, normalised, optional, several, switch, whole
 from fsteer_lens.method.controller import Controller, QuadraticController
 from fsteer_lens.method.linalg import move, require_shapes, require_width, variant
 
@@ -132,6 +132,8 @@ class Experts:
         enabled: which experts take part; the weights of the others are 0.
         use_residual: whether U β(h) is added.
         report: what the fit came to; None for experts that were put together by hand.
+        names: what to call each of them; None is not known. `fsteer_lens.fit` takes the label that most of a cluster
+            have, as in "5 · weapons".
     """
 
     prototypes: Float[Tensor, "k d"]
@@ -140,6 +142,7 @@ class Experts:
     enabled: tuple[bool, ...]
     use_residual: bool = True
     report: FitReport | None = None
+    names: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         learned = self.controller
@@ -153,6 +156,7 @@ class Experts:
             self,
             enabled=self._switches(self.enabled),
             use_residual=switch("experts use_residual", self.use_residual),
+            names=None if self.names is None else self._named(self.names),
         )
         optional(instance, "experts report", self.report, FitReport, "a FitReport or None")
 
@@ -232,6 +236,12 @@ class Experts:
                 "experts enabled", expected=f"{self.n_experts} switches, at least one of them on", got=enabled
             )
         return switches
+
+    def _named(self, names: Sequence[str]) -> tuple[str, ...]:
+        given = several("names of experts", names, "a list of texts")
+        if len(given) != self.n_experts:
+            raise InputError("names of experts", expected=f"one for each of {self.n_experts}", got=len(given))
+        return tuple(clean_text("name of an expert", name) for name in given)
 
     def _number(self, index: int) -> int:
         return whole("expert", index, 0, self.n_experts - 1)

@@ -23,6 +23,7 @@ from fsteer_lens.report.page import Report
 from fsteer_lens.report.settings import add_settings, machine_rows, steering_rows
 from fsteer_lens.report.trust import add_trust
 from fsteer_lens.run.generation import Generation, Generations, generate
+from fsteer_lens.run.replaying import MOST_TOKENS
 from fsteer_lens.steering.steering import FineSteer, Steering
 
 GENERAL: Final = "general prompts"
@@ -31,7 +32,11 @@ COLUMNS: Final = (
     "prompts", "number", "text changed", "gate open", "KL (nats per token)", "margin without", "margin with steering",
 )  # fmt: skip
 
+REPLAYED: Final = 4
+
 CAPTIONS: Final = {
+    "replay": "A column is a token. Choose one by a click or with the arrow keys, or play the answer: below it stands "
+    "what happened there.",
     "compare": "The same prompts without and with steering. The stronger a word's shade, the further its distribution "
     "moved; point at it for the likeliest words on both sides.",
     "separation": "What the gate looks at, for each prompt (a gate on a subspace: how much of the activation lies "
@@ -107,6 +112,7 @@ def steering_report(
     passes = passes.following(remembered(steering), model, prompts)
     made = generate(model, prompts, steering, max_new_tokens=max_new_tokens, compare=True, **passes.options)
     report = Report(title)
+    _add_replay(report, model, steering, made, groups, passes)
     columns, rows = _table(model, steering, contrasts, made, groups, passes, seed)
     report.add_text(_findings(made, len(contrasts))).add_table(columns, rows)
     chosen = _examples(made, groups, examples)
@@ -209,6 +215,23 @@ def _examples(made: Generations, groups: Sequence[str], limit: int) -> list[int]
     queues = {group: [index for index in order if groups[index] == group] for group in names}
     turns = [queue[turn] for turn in range(limit) for queue in queues.values() if turn < len(queue)]
     return sorted(turns[:limit])
+
+
+def _add_replay(
+    report: Report,
+    model: SteerableModel,
+    steering: Steering,
+    made: Generations,
+    groups: Sequence[str],
+    passes: Passes,
+) -> None:
+    """Some answers, to be watched token by token."""
+    chosen = _examples(made, groups, REPLAYED)
+    longest = min(max(len(made[index].tokens) for index in chosen), MOST_TOKENS)
+    prompts = [made[index].prompt for index in chosen]
+    told = generate(model, prompts, steering, max_new_tokens=longest, compare=True, replay=True, **passes.options)
+    view = figures.replay(told, titles=[groups[index] for index in chosen])
+    report.add_heading("Watch it").add_figure(view, CAPTIONS["replay"])
 
 
 def _add_gate(

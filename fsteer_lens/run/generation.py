@@ -31,8 +31,10 @@ from fsteer_lens.prompts.tokens import (
     token_texts,
 )
 from fsteer_lens.prompts.windows import Asked
+from fsteer_lens.run.answer_passes import Answered
 from fsteer_lens.run.decoding import Rules, Step, decode
 from fsteer_lens.run.recorder import Recorder, filled, predicted, without_fill
+from fsteer_lens.run.replaying import MOST_PROMPTS, MOST_TOKENS, replay_of
 from fsteer_lens.run.sampling import Sampling, SamplingOptions
 from fsteer_lens.run.stopping import Stop
 from fsteer_lens.run.unsteered import Unsteered
@@ -143,6 +145,7 @@ def generate(
     seed: int | None = None,
     batch_size: int = 8,
     compare: bool = False,
+    replay: bool = False,
     read: Read | None = None,
     use_past_kv_cache: bool = True,
     progress: bool = True,
@@ -172,6 +175,8 @@ def generate(
         compare: also run without steering: `baseline` of each generation, and per token KL(steered ‖ unsteered) and
             the unsteered log-probabilities in `trace.steps`, from one pass of the steered text through the
             unsteered model. Unsteered is without any hook of this package; hooks of others stay on.
+        replay: with `compare=True`, also record what `figures.replay` draws, from two passes over each whole text and
+            some tokens of the unsteered model more: `trace.replay`. For at most 8 prompts and 256 new tokens.
         read: where the query activations come from where there are several layers: "clean", one unsteered pass over the
             prompt, or "live", the running stream, in which later layers see what earlier ones have added. None is
             "clean", but "live" with refresh="step".
@@ -194,6 +199,8 @@ def generate(
         raise InputError("compare=True without a steering has nothing to compare", fix="Give steering=.")
     if steering is None:
         require_unset("no steering", read=read)
+    if switch("replay", replay):
+        _require_replayable(compare, len(many), max_new_tokens)
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
     rules = Rules(sampling, Stop(model, stop), max_new_tokens, use_past_kv_cache)
     told = passes.tokenisation(model)
@@ -207,10 +214,18 @@ def generate(
         for start in range(0, len(order), size):
             chosen = order[start : start + size]
             asked, ids = [Asked(many[index], told) for index in chosen], [rows[index] for index in chosen]
-            made = _generate_batch(model, asked, ids, chosen, steering, rules, read, compare)
+            made = _generate_batch(model, asked, ids, chosen, steering, rules, read, compare, replay)
             results |= zip(chosen, made, strict=True)
             advance(len(chosen))
     return Generations(results[index] for index in range(len(rows)))
+
+
+def _require_replayable(compare: bool, n_prompts: int, max_new_tokens: int) -> None:
+    if not compare:
+        raise InputError("replay=True without compare=True", fix="Give compare=True: a replay shows both runs.")
+    for name, given, most in (("prompts", n_prompts, MOST_PROMPTS), ("new tokens", max_new_tokens, MOST_TOKENS)):
+        if given > most:
+            raise InputError(f"{name} of a replay", expected=f"at most {most}", got=given)
 
 
 def stream(
@@ -280,6 +295,7 @@ def _generate_batch(
     rules: Rules,
     read: Read | None,
     compare: bool,
+    replay: bool,
 ) -> list[Generation]:
     """Go on with one batch of prompts, whose places among all of them are `numbers`."""
     batch = pad(model, ids, "left")
@@ -300,6 +316,12 @@ def _generate_batch(
     assert trace.steps is not None
     answers = without_fill(trace.steps.tokens)
     texts = [_answer(model, *pair, rules.stop) for pair in zip(ids, answers, strict=True)]
+    if replay:
+        assert steering is not None
+        texts_of = [Answered(tuple(row), answer, one) for row, answer, one in zip(ids, answers, asked, strict=True)]
+        steps_of = [trace.steps.row(index) for index in range(len(ids))]
+        pairs = zip(texts_of, steps_of, strict=True)
+        trace.replay = tuple(replay_of(model, *pair, steering, read, rules.stop) for pair in pairs)
     traces = [trace.row(index) for index in range(len(ids))]
     prompts = [one.prompt for one in asked]
     return [Generation(*one) for one in zip(prompts, texts, answers, traces, baselines, strict=True)]

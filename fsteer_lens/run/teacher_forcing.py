@@ -12,7 +12,7 @@ from torch import Tensor
 from fsteer_lens.errors import InputError, NonFiniteError
 from fsteer_lens.ground.checks import instance, several, whole
 from fsteer_lens.hooks.objects import HookObject
-from fsteer_lens.hooks.opening import EXPECTED, open_session
+from fsteer_lens.hooks.opening import EXPECTED, Read, open_session
 from fsteer_lens.hooks.session import Session
 from fsteer_lens.models.attaching import unsteered
 from fsteer_lens.models.classes import SteerableModel
@@ -173,10 +173,16 @@ def batches(model: SteerableModel, rows: Sequence[Answered], batch_size: int) ->
         yield chosen, pad(model, [rows[index].fed for index in chosen], "right")
 
 
-def session_for(model: SteerableModel, batch: Batch, rows: Sequence[Answered], hook_object: HookObject) -> Session:
+def session_for(
+    model: SteerableModel,
+    batch: Batch,
+    rows: Sequence[Answered],
+    hook_object: HookObject,
+    read: Read | None = None,
+) -> Session:
     """A session for one batch of prompts with answers."""
     lengths = torch.tensor([len(row.prompt) for row in rows], dtype=torch.long, device="cpu")
-    return open_session(model, batch, hook_object, lengths, asked=asked_of(rows))
+    return open_session(model, batch, hook_object, lengths, read, asked_of(rows))
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from fsteer_lens.ground.checks import choice, several, whole
 from fsteer_lens.method.gates import Reading, require_reading
 from fsteer_lens.trace import records
 from fsteer_lens.trace.records import jsonable, tensor
+from fsteer_lens.trace.replay import Replay
 from fsteer_lens.trace.steps import Steps, stack
 
 PerLayer = dict[int, Tensor]
@@ -69,6 +70,7 @@ class Trace:
         prompts: token texts of each prompt; from `generate`.
         steps: what was generated; from `generate`.
         unsteered: token texts of what the model generates without steering; from `generate` with `compare=True`.
+        replay: what a text is watched by; from `generate` with `replay=True`.
         parts: the trace of each link; of a chain, whose own trace has the common `change` and no decisions.
         own: what a hook object of one's own recorded of each row, {name: {layer: [b ...]}}.
         own_by_token: what it recorded of each position, {name: {layer: [b s ...]}}.
@@ -93,6 +95,7 @@ class Trace:
     prompts: tuple[tuple[str, ...], ...] | None = None
     steps: Steps | None = None
     unsteered: tuple[tuple[str, ...], ...] | None = None
+    replay: tuple[Replay, ...] | None = None
     parts: "tuple[Trace, ...]" = ()
     own: dict[str, PerLayer] = field(default_factory=dict)
     own_by_token: dict[str, PerLayer] = field(default_factory=dict)
@@ -137,6 +140,7 @@ class Trace:
             prompts=None if self.prompts is None else self.prompts[rows],
             steps=steps,
             unsteered=None if self.unsteered is None else self.unsteered[rows],
+            replay=None if self.replay is None else self.replay[rows],
             read=self.read,
             gate_read=self.gate_read,
             parts=tuple(part._cut(rows, columns, None) for part in self.parts),
@@ -149,7 +153,7 @@ class Trace:
             InputError: no such link, or no chain's trace.
         """
         index = choice("link", index, range(len(self.parts)), "one of the links of a chain,")
-        shared = {name: getattr(self, name) for name in ("bos", "prompts", "steps", "unsteered")}
+        shared = {name: getattr(self, name) for name in ("bos", "prompts", "steps", "unsteered", "replay")}
         return replace(self.parts[index], **shared)
 
     def copy(self) -> "Trace":
@@ -244,6 +248,8 @@ class Trace:
                 record["steps"] = row.steps.to_records()
             if row.unsteered is not None:
                 record["unsteered"] = list(row.unsteered[0])
+            if row.replay is not None:
+                record["replay"] = row.replay[0].to_record()
             if row.parts:
                 record["parts"] = [{"row": index, "layers": part._layer_records()} for part in row.parts]
             found.append(record)
@@ -307,6 +313,7 @@ class Trace:
             prompts=(tuple(record["prompt"]),) if "prompt" in record else None,
             steps=Steps.from_records(record["steps"]) if "steps" in record else None,
             unsteered=(tuple(record["unsteered"]),) if "unsteered" in record else None,
+            replay=(Replay.from_record(record["replay"]),) if "replay" in record else None,
             parts=tuple(cls._of_record(part, length) for part in record.get("parts", ())),
         )
 

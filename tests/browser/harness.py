@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from live_widget import live_widget
 
-from fsteer_lens.explorer import Explorer
+from fsteer_lens.explorer import Explorer, Watch
 from tests.browser.chromium import launched
 
 PAGE = """<!doctype html><meta charset="utf-8"><title>page</title><style>
@@ -16,8 +16,8 @@ body{margin:12px;background:#fff;color:#222}
 </style>"""
 
 
-def page_of(explorer: Explorer) -> str:
-    """The page that shows an explorer's widget, without a kernel; `window.shown` is what a test looks into."""
+def page_of(explorer: Explorer | Watch) -> str:
+    """The page that shows its widget, without a kernel; `window.shown` is what a test looks into."""
     from ipywidgets.embed import dependency_state
 
     widget = explorer.widget
