@@ -17,7 +17,7 @@ export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-tl4 test-peers check package format lint types imports notebooks docs notebook-outputs \
-	pictures gallery results results-smollm2 bench lock clean
+	pictures gallery signatures results results-smollm2 bench lock clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -69,6 +69,9 @@ pictures: $(DEV) ## draw the pictures of README and of the teachers' page (needs
 
 gallery: $(DEV) ## draw every figure from the tutor and write docs/gallery.md (needs Chromium)
 	$(BIN)/python tools/gallery.py
+
+signatures: $(DEV) ## write the signatures of the code into docs/reference
+	$(BIN)/python tools/signatures.py
 
 results: $(DEV) ## measure all methods on the tutor and write docs/results.md (25 minutes)
 	$(BIN)/python tools/results.py

@@ -13,7 +13,10 @@ author = "fsteer_lens contributors"
 copyright = author
 release = version = fsteer_lens.__version__
 
-extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "site_math", "site_notebooks", "site_plotly"]
+extensions = [
+    "myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon",
+    "site_math", "site_notebooks", "site_plotly", "site_signatures",
+]  # fmt: skip
 
 # --- pages: what a code host renders as well
 myst_enable_extensions = ["dollarmath"]

@@ -9,7 +9,9 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from dataclasses import fields
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 
@@ -35,7 +37,9 @@ SLOW = {
     "two_behaviours.md",
     "your_own.md",
 }
-MARKS = {**dict.fromkeys(SLOW, pytest.mark.slow), "start_here.md": [pytest.mark.slow, needs_smollm2]}
+ON_SMOLLM2 = ("start_here.md", "chats_real.md")
+MARKS: dict[str, Any] = dict.fromkeys(SLOW, pytest.mark.slow)
+MARKS |= {name: [pytest.mark.slow, needs_smollm2] for name in ON_SMOLLM2}
 PAGES = sorted([README, ROOT / "CHANGELOG.md", *DOCS.rglob("*.md")])
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
@@ -91,6 +95,41 @@ def test_every_public_name_is_on_a_page_of_the_reference() -> None:
         named = {name: getattr(face(room), name) for name in face(room).__all__}
         missing = [name for name, value in named.items() if not inspect.ismodule(value) and value not in listed]
         assert not missing, f"fsteer_lens.{room}: {missing} are on no page of docs/reference"
+
+
+@pytest.mark.parametrize("page", sorted((DOCS / "reference").glob("*.md")), ids=lambda page: page.stem)
+def test_signatures_on_the_pages_of_the_reference_are_those_of_the_code(page: Path) -> None:
+    import signatures  # type: ignore[import-not-found]
+
+    text = page.read_text(encoding="utf-8")
+    assert text == signatures.written(text), "make signatures"
+
+
+def test_a_signature_has_its_types_and_defaults() -> None:
+    import signatures  # type: ignore[import-not-found]
+
+    def made(prompts: "list[str]", *rest: int, how: Literal["a", "b"] = "a", most: float = 1.0) -> bool:
+        return True
+
+    found: dict[str, str] = {}
+    narrow = 'made(prompts: list[str], *rest: int, how: Literal["a", "b"] = "a", most: float = 1.0) -> bool'
+    assert signatures.signature(made, found) == narrow
+    wide = signatures.signature(fsteer_lens.effects.answer_margin, found)
+    assert wide.splitlines()[-2:] == [
+        "    **options,  # chat, chat_template_kwargs, prepend_bos, batch_size",
+        ') -> Float[Tensor, " n"]',
+    ]
+    assert found == {}
+    signatures.signature(fsteer_lens.fit, found)
+    assert found["Layered"] == "Activations | Mapping[int, Activations]"
+
+
+def test_every_field_of_a_trace_is_explained() -> None:
+    text = (DOCS / "how_to" / "measure.md").read_text(encoding="utf-8")
+    told = {
+        name for row in re.findall(r"^\| (`.+?) \|", text, flags=re.MULTILINE) for name in re.findall(r"`(\w+)`", row)
+    }
+    assert {item.name for item in fields(fsteer_lens.Trace)} <= told
 
 
 # ----------------------------------------------------------------------------------------------------------- links

@@ -42,6 +42,15 @@ class Entry(NamedTuple):
 
 ENTRIES: Final = (
     Entry(
+        "replay",
+        "A generation to be watched, token by token: the sentence is the axis, and below each token stands what the"
+        " unsteered model would say, the gate's score, what is added of each expert, the change in every layer, and KL."
+        " A click, the arrow keys or space choose a token, and what happened there is told and drawn. `fsteer-lens"
+        " watch` writes such a page.",
+        "watched = fs.generate(model, prompts, steering, compare=True, replay=True, max_new_tokens=24, progress=False)\n"
+        'figures.replay(watched, titles=["weapons", "hacking", "fraud", "general"])',
+    ),
+    Entry(
         "steer_compare",
         "Unsteered beside steered text. The shade of a word is how far its distribution moved; hovering tells the"
         " likeliest words on both sides.",
@@ -55,9 +64,9 @@ ENTRIES: Final = (
     ),
     Entry(
         "token_scores",
-        "A score at every token of a text, here how much of the gate's energy ratio goes when the token is left out."
-        " A trace in its place draws the size of the change, with marks that tell steered tokens, padding and the"
-        " beginning-of-sequence token apart.",
+        "A score at every token of a text, here how much of the gate's subspace energy ratio (SER) goes when the"
+        " token is left out. A trace in its place draws the size of the change, with marks that tell steered tokens,"
+        " padding and the beginning-of-sequence token apart.",
         "figures.token_scores(effects.explain_gate(model, steering, prompts[0]))",
     ),
     Entry(

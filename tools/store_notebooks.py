@@ -1,7 +1,7 @@
 """Run notebooks from the first cell to the last and store their outputs: `make notebook-outputs`, all or those named.
 
 A stored plotly figure or widget is blank where no script runs (on a code host, in a mail), so each gets a picture
-beside it, drawn in headless Chromium without network. 06_your_own_model takes the model that FSTEER_LENS_MODEL names.
+beside it, drawn in headless Chromium without network.
 """
 
 import base64
@@ -17,6 +17,7 @@ from plotly.graph_objects import Figure
 from shooting import chromium, html_of, shoot
 
 STATE = "application/vnd.jupyter.widget-state+json"
+BARS = ("OutputModel", "HBoxModel")  # rich's and tqdm's
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 
 
@@ -36,7 +37,7 @@ def picture(browser: Any, notebook: Any, data: Any) -> str | None:
 def is_progress(notebook: Any, data: Any) -> bool:
     """Whether an output is a progress bar that was there for a while."""
     states = notebook.metadata.get("widgets", {}).get(STATE, {}).get("state", {})
-    return VIEW in data and states.get(data[VIEW]["model_id"], {}).get("model_name") == "OutputModel"
+    return VIEW in data and states.get(data[VIEW]["model_id"], {}).get("model_name") in BARS
 
 
 def store(path: Path, browser: Any) -> None:
