@@ -47,7 +47,8 @@ ENTRIES: Final = (
         " unsteered model would say, the gate's score, what is added of each expert, the change in every layer, and KL."
         " A click, the arrow keys or space choose a token, and what happened there is told and drawn. `fsteer-lens"
         " watch` writes such a page.",
-        "watched = fs.generate(model, prompts, steering, compare=True, replay=True, max_new_tokens=24, progress=False)\n"
+        "watched = fs.generate(model, prompts, steering, compare=True, replay=True, "
+        "max_new_tokens=24, progress=False)\n"
         'figures.replay(watched, titles=["weapons", "hacking", "fraud", "general"])',
     ),
     Entry(
