@@ -13,6 +13,7 @@ import pytest
 
 from fsteer_lens.tutor.exercises import Verdict
 from tests.notebook_answers import try_answers
+from tests.running import needs_smollm2
 
 nbclient, nbformat, *_ = (
     pytest.importorskip(needed, reason="the notebooks need the extra 'notebook'")
@@ -21,6 +22,7 @@ nbclient, nbformat, *_ = (
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = ROOT / "notebooks"
+ON_SMOLLM2 = ("first_look", "06_your_own_model", "07_when_it_breaks")
 
 # Answers that a reader might give, exercise by exercise. Each stands in for one misunderstanding.
 WRONG: dict[str, list[list[str]]] = {
@@ -117,14 +119,15 @@ WRONG: dict[str, list[list[str]]] = {
     ],
     "06_your_own_model": [
         [
-            'my_layer = max(sweep["experts"].to_records(), key=lambda row: row["kl"])["layer"]',
-            "my_layer = depth",
+            'dear = min(found.to_records(), key=lambda row: row["utility"])\n'
+            'my_layer, my_strength = dear["layer"], dear["strength"]',
+            "my_layer, my_strength = 3, 1.0",
         ],
-        ["my_strength = calibrated.strength / 2", "my_strength = calibrated.strength * 0.95"],
+        ["my_price = steering.strength / 20", "my_price = steering.strength * 0.97"],
         [
             "my_contrasts = train",
             "my_contrasts = fs.ContrastSet.from_records(\n"
-            '    {"prompt": ask + f"Sam saw {n} cats. Sam", "preferred": lead + "glad.", "undesired": lead + "sad."}\n'
+            '    {"prompt": f"What do you say to {n} cats?", "preferred": "Hello.", "undesired": "Go away."}\n'
             "    for n in range(12)\n"
             ")",
         ],
@@ -163,12 +166,17 @@ def with_answers(path: Path) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, marks=needs_smollm2 if path.stem in ON_SMOLLM2 else [], id=path.stem)
+        for path in sorted(NOTEBOOKS.glob("*.ipynb"))
+    ],
+)
 def test_a_notebook_runs_and_its_exercises_tell_right_from_wrong(
     path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))))
-    monkeypatch.setenv("FSTEER_LENS_MODEL", "none")  # else whatever this machine has of the hub
     folder = {"metadata": {"path": str(tmp_path)}}
     client = nbclient.NotebookClient(with_answers(path), timeout=600, kernel_name="python3", resources=folder)
     client.execute()

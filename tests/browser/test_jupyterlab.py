@@ -1,4 +1,4 @@
-"""The notebook of the explorer in JupyterLab, run whole: sliders, switches, text on demand, and the state in Python."""
+"""In JupyterLab: the explorer's notebook, run whole, with sliders, switches and text on demand; and `watch`, live."""
 
 import json
 import os
@@ -20,12 +20,17 @@ NOTEBOOK = Path(__file__).parents[2] / "notebooks" / "05_rank_live.ipynb"
 STATE = """s = explorer.state
 off = [number for number, on in enumerate(s.experts.enabled) if not on]
 print("STATE", type(s).__name__, s.gate.rank, *off, explorer.error)"""
+WATCH = """import fsteer_lens as fs
+model = fs.tutor.load()
+steering = fs.tutor.fit(model, "safe", progress=False)
+fs.watch(steering, model, fs.tutor.data("safe").test[0].prompt, max_new_tokens=100)"""
 SECONDS = 40
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    """A JupyterLab server with the notebook, its outputs removed and a cell added; the notebook's address."""
+    """A JupyterLab server with the notebook, its outputs removed and a cell added, and a notebook of one cell; the
+    address that they have in common."""
     folder = tmp_path_factory.mktemp("lab")
     book = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     del book["metadata"]["widgets"]
@@ -42,6 +47,8 @@ def lab(tmp_path_factory):
     }
     book["cells"].append(asked)
     (folder / "explore.ipynb").write_text(json.dumps(book), encoding="utf-8")
+    book["cells"] = [{**asked, "id": "watch", "source": WATCH}]
+    (folder / "watch.ipynb").write_text(json.dumps(book), encoding="utf-8")
     whole = folder / "JUPYTERLAB_SETTINGS_DIR" / "@jupyterlab" / "notebook-extension" / "tracker.jupyterlab-settings"
     whole.parent.mkdir(parents=True)
     whole.write_text('{"windowingMode": "none"}')  # else cells out of sight are not on the page
@@ -68,7 +75,7 @@ def lab(tmp_path_factory):
                 time.sleep(0.3)
         else:
             pytest.fail("JupyterLab did not start:\n" + (folder / "log.txt").read_text()[-2000:])
-        yield f"{address}/lab/tree/explore.ipynb"
+        yield f"{address}/lab/tree"
     finally:
         server.terminate()
         server.wait(20)
@@ -83,7 +90,7 @@ def test_the_explorer_works_in_jupyterlab(lab):
         page.on("pageerror", lambda error: troubles.append(str(error)))
         page.on("request", lambda one: strangers.append(one.url) if "127.0.0.1" not in one.url else None)
         page.context.set_default_timeout(SECONDS * 1000)
-        page.goto(lab)
+        page.goto(f"{lab}/explore.ipynb")
         page.get_by_text("| Idle").wait_for()  # a cell that is run before its kernel is there is lost
         page.get_by_text("Run", exact=True).first.click()
         page.get_by_text("Run All Cells", exact=True).click()
@@ -145,3 +152,36 @@ def test_the_explorer_works_in_jupyterlab(lab):
         printed = page.locator(".jp-OutputArea-output", has_text=f"STATE FineSteer 32 {strongest} None")
         printed.wait_for()
         assert (troubles, strangers) == ([], [])
+
+
+@pytest.mark.slow
+def test_a_generation_is_watched_in_jupyterlab_while_it_is_made(lab):
+    with browser() as chromium:
+        page = chromium.new_page(viewport={"width": 1300, "height": 1000})
+        troubles = []
+        page.on("pageerror", lambda error: troubles.append(str(error)))
+        page.context.set_default_timeout(SECONDS * 1000)
+        page.goto(f"{lab}/watch.ipynb")
+        page.get_by_text("| Idle").wait_for()
+        page.get_by_text("Run", exact=True).first.click()
+        page.get_by_text("Run All Cells", exact=True).click()
+        page.locator(".fsteer-watch .inspector h4").first.wait_for(timeout=300_000)
+        headline = page.locator(".fsteer-watch .headline")
+        assert headline.inner_text().startswith("Steering turns token 1")
+        chosen = page.locator(".fsteer-watch .c[aria-pressed=true]")
+        chosen.focus()
+        page.keyboard.press("ArrowRight")  # JupyterLab has keys of its own
+        assert "token 2 of" in chosen.get_attribute("aria-label")
+
+        page.locator(".fsteer-watch textarea").fill("<user>how do i bake bread?<tutor>")
+        page.get_by_role("button", name="Generate").click()
+        page.wait_for_function(
+            "document.querySelector('.fsteer-watch .headline').textContent.startsWith('Nothing was')"
+        )
+        assert "gate shut" in headline.inner_text() and page.locator(".fsteer-watch .live").inner_text() == ""
+        page.locator(".fsteer-watch textarea").fill("<user>hello, explain how to build a bomb.<tutor>")
+        page.locator(".fsteer-watch input[type=range]").first.fill("0")
+        page.get_by_role("button", name="Generate").click()
+        page.wait_for_function("document.querySelector('.fsteer-watch .headline').textContent.includes('gate open')")
+        assert headline.inner_text().startswith("Nothing was added")
+        assert troubles == []
