@@ -69,12 +69,13 @@ class Report:
         for row in rows:
             if len(row) != len(columns):
                 raise InputError("table row", expected=f"{len(columns)} cells", got=list(row))
-        head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+        head = "".join(f'<th scope="col">{escape(column)}</th>' for column in columns)
         body = "".join(
             f"<tr{_MARKED if index in marked else ''}>{''.join(map(_cell, row))}</tr>" for index, row in enumerate(rows)
         )
         kind = "data words" if words else "data"
         table = f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+        table = f'<div class="wide">{table}</div>'  # a table scrolls in itself
         return self._add(f"<details><summary>{escape(folded)}</summary>{table}</details>" if folded else table)
 
     def add_figure(self, figure: "plotly.graph_objects.Figure | Html", caption: str = "") -> "Report":
