@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 FITTED: Final = 0.75
 """Share of each list that is fitted to; the rest is what is shown and measured."""
-STRENGTH: Final = 1.25
-"""About what `recipe` chooses on a quarter of what is fitted to (docs/how_to/start_here.md)."""
+STRENGTH: Final = 1.6
+"""What `recipe` chooses on a quarter of what is fitted to (docs/how_to/start_here.md)."""
 MAX_NEW_TOKENS: Final = 20
 PICTURED: Final = ("fraud", "theft", "bullying")
 """Kinds of request of which one is printed with its answers."""
