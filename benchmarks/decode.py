@@ -31,6 +31,12 @@ def run(settings: Settings) -> Section:
                 "a forward pass with our hook / with an empty one",
                 one_hook(model, steering, settings),
             ),
+            Row(
+                f"{name}, replay",
+                "generate with compare and replay / with compare",
+                recording(model, steering, n_new, settings.rounds_or(3)),
+                Aim(1.6),
+            ),
         ]
     what = "generate with steering / without, TransformerBridge, bfloat16"
     rows += gpu_rows("trace on", what, Aim(1.05), settings, on_gpu)
@@ -88,6 +94,17 @@ def one_hook(model: Any, steering: FineSteer, settings: Settings) -> Ratio:
         forward(steering.fwd_hooks()[0][1])
 
     return compare(lambda: forward(lambda activation, hook: None), ours, rounds=settings.rounds_or(40))
+
+
+def recording(model: Any, steering: FineSteer, n_new: int, rounds: int) -> Ratio:
+    """Time of a compared generation that is recorded to be watched over that of one that is not."""
+    options: dict[str, Any] = {"max_new_tokens": n_new, "compare": True, "progress": False}
+    prompt = prompt_of(model)
+    return compare(
+        lambda: generate(model, prompt, steering, **options),
+        lambda: generate(model, prompt, steering, replay=True, **options),
+        rounds=rounds,
+    )
 
 
 def prompt_of(model: Any, length: int = 32) -> list[int]:
