@@ -415,7 +415,8 @@ def _decisions(trace: "Trace") -> Iterator[str]:
             if layer in part.weights:
                 weights = part.weights[layer][0]
                 expert = int(weights.argmax())
-                line += f", expert {expert} with weight {weights[expert]:.2f}"
+                line += ", " if gate[0] > 0 else ", nothing added; it would route to "
+                line += f"expert {expert} with weight {weights[expert]:.2f}"
             yield line
     if trace.steps is not None and trace.steps.kl is not None:
         yield f"KL(steered || unsteered): {trace.steps.kl.nanmean():.3f} nats a token"

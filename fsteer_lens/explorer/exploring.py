@@ -205,7 +205,8 @@ class Explorer:
         weights = made.trace.weights[subject.layer][0]
         best = int(weights.argmax())
         told = f"gate {gate:.2f}, {'open' if gate >= OPEN else 'closed'}" if settings.gate else "always open"
-        return f"{told} · strongest expert {best} with weight {float(weights[best]):.2f}"
+        acting = "strongest expert" if gate > 0 or not settings.gate else "nothing added; it would route to expert"
+        return f"{told} · {acting} {best} with weight {float(weights[best]):.2f}"
 
 
 def explore(

@@ -116,7 +116,7 @@ def _column(run: Run, column: int, most: float, size: float) -> str:
         shade, other, value = "", "", ""
     else:
         kl, same = run.kl[step], run.unsteered_here(step)
-        shade = f' style="background:rgba({",".join(map(str, ACCENT))},{0.65 * kl / most:.2f})"'
+        shade = f' style="background:rgba({",".join(map(str, ACCENT))},{0.5 * kl / most:.2f})"'
         other = "=" if same is None else visible(same.strip() or shown(same))
         bar = f'<i style="height:{34 * kl / most:.1f}px"></i>'
         value = f"{bar}<b>{kl:.1f}</b>" if kl >= 0.15 * most else bar

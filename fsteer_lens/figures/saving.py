@@ -52,5 +52,5 @@ def _page(body: str, title: str) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
         '<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="light dark">'
-        f"</head><body>{body}</body></html>"
+        f'</head><body style="background:Canvas;color:CanvasText"><main>{body}</main></body></html>'
     )

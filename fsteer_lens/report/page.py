@@ -106,9 +106,9 @@ class Report:
         return (
             f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(self.title)}</title>'
             '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
-            f"<style>{style}</style>{script}</head>\n<body><h1>{escape(self.title)}</h1>\n"
+            f"<style>{style}</style>{script}</head>\n<body><main><h1>{escape(self.title)}</h1>\n"
             + "\n".join(self._parts)
-            + "\n</body></html>\n"
+            + "\n</main></body></html>\n"
         )
 
     def write(self, path: str | os.PathLike[str]) -> Path:
