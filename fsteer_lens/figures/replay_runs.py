@@ -189,7 +189,9 @@ def run_of(trace: Trace, title: str, names: Sequence[str] | None) -> Run:
     (record,), n = trace.replay, trace.replay[0].size.shape[1]
     link = next((one for one in trace.parts or (trace,) if one.gate), trace)
     layer = next((at for at in record.edited if at in link.change), None)
-    change = torch.zeros(n) if layer is None else link.change[layer][0, :n].nan_to_num(0)
+    change = (
+        torch.zeros(n, dtype=torch.float32, device="cpu") if layer is None else link.change[layer][0, :n].nan_to_num(0)
+    )
     gate = _along(link.gate, link.step_gate, layer, n)
     weights = _along(link.weights, link.step_weights, layer, n)
     known = names if names is not None or layer is None else record.names.get(layer)
