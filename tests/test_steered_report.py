@@ -180,8 +180,8 @@ def test_a_hostile_report_stays_text_on_screen_and_on_paper(
                 assert page.locator("img, h1 b, details b, svg.main-svg a").count() == 0
                 assert page.locator("h1").inner_text() == attack
                 assert page.evaluate("document.documentElement.scrollWidth") <= 1200
-                page.locator("summary").click()
-                texts = page.locator("details table")
+                page.locator("summary", has_text="prompts with both texts").click()
+                texts = page.locator("details table.words")
                 assert texts.is_visible() and attack in texts.inner_text()
                 page.emulate_media(media="print")
                 assert texts.is_visible() and page.locator(".modebar:visible").count() == 0

@@ -231,11 +231,10 @@ def _table(run: Run) -> str:
         f'<th scope="col">{name}</th>' for name in ("token", "steered", "unsteered", "KL, nats", "what happened")
     )
     told = "".join(f"<tr>{row}</tr>" for row in rows)
-    plain = escape("".join(run.unsteered))
     return (
         "<details><summary>All of it in words</summary>"
-        f'<p><b>Unsteered:</b> <span dir="auto">{plain}</span></p><p><b>Steered:</b> <span dir="auto">'
-        f"{escape(''.join(run.answer))}</span></p>"
+        f'<p><strong>Unsteered:</strong> <span dir="auto">{escape("".join(run.unsteered))}</span></p>'
+        f'<p><strong>Steered:</strong> <span dir="auto">{escape("".join(run.answer))}</span></p>'
         f'<div class="wide"><table><caption>Every generated token</caption><thead><tr>{heads}</tr></thead>'
         f"<tbody>{told}</tbody></table></div></details>"
     )
