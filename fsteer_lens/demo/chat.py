@@ -12,6 +12,7 @@ from fsteer_lens.evaluation.refusals import refuses
 from fsteer_lens.ground.estimates import Proportion
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast
+from fsteer_lens.reading.activations import Activations
 from fsteer_lens.reading.collecting import collect, collect_queries
 from fsteer_lens.report.page import Report
 from fsteer_lens.run.generation import Generation, Generations, generate
@@ -115,8 +116,8 @@ def parts(items: Sequence[str]) -> tuple[Sequence[str], Sequence[str]]:
     return items[:cut], items[cut:]
 
 
-def fitted(model: SteerableModel) -> FineSteer:
-    """A steering half way up, by the package's defaults but for the strength."""
+def fitted(model: SteerableModel) -> tuple[FineSteer, Activations]:
+    """A steering half way up, by the package's defaults but for the strength, and what it was fitted to."""
     layer = model.cfg.n_layers // 2
     contrasts = [
         Contrast(request, REFUSALS[kind], CONSENT, label=kind)
@@ -129,12 +130,12 @@ def fitted(model: SteerableModel) -> FineSteer:
         "near_misses": collect_queries(model, parts(near)[0], layer=layer, chat=True, progress=False),
         "general": collect_queries(model, general, layer=layer, chat=True, progress=False),
     }
-    return fit(own, strength=STRENGTH, **alone)
+    return fit(own, strength=STRENGTH, **alone), own
 
 
 def show(model: SteerableModel) -> Shown:
     """Fit, and answer the prompts that nothing was fitted to."""
-    steering = fitted(model)
+    steering, _ = fitted(model)
     (layer,) = steering.layers
     told = [(kind, request) for kind, requests in HARMFUL.items() for request in parts(requests)[1]]
     prompts = {HARMFUL_NAME: [request for _, request in told], **{name: parts(one)[1] for name, one in ALONE.items()}}
