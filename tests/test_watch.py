@@ -76,7 +76,7 @@ def test_what_fails_is_shown_and_the_last_view_stays(
 def test_without_anywidget_the_view_is_shown_as_it_is(
     tutor_model: SteerableModel, steering: FineSteer, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watching, "_make_widget", lambda **values: None)
+    monkeypatch.setattr(watching, "make_widget", lambda *kind, **values: None)
     watched = fs.watch(steering, tutor_model, prompts[0], **QUIET)
     assert watched.widget is None and watched._repr_mimebundle_()["text/html"] == watched.view.body
     assert len(watched.generate(prompts[-1], strength=0.5).tokens) <= 8

@@ -15,6 +15,7 @@ from fsteer_lens.prompts.contrasts import Contrast
 from fsteer_lens.reading.activations import Activations
 from fsteer_lens.reading.collecting import collect, collect_queries
 from fsteer_lens.report.page import Report
+from fsteer_lens.report.steered import REPLAY_CAPTION
 from fsteer_lens.run.generation import Generation, Generations, generate
 from fsteer_lens.steering.fitting import fit
 from fsteer_lens.steering.steering import FineSteer
@@ -42,8 +43,6 @@ INTRO: Final = (
     "same kinds: a refusal is an answer with a phrase of refusal in it, which says nothing about harm."
 )
 CAPTIONS: Final = {
-    "watch": "A column is a token. Choose one by a click or with the arrow keys, or play the answer: below it stands "
-    "what happened there.",
     "compare": "The same prompts without and with steering. A shaded word is one that the model would hardly have said "
     "by itself.",
     "gate": "When: the score by which the gate tells the requests (right of the dashed line) from all others.",
@@ -208,7 +207,7 @@ def add_chapter(report: Report, shown: Shown, name: str) -> None:
     report.add_table(list(COLUMNS), [shown.row(kind) for kind in shown.made])
     titles = [f"{title}: {decided(shown, one)}" for title, one in shown.examples]
     report.add_heading("Watch it", 3)
-    report.add_figure(figures.replay(shown.watched, titles=WATCHED), CAPTIONS["watch"])
+    report.add_figure(figures.replay(shown.watched, titles=WATCHED), REPLAY_CAPTION)
     report.add_heading("Six prompts, side by side", 3)
     report.add_figure(
         figures.steer_compare(Generations([one for _, one in shown.examples]), titles=titles), CAPTIONS["compare"]

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, Unpack
 import torch
 
 from fsteer_lens import figures
-from fsteer_lens.errors import FsteerError, InputError
+from fsteer_lens.errors import InputError
 from fsteer_lens.explorer.pictured import Pictured, grouped, read, shown
 from fsteer_lens.explorer.settings import Settings, Subject
-from fsteer_lens.explorer.widget import make_widget
+from fsteer_lens.explorer.widget import EXPLORER, in_words, make_widget, tell
 from fsteer_lens.explorer.words import parts
 from fsteer_lens.explorer.worlds import Unknown, Wrap, world_of
 from fsteer_lens.ground.checks import instance, options_of, whole
@@ -53,7 +53,7 @@ class Explorer:
         self._unknown, self._wrap, self._title = unknown, wrap, title
         self._settings = subject.start()
         self.error: BaseException | None = None
-        self._widget = make_widget(data=self._data(), settings=self._settings.message())
+        self._widget = make_widget(EXPLORER, data=self._data(), settings=self._settings.message())
         if self._widget is not None:
             self._widget.observe(self._take_settings, names="settings")
             self._widget.on_msg(self._take_message)
@@ -108,7 +108,7 @@ class Explorer:
             InputError: no such control, or a value that does not fit the steering.
         """
         self._settings = self._subject.checked({**vars(self._settings), **changes})
-        self._show(settings=self._settings.message())
+        tell(self._widget, settings=self._settings.message())
         return self
 
     def generate(self, prompt: int | str = 0) -> Generation:
@@ -155,7 +155,7 @@ class Explorer:
             self._settings = self._subject.checked(change["new"])
         except InputError as error:
             self.error = error
-            self._show(settings=self._settings.message())
+            tell(self._widget, settings=self._settings.message())
 
     def _take_message(self, _: Any, message: Any, buffers: Any) -> None:
         """Do what the browser asks for: mark the words of a text, or generate."""
@@ -169,7 +169,7 @@ class Explorer:
             unknown = self._unknown(text) if self._unknown else {}
         except Exception as error:  # of the caller's function, and no reason not to generate
             self.error, unknown = error, {}
-        self._show(words={"text": shown(text), "parts": parts(shown(text), unknown)})
+        tell(self._widget, words={"text": shown(text), "parts": parts(shown(text), unknown)})
 
     def _generate_for(self, message: Mapping[str, Any]) -> None:
         """Generate for the browser: what fails is shown there, and kept in `error`."""
@@ -178,23 +178,17 @@ class Explorer:
         self._answer("running", prompt)
         try:
             self._settings = self._subject.checked(message.get("settings"))
-            self._show(settings=self._settings.message())
+            tell(self._widget, settings=self._settings.message())
             self.generate(prompt)  # pyright: ignore[reportArgumentType]
         except BaseException as error:
             self.error = error
-            told = str(error) if isinstance(error, FsteerError) else f"{type(error).__name__}: {error}"
-            self._answer("failed", prompt, error=shown(told))
+            self._answer("failed", prompt, error=shown(in_words(error)))
             if not isinstance(error, Exception):  # an interrupt is shown, and stays one
                 raise
 
     def _answer(self, status: str, prompt: Any, **more: Any) -> None:
         prompt = shown(prompt) if isinstance(prompt, str) else prompt
-        self._show(answer={"status": status, "prompt": prompt, "settings": self._settings.message(), **more})
-
-    def _show(self, **values: Any) -> None:
-        if self._widget is not None:
-            for name, value in values.items():
-                setattr(self._widget, name, value)
+        tell(self._widget, answer={"status": status, "prompt": prompt, "settings": self._settings.message(), **more})
 
     def _decision(self, made: Generation) -> str:
         """What gate and experts decided for one text, in words."""

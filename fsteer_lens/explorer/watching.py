@@ -1,19 +1,17 @@
 """`watch`: a generation to be watched while it is made, and gone through token by token afterwards, for Jupyter."""
 
-from functools import cache
-from importlib.resources import files
 from threading import Event, Thread
 from typing import Any, Unpack
 
 from fsteer_lens import figures
-from fsteer_lens.errors import FsteerError
+from fsteer_lens.effects.answers import passes_of
 from fsteer_lens.explorer.pictured import shown
+from fsteer_lens.explorer.widget import WATCH, in_words, make_widget, tell
 from fsteer_lens.figures import Html
-from fsteer_lens.ground.checks import finite, instance, options_of, whole
-from fsteer_lens.hooks.objects import remembered
+from fsteer_lens.ground.checks import finite, instance, whole
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.forms import GivenPrompt, as_prompt, prompt_text
-from fsteer_lens.prompts.passes import FormatOptions, Passes
+from fsteer_lens.prompts.passes import FormatOptions
 from fsteer_lens.run.generation import Generation, generate, stream
 from fsteer_lens.run.replaying import MOST_TOKENS
 from fsteer_lens.steering.steering import FineSteer
@@ -54,7 +52,7 @@ class Watch:
             "rank": next((getattr(gate, "rank", 0) for gate in gates if gate is not None), 0) if ranks else 0,
             "ranks": ranks,
         }
-        self._widget = _make_widget(start=start, view=self.view.body, live={"status": "done"})
+        self._widget = make_widget(WATCH, start=start, view=self.view.body, live={"status": "done"})
         if self._widget is not None:
             self._widget.on_msg(self._take_message)
 
@@ -101,12 +99,12 @@ class Watch:
         told = {"max_new_tokens": self._max_new_tokens, **self._formatting}
         for piece, _ in stream(self._model, prompt, steering, **told):
             text, n_tokens = text + piece, n_tokens + 1
-            self._show(live={"status": "running", "text": shown(text)})
+            tell(self._widget, live={"status": "running", "text": shown(text)})
             if self._stopped.is_set():
                 break
         told |= {"max_new_tokens": n_tokens, "compare": True, "replay": True, "progress": False}
         self.made = generate(self._model, prompt, steering, **told)[0]
-        self._show(view=self.view.body, live={"status": "done", "text": shown(text)})
+        tell(self._widget, view=self.view.body, live={"status": "done", "text": shown(text)})
         return self.made
 
     def stop(self) -> None:
@@ -128,13 +126,7 @@ class Watch:
             self.generate(str(message.get("prompt", "")), strength=message.get("strength"), rank=rank or None)
         except Exception as error:
             self.error = error
-            told = str(error) if isinstance(error, FsteerError) else f"{type(error).__name__}: {error}"
-            self._show(live={"status": "failed", "text": shown(told)})
-
-    def _show(self, **values: Any) -> None:
-        if self._widget is not None:
-            for name, value in values.items():
-                setattr(self._widget, name, value)
+            tell(self._widget, live={"status": "failed", "text": shown(in_words(error))})
 
 
 def watch(
@@ -164,37 +156,5 @@ def watch(
     """
     instance("watch", steering, FineSteer, "a FineSteer", fix="For others: figures.replay of a generation.")
     max_new_tokens = whole("max_new_tokens", max_new_tokens, 1, MOST_TOKENS)
-    passes = options_of("watch", Passes, options, FormatOptions.__annotations__)
-    passes = passes.following(remembered(steering), model, [as_prompt(prompt)])
+    passes = passes_of("watch", options, model, steering, [as_prompt(prompt)], FormatOptions.__annotations__)
     return Watch(steering, model, prompt, max_new_tokens=max_new_tokens, formatting=passes.formatting)
-
-
-def _make_widget(**values: Any) -> Any | None:
-    """The widget with these values, or None where anywidget is not installed."""
-    try:
-        import anywidget  # noqa: F401
-    except ImportError:
-        return None
-    return _widget_class()(**values)
-
-
-@cache
-def _widget_class() -> Any:
-    import anywidget
-    import traitlets
-
-    room = files("fsteer_lens.explorer")
-
-    class WatchWidget(anywidget.AnyWidget):
-        """What kernel and browser share."""
-
-        _esm = (room / "watch.js").read_text(encoding="utf-8")
-        _css = (room / "watch.css").read_text(encoding="utf-8")
-        start = traitlets.Dict().tag(sync=True)
-        live = traitlets.Dict().tag(sync=True)
-        view = traitlets.Unicode().tag(sync=True)
-
-        def __repr__(self) -> str:  # what a viewer without widgets shows
-            return "WatchWidget()"
-
-    return WatchWidget

@@ -17,7 +17,6 @@ from fsteer_lens.trace.steps import Steps
 from fsteer_lens.trace.trace import Trace
 
 CELL: Final = f"padding:8px 12px;vertical-align:top;border-top:1px solid {GRID};text-align:left"
-FAINT: Final = MUTED
 SHADE: Final = 0.6
 UNKNOWN: Final = -100.0
 """A log-probability for circuitsvis, which knows no gaps, where there is none."""
@@ -61,7 +60,7 @@ def steer_compare(
     for index, (trace, steps, unsteered) in enumerate(rows):
         title = f"<b>{escape(titles[index])}</b> " if index < len(titles) else ""
         special = {text for number, text in enumerate(steps.texts[0]) if _is_special(steps, number)}
-        plainly = "".join(span(visible(text), FAINT if text in special else "") for text in unsteered)
+        plainly = "".join(span(visible(text), MUTED if text in special else "") for text in unsteered)
         parts.append(
             f'<tr><td colspan="2" style="{CELL};padding-bottom:0">{title}'
             f'<span dir="auto" style="{MONO};font-size:13px">{visible(title_of(trace, 0))}</span>'
@@ -101,7 +100,7 @@ def _tokens(steps: Steps, most: float) -> str:
     parts = []
     for step, (text, value) in enumerate(zip(steps.texts[0], _kl(steps), strict=True)):
         shade = "" if value is None or most == 0 else f"background:{accent(SHADE * value / most)}"
-        style = f"{shade};{FAINT}" if _is_special(steps, step) else shade
+        style = f"{shade};{MUTED}" if _is_special(steps, step) else shade
         parts.append(span(visible(text), style, _told(steps, step)))
     return "".join(parts)
 

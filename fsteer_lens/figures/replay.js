@@ -21,6 +21,18 @@
     return `${share >= 9.5 ? share.toFixed(0) : Number(share.toPrecision(2))} %`;
   }
 
+  // Where a probability stands on a log axis from 1 at the top.
+  const chanceScale = (top, bottom) => (chance) =>
+    top + ((bottom - top) * Math.log10(Math.max(chance, FLOOR))) / Math.log10(FLOOR);
+
+  // Names of the first block, one half way up and the last, `x` being where each place stands.
+  function layerAxis(picture, layers, x, y, centre) {
+    for (const place of new Set([0, Math.floor((layers.length - 1) / 2), layers.length - 1])) {
+      picture.append(text(x(place), y, `${layers[place]}`, "middle", "m"));
+    }
+    picture.append(text(centre, y + 14, "after block", "middle", "m"));
+  }
+
   // Places from top to bottom at least `gap` apart, as near as possible to those wanted.
   function apart(wanted, gap, low, high) {
     const order = wanted.map((_, index) => index).sort((a, b) => wanted[a] - wanted[b]);
@@ -112,7 +124,7 @@
 
     candidates(step) {
       const rows = this.data.candidates[step], top = 14, bottom = 196, left = 120, right = 210;
-      const y = (chance) => top + ((bottom - top) * Math.log10(Math.max(chance, FLOOR))) / Math.log10(FLOOR);
+      const y = chanceScale(top, bottom);
       const low = [1, 2].map((side) => Math.min(...rows.map((row) => row[side] ?? 1)));
       const spots = rows.map((row) => [y(row[1] ?? low[0]), y(row[2] ?? low[1])]);
       const picture = svg("svg", { viewBox: "0 0 330 216", role: "img", "aria-label": "likely tokens, unsteered and steered" });
@@ -137,7 +149,7 @@
     lens(step) {
       const { layers, edited, lens } = this.data, top = 14, bottom = 186, left = 52, right = 226;
       const x = (place) => left + ((right - left) * place) / Math.max(layers.length - 1, 1);
-      const y = (chance) => top + ((bottom - top) * Math.log10(Math.max(chance, FLOOR))) / Math.log10(FLOOR);
+      const y = chanceScale(top, bottom);
       const picture = svg("svg", { viewBox: "0 0 330 216", role: "img", "aria-label": "two words through the layers" });
       for (const chance of [1, 0.1, 0.01, 0.001, 0.0001]) {
         picture.append(svg("path", { class: "axis", d: `M${left} ${y(chance)}H${right}` }));
@@ -157,10 +169,7 @@
         named.push(`${word} ${run}`);
       }));
       apart(ends, 14, top, bottom + 10).forEach((at, index) => picture.append(text(right + 6, at, named[index])));
-      for (const place of new Set([0, Math.floor((layers.length - 1) / 2), layers.length - 1])) {
-        picture.append(text(x(place), bottom + 14, `${layers[place]}`, "middle", "m"));
-      }
-      picture.append(text((left + right) / 2, bottom + 28, "after block", "middle", "m"));
+      layerAxis(picture, layers, x, bottom + 14, (left + right) / 2);
       return this.figure("Through the layers: which word is winning", "logit lens; solid: steered, dashed: unsteered", picture);
     }
 
@@ -196,16 +205,13 @@
           fill: here ? "var(--steered)" : "rgb(8, 138, 142)",
         }));
       });
-      for (const place of new Set([0, Math.floor((layers.length - 1) / 2), layers.length - 1])) {
-        picture.append(text(left + wide * (place + 0.5), bottom + 12, `${layers[place]}`, "middle", "m"));
-      }
-      picture.append(text((left + right) / 2, bottom + 27, "after block", "middle", "m"));
+      layerAxis(picture, layers, (place) => left + wide * (place + 0.5), bottom + 13, (left + right) / 2);
       const where = this.data.texts[position];
       return this.figure(`The stream at “${where}”: ‖Δ‖ / ‖h‖`, "steered minus unsteered; the edited layer in the colour of the edit", picture);
     }
 
     released(step) {
-      const before = step ? this.data.said[step - 1] : "";
+      const before = this.data.answer.slice(0, step).join("");
       const told = element("p", { class: "released", dir: "auto" }, before, element("b", {}, this.data.released[step]), " …");
       return this.figure("Released here", "how the unsteered model would have gone on from this token", told);
     }
@@ -237,7 +243,7 @@
 
     drawChips() {
       const parts = [];
-      const group = (label, values, current, change) => {
+      const group = (label, values, change) => {
         if (values.length < 2) return;
         parts.push(element("b", {}, label));
         for (const value of values) {
@@ -252,8 +258,8 @@
         if (found >= 0) this.show(found);
       };
       const here = () => this.runs[this.shown].section.dataset;
-      group("prompt", of("prompt"), here().prompt, (prompt) => go(here().variant, prompt));
-      group("steering", of("variant"), here().variant, (variant) => go(variant, here().prompt));
+      group("prompt", of("prompt"), (prompt) => go(here().variant, prompt));
+      group("steering", of("variant"), (variant) => go(variant, here().prompt));
       this.play = element("button", { type: "button" }, "▶ play");
       this.play.addEventListener("click", () => this.toggle(this.runs[this.shown]));
       parts.push(this.play);

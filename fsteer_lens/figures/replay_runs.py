@@ -264,7 +264,7 @@ def payload(run: Run) -> dict[str, Any]:
         "weights": [] if run.weights is None else [[_number(x, 2) for x in row] for row in run.weights.tolist()],
         "added": [[_number(x, 2) for x in run.added(position)] for position in range(run.n_positions)],
         "released": {str(step): "".join(texts) for step, texts in record.released.items()},
-        "said": ["".join(run.answer[: step + 1]) for step in range(n)] if record.released else [],
+        "answer": list(run.answer),
     }
 
 

@@ -34,9 +34,11 @@ COLUMNS: Final = (
 
 REPLAYED: Final = 4
 
+REPLAY_CAPTION: Final = (
+    "A column is a token. Choose one by a click or with the arrow keys, or play the answer: below it stands what "
+    "happened there."
+)
 CAPTIONS: Final = {
-    "replay": "A column is a token. Choose one by a click or with the arrow keys, or play the answer: below it stands "
-    "what happened there.",
     "compare": "The same prompts without and with steering. The stronger a word's shade, the further its distribution "
     "moved; point at it for the likeliest words on both sides.",
     "separation": "What the gate looks at, for each prompt (a gate on a subspace: how much of the activation lies "
@@ -231,7 +233,7 @@ def _add_replay(
     prompts = [made[index].prompt for index in chosen]
     told = generate(model, prompts, steering, max_new_tokens=longest, compare=True, replay=True, **passes.options)
     view = figures.replay(told, titles=[groups[index] for index in chosen])
-    report.add_heading("Watch it").add_figure(view, CAPTIONS["replay"])
+    report.add_heading("Watch it").add_figure(view, REPLAY_CAPTION)
 
 
 def _add_gate(
