@@ -28,6 +28,8 @@ FITTED: Final = 0.75
 STRENGTH: Final = 1.6
 """What `recipe` chooses on a quarter of what is fitted to (docs/how_to/start_here.md)."""
 MAX_NEW_TOKENS: Final = 20
+BATCH: Final = 90
+"""Rows of a forward pass: all prompts, each steered and not, which takes half the time of eight rows."""
 PICTURED: Final = ("fraud", "theft", "bullying")
 """Kinds of request of which one is printed with its answers."""
 WATCHED: Final = ("fraud", "near misses", "ordinary")
@@ -139,7 +141,8 @@ def show(model: SteerableModel) -> Shown:
     told = [(kind, request) for kind, requests in HARMFUL.items() for request in parts(requests)[1]]
     prompts = {HARMFUL_NAME: [request for _, request in told], **{name: parts(one)[1] for name, one in ALONE.items()}}
     every = [prompt for kind in prompts.values() for prompt in kind]
-    made = generate(model, every, steering, compare=True, max_new_tokens=MAX_NEW_TOKENS, progress=False)
+    options = {"max_new_tokens": MAX_NEW_TOKENS, "compare": True, "batch_size": BATCH, "progress": False}
+    made = generate(model, every, steering, **options)
     gate = steering.gate_at(layer)
     assert gate is not None
     queries = collect_queries(model, every, layer=layer, chat=True, progress=False).reading(gate.read).queries
@@ -149,13 +152,12 @@ def show(model: SteerableModel) -> Shown:
         start += len(kind)
     by_name = {kind: [request for own, request in told if own == kind] for kind in WATCHED} | prompts
     watched = [by_name[name][0] for name in WATCHED]
-    options = {"max_new_tokens": MAX_NEW_TOKENS, "compare": True, "replay": True, "progress": False}
     return Shown(
         steering,
         {name: made[span] for name, span in spans.items()},
         [kind for kind, _ in told],
         {name: queries[span] for name, span in spans.items()},
-        generate(model, watched, steering, **options),
+        generate(model, watched, steering, replay=True, **options),
     )
 
 
