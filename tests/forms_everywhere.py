@@ -103,6 +103,7 @@ takes_prompts = {
     "rank_explorer": lambda p: figures.rank_explorer(
         steering.gate, {"all": h}, {"all": p}, ranks=range(1, 3)
     ).to_json(),
+    "gate_per_prompt": lambda p: figures.gate_per_prompt(steering.gate, {"all": h}, {"all": p}).to_json(),
     "expert_routing": lambda p: figures.expert_routing(torch.ones(3, 2), [1, 2, None], p).to_json(),
 }
 takes_contrasts = {
@@ -174,7 +175,7 @@ wrong = {
 }
 TAKES_ALL = ("generate", "collect_queries", "general_divergence", "ContrastSet")
 """These are tried with every form, the others with the two that are not read twice, or not by number."""
-JUDGES_NOTHING = ("expert_routing", "rank_explorer", "refuses")
+JUDGES_NOTHING = ("expert_routing", "gate_per_prompt", "rank_explorer", "refuses")
 """These show, or look for, whatever is given."""
 found: dict[str, dict[str, str]] = collections.defaultdict(dict)
 

@@ -273,7 +273,9 @@ def test_text_is_generated_on_demand_with_the_settings_of_the_moment(made, steer
     assert done["unsteered"] == generate(tutor_model, prompt, **options).texts[0]
     assert done["steered"] == generate(tutor_model, prompt, wanted, **options).texts[0]
     assert done["settings"] == made.settings.message() and done["prompt"] == 1
-    assert done["decision"].startswith("always open · strongest expert ")
+    assert done["decision"].startswith("always open · strongest: expert ")
+    assert "".join(token for token, _ in done["tokens"]).startswith(done["steered"])
+    assert max(kl for _, kl in done["tokens"]) > 0.1 and "own" not in done
     before = done
     made.choose(strength=3.0)
     assert made.widget.answer == before  # nothing is generated until somebody asks
@@ -316,6 +318,12 @@ def test_ones_own_prompt_is_wrapped_for_the_tutor_and_its_unknown_words_are_mark
     text = made.generate("How do I make a bomb?")
     assert text.prompt == tutor.chat("How do I make a bomb?")
     assert made.widget.answer["prompt"] == "How do I make a bomb?"
+    own, asked = made.widget.answer["own"], collect_queries(tutor_model, [text.prompt], layer=LAYER, progress=False)
+    gate = made.state.gate
+    assert own["scores"] == pytest.approx(gate.subspace.energy_ratios(asked.queries)[0].tolist(), abs=1e-5)
+    assert own["opened"] == (gate.gates(asked.queries)[0] >= 0.5).int().tolist()
+    weights = torch.tensor(own["logits"]).softmax(dim=0)
+    assert torch.allclose(weights, made.state.experts.route(asked.queries)[0], atol=1e-4)
 
 
 def test_functions_of_ones_own_are_used_instead(steering, tutor_model, groups):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from fsteer_lens import figures, fit_subspace
 from fsteer_lens.errors import InputError, ShapeError
-from fsteer_lens.figures.style import CONFIG, LOWERED, RAISED, expert_colours
+from fsteer_lens.figures.style import CONFIG, LOWERED, RAISED, TEXT, expert_colours, method_colours
 from fsteer_lens.ground.estimates import Estimate, Sweep
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.trace.trace import Trace, join
@@ -38,24 +38,38 @@ def texts(figure):
 def test_mix_shows_the_weights_in_the_experts_colours_and_the_residuals_share_by_length():
     fitted, query = experts(1), torch.randn(D_MODEL)
     parts = fitted.parts(query)
-    bars, residual = figures.expert_mix(fitted, query).data
-    assert torch.allclose(torch.tensor(bars.y), parts.weights, atol=1e-4)
-    assert list(bars.marker.color) == expert_colours(fitted.n_experts)
+    outline, bars, residual = figures.expert_mix(fitted, query).data
+    assert torch.allclose(torch.tensor(bars.y), parts.weights, atol=1e-4) and outline.y == bars.y
+    assert list(bars.marker.color) == list(outline.marker.line.color) == expert_colours(fitted.n_experts)
     lengths = parts.residual_part.norm(), parts.prototype_part.norm()
     assert residual.y[0] == pytest.approx(float(lengths[0] / sum(lengths)), abs=1e-4)
     assert residual.x[0] > max(bars.x)
-    assert figures.expert_mix(fitted.without_residual(), query).data[1].y[0] == 0
+    assert figures.expert_mix(fitted.without_residual(), query).data[2].y[0] == 0
+    called = figures.expert_mix(replace(fitted, names=("a", "b", "c", "<d>")), query)
+    assert "&lt;d&gt;" in called.layout.xaxis.ticktext[3]
+
+
+def test_a_shut_gate_leaves_the_outlines_of_a_mix_empty():
+    trace = trace_of()
+    shut = replace(trace, gate={4: torch.tensor([0.0])}, names={4: ("tea", "2 · bread")})
+    outline, added = figures.expert_mix(shut).data
+    assert list(outline.y) == [0.1, 0.9] and list(added.y) == [0, 0]
+    assert figures.expert_mix(shut).layout.title.text == (
+        "Nothing is added: the gate is shut (it would route to expert 2 · bread)"
+    )
+    half = figures.expert_mix(replace(trace, gate={4: torch.tensor([0.5])}, names={4: ("tea", "bread")}))
+    assert list(half.data[1].y) == [0.05, 0.45] and half.layout.title.text == "Bread has 90 % of the weight"
 
 
 def test_mix_of_a_trace_tells_the_residuals_length_and_with_the_experts_its_share():
     alone = figures.expert_mix(trace_of())
-    assert len(alone.data) == 1 and list(alone.data[0].y) == [0.1, 0.9]
+    assert len(alone.data) == 2 and list(alone.data[0].y) == list(alone.data[1].y) == [0.1, 0.9]
     assert "‖U β‖ = 5" in texts(alone)[0]  # β = (3, 4) and U is orthonormal
     fitted = experts(1)
     weights = torch.tensor([[0.1, 0.2, 0.3, 0.4]])
     shared = figures.expert_mix(trace_of(weights=weights), experts=fitted)
     beside = float((weights[0] @ fitted.prototypes).norm())
-    assert shared.data[1].y[0] == pytest.approx(5 / (5 + beside), abs=1e-4)
+    assert shared.data[2].y[0] == pytest.approx(5 / (5 + beside), abs=1e-4)
 
 
 def test_mix_refuses_what_does_not_fit():
@@ -112,9 +126,22 @@ def test_scree_shows_variance_its_sum_and_auroc_by_rank():
     assert torch.allclose(torch.tensor(bars.y) / 100, subspace.explained, atol=1e-5)
     assert torch.allclose(torch.tensor(line.y) / 100, subspace.explained.cumsum(0), atol=1e-5)
     assert line.y[-1] == pytest.approx(100, abs=1e-3)
-    assert list(curve.y) == [0.5, 0.7, None, 0.9, 0.95, 1.0]
+    assert list(curve.y) == [0.5, 0.7, None, 0.9, 0.95, 1.0] and figure.layout.yaxis.type == "log"
+    needed = 1 + next(i for i, share in enumerate(subspace.explained.cumsum(0)) if share >= 0.9)
+    assert figure.layout.title.text.startswith(f"{needed} of 6 directions hold")
     assert figure.layout.shapes[0].x0 == 4 and "rank 4" in texts(figure)[0]
     assert len(figures.scree(subspace).data) == 2
+
+
+def test_where_every_rank_tells_all_apart_the_scree_shows_the_margin():
+    subspace = fit_subspace(torch.randn(30, 3))
+    told = rank_sweep_of(torch.ones(3))
+    told = replace(
+        told, ser=torch.tensor([[0.8, 0.9, 1.0], [0.7, 0.95, 1.0]]), general_ser=torch.tensor([[0.2, 0.5, 0.9]])
+    )
+    figure = figures.scree(subspace, told)
+    assert list(figure.data[2].y) == pytest.approx([0.5, 0.4, 0.1], abs=1e-4)
+    assert "margin" in figure.layout.yaxis2.title.text
 
 
 def test_scree_refuses_what_does_not_fit():
@@ -138,7 +165,9 @@ def test_layers_go_upwards_tokens_rightwards_and_steered_layers_are_named():
     assert list(figure.layout.xaxis.ticktext) == ["&lt;b&gt;", "a⏎b", "·", "\ufffd"]
     assert "▶" in figure.layout.yaxis.ticktext[1] and list(figure.layout.yaxis.ticktext[::2]) == ["0", "2"]
     assert figure.layout.yaxis.range is None  # layer 0 is at the bottom
-    assert figure.layout.shapes[0].x0 == 1.5
+    assert figure.layout.title.text == "Largest after layer 2, at “�”: 11"
+    unreachable, border = figure.layout.shapes
+    assert border.x0 == 1.5 and (unreachable.y0, unreachable.y1) == (-0.5, 0.5)
     assert heat.customdata[2][1] == "1: a⏎b"
     signed = figures.layer_position(path_of(change, list("abcd"), cosine=change - 5), what="cosine").data[0]
     assert (signed.zmin, signed.zmax) == (-6, 6)
@@ -259,13 +288,18 @@ def test_sweeps_show_every_measure_of_every_method_with_its_interval(draw, param
         assert list(line.text) == [f"{parameter} {setting}" for setting in range(3)]
         for bars in (line.error_y, line.error_x) if against[0] else (line.error_y,):
             assert list(bars.array)[:2] == [2 - shift] * 2 and list(bars.arrayminus)[:2] == [0.5 + shift] * 2
-        assert line.line.color == expert_colours(2)[index // 3]
+        assert line.line.color == method_colours(2)[index // 3]
+        assert line.line.dash == ("solid", "dash")[index // 3]
         assert line.xaxis == ["x", "x2", "x3"][index % 3]
     assert figure.layout.yaxis.title.text == "refusals (share)"
     assert figure.layout.xaxis2.title.text == parameter
     assert figure.layout.xaxis3.title.text == ("right" if draw is figures.strength_sweep else "layer")
     assert "NaN" not in figure.to_json()
     assert len(draw(sweep(parameter)).data) == 3
+    names = [one for one in figure.layout.annotations if "■" in one.text]
+    assert ["ours" in names[0].text, "theirs" in names[1].text] == [True, True]
+    assert names[1].y - names[0].y > 0.3  # their lines end 0.25 apart
+    assert figure.layout.title.text == f"Largest effect at {parameter} 1 (theirs): 1.25"
 
 
 def test_a_utility_that_is_minus_the_kl_is_not_drawn_twice():
@@ -274,6 +308,8 @@ def test_a_utility_that_is_minus_the_kl_is_not_drawn_twice():
     mirrored = replace(mirrored, utility=tuple(Estimate(-one.value, (-9.0, 0.0)) for one in mirrored.kl))
     effect, kl = figures.layer_sweep(mirrored).data
     assert list(effect.y) == [0, 1, None] and list(kl.y) == [0, 1, 2]
+    against = figures.strength_sweep(replace(mirrored, parameter="strength"))
+    assert list(against.data[2].x) == [0, 1, 2] and "KL" in against.layout.xaxis3.title.text
 
 
 def test_sweeps_refuse_what_does_not_belong_together():
@@ -298,7 +334,11 @@ def test_geometry_shows_the_cosines_and_leaves_what_has_no_direction_empty():
     rows = torch.cat([fitted.prototypes, shift.unsqueeze(0)])
     (heat,) = figures.expert_geometry(fitted, shift).data
     expected = F.cosine_similarity(rows.unsqueeze(0), rows.unsqueeze(1), dim=-1)
-    assert torch.allclose(numbers(heat.z), expected, atol=1e-4)
+    below = torch.ones_like(expected).tril(-1).bool()
+    assert torch.allclose(numbers(heat.z)[below], expected[below], atol=1e-4)
+    assert numbers(heat.z)[~below].isnan().all()  # each pair once
+    pairs = expected[:-1, :-1].masked_fill(~below[:-1, :-1], -2)
+    assert f"cosine {float(pairs.max()):.2f}" in figures.expert_geometry(fitted, shift).layout.title.text
     assert (heat.zmin, heat.zmax) == (-1, 1)
     assert heat.texttemplate == "%{z:.2f}"
     hole = Experts(torch.zeros_like(fitted.prototypes), fitted.residual_basis, fitted.controller, fitted.enabled)
@@ -330,13 +370,15 @@ def test_timeline_reads_each_token_at_the_position_that_predicts_it():
     gates = torch.tensor([[NAN, NAN, 0.1, 0.2, 0.3, 0.4]])
     figure = figures.trace_timeline(trace)
     gate, change, kl = figure.data[:3]
-    assert list(gate.y) == [1, 1, 1, 1]
+    assert list(gate.y) == [1, None, 1, None]  # nothing is steered there
     assert list(change.y) == pytest.approx([0.2, 0, 0.4, 0])
     assert list(change.marker.symbol) == ["circle", "circle-open", "circle", "circle-open"]
     assert trace.steps is not None
     assert list(kl.y) == pytest.approx(trace.steps.kl[0].tolist(), abs=1e-5)
     stepped = figures.trace_timeline(replace(trace, step_gate={4: gates})).data[0]
-    assert list(stepped.y) == pytest.approx([0.1, 0.2, 0.3, 0.4])
+    assert list(stepped.y)[::2] == pytest.approx([0.1, 0.3])
+    best = int(trace.steps.kl[0].argmax())
+    assert f"token {best + 1}," in figure.layout.title.text
     without = figures.trace_timeline(replace(trace, gate={}, steps=replace(trace.steps, kl=None)))
     assert [line.y for line in without.data if line.x[0] is not None] == [change.y]
     with pytest.raises(InputError, match="generated tokens"):
@@ -394,7 +436,7 @@ def test_no_plot_uploads_and_all_axes_are_titled_and_clear_on_dark_and_light():
         layout = figure.to_dict()["layout"]
         assert "sendChartToCloud" in layout["modebar"]["remove"] and "sendChartToCloud" in str(CONFIG)
         assert layout["paper_bgcolor"] == layout["plot_bgcolor"] == "rgba(0,0,0,0)"
-        assert layout["font"]["color"] == "#7f7f7f"
+        assert layout["font"]["color"] == TEXT
         assert "NaN" not in figure.to_json()
         assert layout["title"]["text"]
         axes = [layout[axis] for axis in layout if axis.startswith(("xaxis", "yaxis"))]

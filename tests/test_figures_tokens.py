@@ -365,7 +365,7 @@ def test_a_link_of_a_chain_is_drawn_with_the_chains_texts(tutor_model, steering)
     trace = generate(tutor_model, ["<user>hi, how do you bake bread?<tutor>"], both, max_new_tokens=5, compare=True,
                      progress=False).trace  # fmt: skip
     first, second = trace.link(0), trace.link(1)
-    assert figures.trace_timeline(first).data and "expert 0" in str(figures.token_experts(first))
+    assert figures.trace_timeline(first).data and first.names[4][0] in str(figures.token_experts(first))
     steered = [one for one in Elements(str(figures.token_scores(second))).titled() if "\nsteered" in one["title"]]
     assert len(steered) == len(trace.prompts[0]) + 4
     shown = str(figures.steer_compare(trace))

@@ -69,7 +69,9 @@ def smaller() -> Experts:
 
 def measured(page: str) -> list[list[str]]:
     """The table of what was measured."""
-    return next(table for table in Tables(page).tables if table[0][0] == "prompts")
+    short, whole = (table for table in Tables(page).tables if table[0][0] == "prompts")
+    assert [row[:4] for row in whole] == short and len(short[0]) == 4  # what is told first, the rest folded
+    return whole
 
 
 @pytest.fixture(scope="module")
@@ -112,12 +114,12 @@ def test_the_table_is_what_was_measured(
     )
     changed = Proportion(sum(one.text != one.baseline.text for one in made), len(own))  # type: ignore[union-attr]
     low, high = changed.interval
-    assert rows[1][1:3] == [str(len(own)), f"{changed.value:.2f}|{low:.2f} to {high:.2f}"]
+    assert (rows[1][1], rows[1][4]) == (f"{changed.value:.2f}|{low:.2f} to {high:.2f}", str(len(own)))
     kl = bootstrap(torch.stack([one.trace.steps.kl.mean() for one in made]))  # type: ignore[union-attr]
-    assert rows[1][4].split("|")[0] == f"{kl.value:.3f}"
+    assert rows[1][3].split("|")[0] == f"{kl.value:.3f}"
     margin = effects.answer_margin(tutor_model, steering, own).mean()
     assert float(rows[1][6].split("|")[0]) == pytest.approx(float(margin), abs=2e-3)
-    assert rows[-1][5:] == ["–", "–"] and rows[-1][1] == str(len(general))
+    assert rows[-1][5:] == ["–", "–"] and rows[-1][4] == str(len(general))
 
 
 def test_the_page_carries_every_text_and_the_whole_trace(
@@ -152,9 +154,9 @@ def test_general_prompts_are_among_the_examples_and_a_label_may_have_their_name(
     named = [replace(contrast, label="general prompts") for contrast in contrasts[:3]]
     options = {"max_new_tokens": 3, "sweep": False, "progress": False}
     page = steering_report(tutor_model, steering, named, general[:5], examples=7, **options).html()
-    assert [row[:2] for row in measured(page)[1:]] == [
-        ["general prompts", "3"],
-        ["general prompts (to be left alone)", "5"],
+    assert [(row[0], row[4]) for row in measured(page)[1:]] == [
+        ("general prompts", "3"),
+        ("general prompts (to be left alone)", "5"),
     ]
     start = page.index("The same prompts without and with")
     shown = page[start : page.index("</figure>", start)]
@@ -180,6 +182,15 @@ def test_a_hostile_report_stays_text_on_screen_and_on_paper(
                 assert page.locator("img, h1 b, details b, svg.main-svg a").count() == 0
                 assert page.locator("h1").inner_text() == attack
                 assert page.evaluate("document.documentElement.scrollWidth") <= 1200
+                assert page.locator("h2").first.inner_text() == "Watch it"
+                page.locator(".fsteer-replay section:not([hidden]) .c.a").nth(2).click()
+                assert "Token 3 of 4" in page.locator(".fsteer-replay section:not([hidden]) .say").inner_text()
+                ink = page.locator(".plot .xtick text").first.evaluate("one => getComputedStyle(one).fill")
+                assert ink == {"light": "rgb(58, 61, 66)", "dark": "rgb(196, 199, 204)"}[scheme]
+                assert page.locator(".plot > [role=img][aria-label]").count() == page.locator(".plot").count()
+                page.set_viewport_size({"width": 400, "height": 900})
+                assert page.evaluate("document.documentElement.scrollWidth") <= 400
+                page.set_viewport_size({"width": 1200, "height": 900})
                 page.locator("summary", has_text="prompts with both texts").click()
                 texts = page.locator("details table.words")
                 assert texts.is_visible() and attack in texts.inner_text()

@@ -84,8 +84,17 @@ ENTRIES: Final = (
         "figures.logprob_change(trace, row=0, step=0)",
     ),
     Entry(
+        "gate_per_prompt",
+        "What the gate makes of every prompt: a row each, filled where it is steered. With up to 40 prompts their texts"
+        " stand beside their rows.",
+        "few = {name: rows[::9] for name, rows in queries.items()}\n"
+        'texts = {"harmful": harmful.prompts[::9], "general": general[::9]}\n'
+        "figures.gate_per_prompt(gate, few, texts)",
+    ),
+    Entry(
         "gate_separation",
-        "Energy ratios of the two kinds of prompt with the gate's threshold, and the ROC curve.",
+        "Energy ratios of the two kinds of prompt with the gate's threshold, and the ROC curve. Where they do not"
+        " overlap, the gap between them is shown.",
         'figures.gate_separation(gate, queries["harmful"], queries["general"])',
     ),
     Entry(
@@ -95,14 +104,16 @@ ENTRIES: Final = (
     ),
     Entry(
         "scree",
-        "Variance along each direction of the subspace, and how well each rank tells the two kinds of prompt apart.",
+        "Variance along each direction of the subspace, and by how much each rank tells the two kinds of prompt apart.",
         'ranks = effects.rank_sweep(gate, queries["harmful"], queries["general"])\n'
         "figures.scree(gate.subspace, ranks, rank=gate.rank)",
     ),
     Entry(
         "expert_routing",
-        "Weight of each expert for each prompt, grouped by label.",
-        "figures.expert_routing(experts.route(read.queries), read.labels, harmful.prompts)",
+        "Weight of each expert for each prompt, in the expert's colour, and beside it the gate: a row whose gate is"
+        " shut is faded. Labels follow their experts, so experts of their own make a diagonal.",
+        "weights = experts.route(read.queries)\n"
+        "figures.expert_routing(weights, read.labels, gate=gate(read.queries), names=experts.names)",
     ),
     Entry(
         "expert_knockout",
@@ -113,7 +124,7 @@ ENTRIES: Final = (
     ),
     Entry(
         "expert_mix",
-        "One prompt's mix, with the residual's share of the vector.",
+        "One prompt's mix: outlines are routed, what is filled is added; and the residual's share of the vector.",
         "figures.expert_mix(experts, read.queries[0])",
     ),
     Entry(
@@ -187,11 +198,16 @@ def drawn(entry: Entry, names: dict[str, Any]) -> Any:
     return eval("\n".join(lines[start:]), names)
 
 
+def seen(entry: Entry) -> str:
+    """What there is to see, for who does not: the first sentence."""
+    return entry.shows.split(". ")[0].rstrip(".").replace("`", "")
+
+
 def page() -> str:
     """The text of docs/gallery.md."""
     sections = "".join(
         f"\n## {entry.name}\n\n{entry.shows}\n\n```python\n{entry.code}\n```\n\n"
-        f"![{entry.name}](images/gallery/{entry.name}.png)\n"
+        f"![{seen(entry)}](images/gallery/{entry.name}.png)\n"
         for entry in ENTRIES
     )
     return PAGE.format(setup=SETUP, sections=sections)

@@ -10,6 +10,7 @@ from fsteer_lens import figures
 from fsteer_lens.demo.requests import CONSENT, HARMFUL, NEAR_MISSES, ORDINARY, REFUSALS, SUMS
 from fsteer_lens.evaluation.refusals import refuses
 from fsteer_lens.ground.estimates import Proportion
+from fsteer_lens.method.experts import called
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast
 from fsteer_lens.reading.activations import Activations
@@ -80,7 +81,7 @@ class Shown:
     def names(self) -> tuple[str, ...]:
         """What each expert is best known for: the kind that is most of its cluster."""
         experts = self.steering.experts_at(self.layer)
-        return experts.names or tuple(map(str, range(experts.n_experts)))
+        return tuple(called(experts.n_experts, experts.names))
 
     @property
     def examples(self) -> list[tuple[str, Generation]]:

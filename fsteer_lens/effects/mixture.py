@@ -73,6 +73,7 @@ class Knockout:
         removed: effect on each contrast without each of all k experts, [k n]; NaN for one that was off already.
         weights: weight α of each expert for each contrast, [k n].
         effect_name: of the effect, with its unit.
+        names: of all k experts, where they have any.
     """
 
     experts: tuple[int, ...]
@@ -81,6 +82,7 @@ class Knockout:
     removed: Float[Tensor, "k n"]
     weights: Float[Tensor, "k n"]
     effect_name: str
+    names: tuple[str, ...] | None = None
 
     def __repr__(self) -> str:
         return f"Knockout({len(self.experts)} experts, {len(self.groups)} labels, {len(self.labels)} contrasts)"
@@ -165,6 +167,7 @@ def expert_knockout(
         removed,
         experts.route(queries).T.cpu(),
         run.effect_name,
+        experts.names,
     )
 
 

@@ -1,6 +1,7 @@
 """`explore` and what it returns: the widget's other half in the kernel."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -13,15 +14,16 @@ from fsteer_lens.explorer.settings import Settings, Subject
 from fsteer_lens.explorer.widget import EXPLORER, in_words, make_widget, tell
 from fsteer_lens.explorer.words import parts
 from fsteer_lens.explorer.worlds import Unknown, Wrap, world_of
+from fsteer_lens.figures.style import plain
 from fsteer_lens.ground.checks import instance, options_of, whole
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.hooks.probes import SubspaceAblation
-from fsteer_lens.method.experts import FitReport
+from fsteer_lens.method.experts import FitReport, called, mentioned
 from fsteer_lens.method.gates import OPEN, Gate
 from fsteer_lens.method.linear_gates import out_of_fold
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.forms import GivenPrompts, Prompt, check_prompt
-from fsteer_lens.prompts.passes import FormatOptions, Passes, PassOptions
+from fsteer_lens.prompts.passes import Passes, PassOptions
 from fsteer_lens.run.generation import Generation, generate
 from fsteer_lens.steering.steering import FineSteer
 
@@ -43,13 +45,13 @@ class Explorer:
         pictured: Pictured,
         *,
         max_new_tokens: int,
-        formatting: FormatOptions,
+        passes: Passes,
         title: str,
         unknown: Unknown | None,
         wrap: Wrap | None,
     ) -> None:
         self._subject, self._model, self._pictured = subject, model, pictured
-        self._options = {"max_new_tokens": max_new_tokens, **formatting}
+        self._passes, self._max_new_tokens = passes, max_new_tokens
         self._unknown, self._wrap, self._title = unknown, wrap, title
         self._settings = subject.start()
         self.error: BaseException | None = None
@@ -128,11 +130,25 @@ class Explorer:
             prompts = self._pictured.prompts
             prompt = whole("prompt", prompt, 0, len(prompts) - 1, why="or a text")
             asked = prompts[prompt]
-        made = generate(self._model, [asked], self.state, compare=True, progress=False, **self._options)[0]
-        assert made.baseline is not None
-        texts = {"unsteered": made.baseline.text, "steered": made.text, "decision": self._decision(made)}
-        self._answer("done", prompt, **texts)
+        options = {"max_new_tokens": self._max_new_tokens, "progress": False, **self._passes.formatting}
+        made = generate(self._model, [asked], self.state, compare=True, **options)[0]
+        steps = made.trace.steps
+        assert made.baseline is not None and steps is not None and steps.kl is not None
+        told: dict[str, Any] = {
+            "unsteered": made.baseline.text,
+            "steered": made.text,
+            "tokens": list(zip(map(shown, steps.texts[0]), plain(steps.kl[0]), strict=True)),
+            "decision": self._decision(made),
+        }
+        if isinstance(prompt, str):
+            told["own"] = read(self._subject, self._model, grouped([asked], None), self._quiet).row(0)
+        self._answer("done", prompt, **told)
         return made
+
+    @property
+    def _quiet(self) -> Passes:
+        """How one prompt is read."""
+        return replace(self._passes, progress=False)
 
     # ------------------------------------------------------------------------------------------------ with the browser
 
@@ -143,6 +159,7 @@ class Explorer:
         return {
             **self._pictured.message(),
             "title": shown(self._title),
+            "names": [shown(name) for name in called(subject.experts.n_experts, subject.experts.names)],
             "fit": _fit_lines(report, subject.gate),
             "composed": subject.gate is not None and not subject.has_threshold,
             "strengths": [-most if strength < 0 else 0.0, most],
@@ -199,8 +216,9 @@ class Explorer:
         weights = made.trace.weights[subject.layer][0]
         best = int(weights.argmax())
         told = f"gate {gate:.2f}, {'open' if gate >= OPEN else 'closed'}" if settings.gate else "always open"
-        acting = "strongest expert" if gate > 0 or not settings.gate else "nothing added; it would route to expert"
-        return f"{told} · {acting} {best} with weight {float(weights[best]):.2f}"
+        name = mentioned(called(len(weights), subject.experts.names)[best])
+        acting = "strongest:" if gate > 0 or not settings.gate else "nothing added; it would route to"
+        return f"{told} · {acting} {name} with weight {float(weights[best]):.2f}"
 
 
 def explore(
@@ -218,10 +236,10 @@ def explore(
 ) -> Explorer:
     """Explore a steering in Jupyter: who is steered, by which experts, and what the model then says.
 
-    Rank, threshold, strength, gate, experts and residual are under sliders and switches; pictures follow at once, text
-    is generated on demand, and `.state` is the steering that the controls amount to. The rank's second meaning,
-    "ablation", takes the gate's subspace at that rank out of every token (`SubspaceAblation`) *instead of* steering, so
-    that the texts show what the model loses with it; the other controls then have no effect.
+    Rank, threshold, strength, gate, experts and residual are under sliders and switches; pictures follow at once, and
+    texts, once there are any, when a control is let go. `.state` is the steering that the controls amount to. The
+    rank's second meaning, "ablation", takes the gate's subspace at that rank out of every token (`SubspaceAblation`)
+    *instead of* steering, so that the texts show what the model loses with it; the other controls then have no effect.
 
     Args:
         steering: where there are several layers, everything but the strength is changed at one of them alone.
@@ -264,7 +282,7 @@ def explore(
         model,
         read(subject, model, groups, passes),
         max_new_tokens=max_new_tokens,
-        formatting=passes.formatting,
+        passes=passes,
         title=f"What does steering at layer {subject.layer} do?" if title is None else title,
         unknown=unknown,
         wrap=wrap,

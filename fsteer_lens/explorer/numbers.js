@@ -122,14 +122,24 @@ function operatingPoint(data, counts) {
   return size ? [others / size, counts[0] / data.groups[0].size] : null;
 }
 
-/** Everything that is drawn; `former` is what was drawn last, whose weights are kept while the switches are the same. */
-function evaluated(data, settings, former) {
+/** Where a threshold at this score would lie in the ROC picture; null where it is not known. */
+function pointAt(data, scores, score) {
+  if (!scores || !Number.isFinite(score)) return null;
+  const beyond = scores.map((one) => (data.opens_above ? one >= score : one <= score));
+  return operatingPoint(data, countsOf(data, beyond));
+}
+
+/** Everything that is drawn; `own` is the reader's own prompt, `former` is what was drawn last, whose weights are kept while the switches are the same. */
+function evaluated(data, settings, own, former) {
   const key = String(settings.experts);
   const scores = scoresOf(data, settings);
   const open = openOf(data, settings, scores);
   const counts = countsOf(data, open);
+  const mine = ownOf(data, settings, own);
   return {
     key,
+    own: mine,
+    ownPoint: mine && pointAt(data, scores, mine.score),
     scores,
     open,
     counts,
@@ -137,6 +147,19 @@ function evaluated(data, settings, former) {
     threshold: thresholdOf(data, settings),
     roc: scores && data.groups.length > 1 ? rocOf(data, scores) : null,
     point: operatingPoint(data, counts),
+  };
+}
+
+/** Score, decision and weights of the reader's own prompt, as the kernel read it; null where it has not. */
+function ownOf(data, settings, own) {
+  if (!own) return null;
+  const known = (values) => Float32Array.from(values, (value) => value ?? NaN);
+  const one = { ...data, count: 1, scores: known(own.scores), opened: own.opened, logits: known(own.logits) };
+  const scores = scoresOf(one, settings);
+  return {
+    score: scores ? scores[0] : NaN,
+    open: openOf(one, settings, scores)[0],
+    weights: weightsOf(one, settings.experts),
   };
 }
 

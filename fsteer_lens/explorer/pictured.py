@@ -98,6 +98,11 @@ class Pictured:
             "thresholds": None if self.thresholds is None else plain(self.thresholds, digits=6),
         }
 
+    def row(self, index: int) -> dict[str, Any]:
+        """One prompt as the browser takes it: scores and decisions at every rank, and logits of the experts."""
+        scores, logits = (plain(values[index], digits=6) for values in (self.scores, self.logits))
+        return {"scores": scores, "opened": self.opened[index].int().tolist(), "logits": logits}
+
     def _bounds(self) -> list[float]:
         """Ends of the scores' axis: 0 to 1 where all lie there, else what they and the thresholds span."""
         finite = self.scores[self.scores.isfinite()]

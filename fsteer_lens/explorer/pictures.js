@@ -1,11 +1,11 @@
 // The three pictures. Each `...Picture(data)` makes its element once and gives `draw(view)`. Text is always set as text.
 
 const SVG = "http://www.w3.org/2000/svg";
-const GREY = "#7f7f7f"; // readable on white and on black
 const BINS = 40;
 const FADED = 0.22;
 const STRIP = 8; // width of the strip that tells a row's group
-const HEAD = 18; // height of the experts' numbers
+const HEAD = 18; // height of the experts' names
+const YOURS = 14; // height of the row of the reader's own prompt
 
 function html(tag, properties = {}, ...children) {
   const element = Object.assign(document.createElement(tag), properties);
@@ -89,7 +89,7 @@ function histogramPicture(data) {
     name.textContent = cut === null ? "" : `threshold ${cut.toFixed(3)}`;
     name.setAttribute("x", place === null ? 0 : place + (share > 0.6 ? -5 : 5));
     name.setAttribute("text-anchor", share > 0.6 ? "end" : "start");
-    const score = chosen === null ? NaN : view.scores[chosen];
+    const score = view.own ? view.own.score : chosen === null ? NaN : view.scores[chosen];
     const foot = Number.isFinite(score) ? x(placeOf(data, score)) : null;
     mark.setAttribute("d", foot === null ? "" : `M${foot},${box.bottom}l-5,8h10Z`);
   }
@@ -105,13 +105,16 @@ function rocPicture(data) {
   for (const share of [0, 0.5, 1]) ticks.append(tick(share, String(100 * share), false), tick(share, String(100 * share), true));
   const curve = svg("path", { class: "roc" });
   const point = svg("circle", { class: "point", r: 6 });
+  const mine = svg("path", { class: "chosen" });
   const area = svg("text", { class: "area", x: x(0.98), y: y(0.06), "text-anchor": "end" });
-  root.append(svg("path", { class: "diagonal", d: `M${x(0)},${y(0)}L${x(1)},${y(1)}` }), curve, point, area);
+  root.append(svg("path", { class: "diagonal", d: `M${x(0)},${y(0)}L${x(1)},${y(1)}` }), curve, point, mine, area);
 
   function draw(view, settings) {
     const points = view.roc ? view.roc.points : [];
     curve.setAttribute("d", points.map(([a, b], index) => `${index ? "L" : "M"}${x(a)},${y(b)}`).join(""));
     area.textContent = view.roc ? `AUROC ${view.roc.area.toFixed(3)}` : "no finite scores";
+    const [across, up] = view.ownPoint ?? [];
+    mine.setAttribute("d", view.ownPoint ? `M${x(across)},${y(up) - 6}l6,6l-6,6l-6,-6Z` : "");
     const hidden = settings.mode === "ablation" || !view.point;
     point.setAttribute("visibility", hidden ? "hidden" : "visible");
     if (!hidden) {
@@ -122,7 +125,8 @@ function rocPicture(data) {
   return { element: root, draw };
 }
 
-/** Prompts × experts: a cell's opacity is the expert's weight; rows behind a closed gate are faded. */
+/** Prompts × experts: a cell's opacity is the expert's weight; rows behind a closed gate are faded. The reader's own
+ *  prompt has a row at the foot. */
 function heatmapPicture(data, pick) {
   const canvas = html("canvas");
   canvas.setAttribute("role", "img");
@@ -132,13 +136,15 @@ function heatmapPicture(data, pick) {
   const k = data.experts.length;
   const gap = data.groups.length > 1 ? 4 : 0;
   const rowHeight = Math.max(1, Math.min(14, Math.floor(380 / data.count)));
-  const height = HEAD + data.count * rowHeight + gap * (data.groups.length - 1);
+  const foot = HEAD + data.count * rowHeight + gap * (data.groups.length - 1) + 4;
   const top = (row) => HEAD + row * rowHeight + gap * data.group[row];
   const state = { view: null, chosen: null };
-  canvas.style.height = `${height}px`;
 
   function draw(view, settings, chosen) {
     Object.assign(state, { view, settings, chosen });
+    const height = foot + (view.own ? YOURS + 2 : 0);
+    canvas.style.height = `${height}px`;
+    const ink = getComputedStyle(canvas).color;
     const width = canvas.clientWidth || 300;
     const sharp = window.devicePixelRatio || 1;
     if (canvas.width !== Math.round(width * sharp) || canvas.height !== Math.round(height * sharp)) {
@@ -151,29 +157,35 @@ function heatmapPicture(data, pick) {
     const cell = (width - STRIP - 14) / k;
     pen.font = "11px system-ui, sans-serif";
     pen.textAlign = "center";
-    pen.fillStyle = GREY;
+    pen.fillStyle = ink;
     for (let e = 0; e < k; e++) {
-      pen.fillText(settings.experts[e] ? String(e) : `${e} off`, STRIP + 4 + (e + 0.5) * cell, 12);
+      const name = settings.experts[e] ? fitting(pen, data.names[e], String(e), cell - 4) : `${e} off`;
+      pen.fillText(name, STRIP + 4 + (e + 0.5) * cell, 12);
     }
+    const cells = (y, tall, weights, shown) => {
+      weights.forEach((weight, e) => {
+        if (!(weight > 0)) return; // 0 and NaN are left empty
+        pen.globalAlpha = weight * shown;
+        pen.fillStyle = data.experts[e];
+        pen.fillRect(STRIP + 4 + e * cell, y, cell - 1, tall);
+      });
+      pen.globalAlpha = 1;
+    };
     const thick = rowHeight > 3 ? rowHeight - 1 : rowHeight;
     for (let row = 0; row < data.count; row++) {
       const y = top(row);
-      const shown = view.open[row] ? 1 : FADED;
-      pen.globalAlpha = 1;
       pen.fillStyle = data.groups[data.group[row]].colour;
       pen.fillRect(0, y, STRIP - 2, rowHeight);
-      for (let e = 0; e < k; e++) {
-        const weight = view.weights[row * k + e];
-        if (!(weight > 0)) continue; // 0 and NaN are left empty
-        pen.globalAlpha = weight * shown;
-        pen.fillStyle = data.experts[e];
-        pen.fillRect(STRIP + 4 + e * cell, y, cell - 1, thick);
-      }
+      cells(y, thick, view.weights.subarray(row * k, (row + 1) * k), view.open[row] ? 1 : FADED);
     }
-    pen.globalAlpha = 1;
-    if (chosen !== null) {
-      pen.fillStyle = GREY;
-      const middle = top(chosen) + rowHeight / 2;
+    pen.fillStyle = ink;
+    if (view.own) {
+      pen.fillRect(0, foot, STRIP - 2, YOURS);
+      cells(foot, YOURS, view.own.weights, view.own.open ? 1 : FADED);
+    }
+    pen.fillStyle = ink;
+    if (chosen !== null || view.own) {
+      const middle = chosen === null ? foot + YOURS / 2 : top(chosen) + rowHeight / 2;
       pen.beginPath();
       pen.moveTo(width - 9, middle);
       pen.lineTo(width - 1, middle - 5);
@@ -193,7 +205,7 @@ function heatmapPicture(data, pick) {
     tip.hidden = row === null;
     if (row === null) return;
     const { view, settings } = state;
-    const weights = settings.experts.map((on, e) => `${e}: ${on ? told(view.weights[row * k + e]) : "off"}`);
+    const weights = settings.experts.map((on, e) => `${data.names[e]}: ${on ? told(view.weights[row * k + e]) : "off"}`);
     const ratio = view.scores ? `${data.score} ${told(view.scores[row], 3)}, ` : "";
     const gate = settings.mode === "ablation" ? "not steered" : view.open[row] ? "steered" : "left alone";
     const lines = [data.prompts[row].slice(0, 300), `${ratio}${gate}`, `weights ${weights.join("  ")}`];
@@ -211,6 +223,11 @@ function heatmapPicture(data, pick) {
     if (row !== null) pick(row);
   });
   return { element, draw };
+}
+
+/** The name where there is room for it, else the number. */
+function fitting(pen, name, number, room) {
+  return pen.measureText(name).width <= room ? name : number;
 }
 
 function told(value, digits = 2) {

@@ -60,7 +60,7 @@ function controlPanel(data, change, release) {
   const gate = checkbox("gate", "gate (off: always open)", (on) => now({ gate: on }));
   const residual = checkbox("residual", "residual", (on) => now({ residual: on }));
   const experts = data.experts.map((colour, index) => {
-    const one = checkbox("expert", String(index), (on) =>
+    const one = checkbox("expert", short(data.names[index], 24), (on) =>
       now({ experts: settings.experts.map((was, other) => (other === index ? on : was)) }),
     );
     const swatch = html("i");
@@ -111,7 +111,7 @@ function controlPanel(data, change, release) {
     experts.forEach((one, index) => {
       one.input.checked = settings.experts[index];
       one.input.disabled = ablated || (onlyOne && settings.experts[index]);
-      one.element.title = onlyOne && settings.experts[index] ? "One expert has to stay on" : `expert ${index}`;
+      one.element.title = onlyOne && settings.experts[index] ? "One expert has to stay on" : data.names[index];
     });
   }
   return { element, draw };
@@ -144,7 +144,7 @@ function countPanel(data) {
 
 /** The prompt to generate for, and both texts. */
 function textPanel(data, { model, current, select }) {
-  const list = html("select", { title: "prompt" });
+  const list = html("select", { title: "prompt", ariaLabel: "prompt" });
   let row = 0;
   for (const group of data.groups) {
     const options = html("optgroup", { label: short(group.name, 60) });
@@ -154,7 +154,7 @@ function textPanel(data, { model, current, select }) {
     list.append(options);
   }
   list.append(html("option", { value: OWN, textContent: "your own prompt" }));
-  const own = html("input", { type: "text", placeholder: "or type a prompt of your own", className: "own" });
+  const own = html("input", { type: "text", placeholder: "or type a prompt of your own", className: "own", ariaLabel: "a prompt of your own" });
   const words = html("div", { className: "words", hidden: true });
   const button = html("button", { type: "button", className: "generate", textContent: "Generate" });
   const full = html("div", { className: "prompt", dir: "auto" });
@@ -171,25 +171,62 @@ function textPanel(data, { model, current, select }) {
   const decision = html("div", { className: "decision" });
   const top = html("div", { className: "asking" }, list, own, button);
   const element = html("div", { className: "generation" }, top, full, words, status, texts, decision);
+  let latest = model.get("answer")?.status === "done" ? model.get("answer") : null; // its texts stay until others come
   let waiting = null; // the timer of a request that the kernel has not taken up yet
-  let late = false; // it has been waiting for long
+  let running = false; // the kernel is at it
+  let lost = false; // a request that it did not take up for long
+  let again = false; // a control was let go while it was at it
   let marking = null;
 
   const prompt = () => (list.value === OWN ? own.value : Number(list.value));
   const chosen = () => (list.value === OWN ? null : Number(list.value));
 
+  const asking = () => waiting !== null || running;
+
   function ask() {
-    if (button.disabled) return;
-    late = false;
-    waiting = setTimeout(() => ((late = true), draw()), PATIENCE);
+    if (list.value === OWN && !own.value.trim()) return;
+    again = asking();
+    if (again) return;
+    lost = false;
+    waiting = setTimeout(() => {
+      waiting = null;
+      lost = true;
+      select();
+    }, PATIENCE);
     model.send({ kind: "generate", prompt: prompt(), settings: current() });
-    draw();
+    select();
+  }
+
+  /** A control was let go, or another prompt chosen: where there are texts, they follow. */
+  function follow() {
+    if (latest && !lost) ask();
   }
 
   function taken() {
-    if (waiting !== null) clearTimeout(waiting);
+    clearTimeout(waiting);
     waiting = null;
-    draw();
+    lost = false;
+    const answer = model.get("answer");
+    running = answer.status === "running";
+    if (answer.status === "done") latest = answer;
+    select();
+    if (again && !running) ask();
+  }
+
+  /** The reader's own prompt as the kernel read it, while it is the one that is shown. */
+  const mine = () => (list.value === OWN && latest?.prompt === own.value ? latest.own : null);
+
+  /** The steered text, its tokens shaded by KL where they make up the text. */
+  function shaded() {
+    const tokens = latest.tokens ?? [];
+    const joined = tokens.map(([token]) => token).join("");
+    if (!tokens.length || !joined.startsWith(latest.steered)) return [latest.steered || "(nothing)"];
+    const most = Math.max(0.5, ...tokens.map(([, kl]) => kl ?? 0));
+    return tokens.map(([token, kl]) => {
+      const one = html("span", { textContent: token, title: `KL to the unsteered model: ${told(kl)} nats` });
+      if (kl > 0) one.style.background = `rgba(8, 158, 160, ${((0.5 * kl) / most).toFixed(2)})`;
+      return one;
+    });
   }
 
   function mark() {
@@ -216,43 +253,46 @@ function textPanel(data, { model, current, select }) {
 
   function draw() {
     const answer = model.get("answer") ?? {};
-    const running = waiting !== null || answer.status === "running";
-    button.disabled = running || (list.value === OWN && !own.value.trim());
-    button.textContent = running ? "Generating…" : "Generate";
+    button.disabled = asking() || (list.value === OWN && !own.value.trim());
+    button.textContent = asking() ? "Generating…" : "Generate";
     list.classList.toggle("is-own", list.value === OWN);
     full.textContent = list.value === OWN ? "" : data.prompts[chosen()];
     full.hidden = list.value === OWN;
     drawWords();
-    const done = answer.status === "done" && waiting === null;
-    const stale = done && (answer.prompt !== prompt() || relevant(answer.settings) !== relevant(current()));
-    const failed = answer.status === "failed" && waiting === null;
+    const stale = latest && (latest.prompt !== prompt() || relevant(latest.settings) !== relevant(current()));
+    const failed = answer.status === "failed" && !asking() && !lost;
     status.className = `status ${failed ? "failed" : ""}`;
-    if (waiting !== null && late) status.textContent = "No answer from the kernel yet: it is busy, or not running.";
-    else if (running) status.textContent = "The kernel generates both texts…";
+    const kept = latest ? " The texts below are from before." : "";
+    if (lost) status.textContent = `No answer from the kernel: it is busy, or not running.${kept}`;
+    else if (asking()) status.textContent = "The kernel generates both texts…";
     else if (failed) status.textContent = `This failed: ${answer.error}`;
     else if (stale) status.textContent = "Out of date: the controls or the prompt have changed since. Generate again.";
     else status.textContent = "";
-    texts.hidden = decision.hidden = !done;
-    texts.classList.toggle("stale", stale);
-    if (!done) return;
-    unsteered.text.textContent = answer.unsteered || "(nothing)";
-    steered.text.textContent = answer.steered || "(nothing)";
-    steered.head.textContent = answer.settings.mode === "ablation" ? "without the subspace" : "steered";
-    const about = typeof answer.prompt === "string" ? answer.prompt : data.prompts[answer.prompt];
-    decision.textContent = `${answer.decision} · ${short(about, 120)}`;
+    texts.hidden = decision.hidden = !latest;
+    texts.classList.toggle("stale", Boolean(stale));
+    if (!latest) return;
+    unsteered.text.textContent = latest.unsteered || "(nothing)";
+    steered.text.replaceChildren(...shaded());
+    const what = latest.settings.mode === "ablation" ? "without the subspace" : "steered";
+    steered.head.textContent = `${what}; the darker, the further from the unsteered model (KL)`;
+    const about = typeof latest.prompt === "string" ? latest.prompt : data.prompts[latest.prompt];
+    decision.textContent = `${latest.decision} · ${short(about, 120)}`;
   }
 
-  list.addEventListener("change", () => (select(), draw()));
+  list.addEventListener("change", () => (select(), follow()));
   own.addEventListener("input", () => {
     list.value = OWN;
     mark();
     select();
-    draw();
   });
   own.addEventListener("keydown", (event) => event.key === "Enter" && ask());
   button.addEventListener("click", ask);
   model.on("change:answer", taken);
   model.on("change:words", drawWords);
+  if (typeof latest?.prompt === "string") {
+    own.value = latest.prompt;
+    list.value = OWN;
+  } else if (latest) list.value = String(latest.prompt);
   const stop = () => {
     clearTimeout(waiting);
     clearTimeout(marking);
@@ -262,9 +302,9 @@ function textPanel(data, { model, current, select }) {
   const pick = (number) => {
     list.value = String(number);
     select();
-    draw();
+    follow();
   };
-  return { element, draw, chosen, pick, stop };
+  return { element, draw, chosen, mine, follow, pick, stop };
 }
 
 function note(text) {
@@ -278,7 +318,7 @@ function render({ model, el }) {
   const gated = data.columns > 0;
 
   function redraw() {
-    view = evaluated(data, settings, view);
+    view = evaluated(data, settings, texts.mine(), view);
     const chosen = texts.chosen();
     controls.draw(settings, view);
     counts.draw(view, settings);
@@ -294,6 +334,7 @@ function render({ model, el }) {
   function release() {
     model.set("settings", clone(settings));
     model.save_changes();
+    texts.follow();
   }
   function follow() {
     settings = clone(model.get("settings"));
@@ -310,7 +351,7 @@ function render({ model, el }) {
   const curves = html("div", { className: "curves" });
   curves.append(...[histogram, roc].filter(Boolean).map((picture) => picture.element));
   if (!roc) curves.append(note(why));
-  const caption = note("expert weights; faded: not steered");
+  const caption = note("expert weights; faded: not steered, nothing added");
   const map = html("div", { className: "map" }, caption, heatmap.element);
   map.append(...data.fit.map((line) => note(line)));
   const pictures = html("div", { className: "pictures" }, map, curves);
@@ -319,8 +360,8 @@ function render({ model, el }) {
     "div",
     { className: "fsteer-explorer" },
     html("div", { className: "title", textContent: data.title }),
-    html("div", { className: "upper" }, side, pictures),
     texts.element,
+    html("div", { className: "lower" }, side, pictures),
   );
   for (const one of root.querySelectorAll("input, select, button")) {
     one.setAttribute("data-lm-suppress-shortcuts", "true"); // else JupyterLab takes its keys; on the root it does not help

@@ -11,6 +11,7 @@ from fsteer_lens.figures.html import Html
 from fsteer_lens.figures.knockout import expert_knockout
 from fsteer_lens.figures.logprobs import logprob_change
 from fsteer_lens.figures.mixing import expert_mix
+from fsteer_lens.figures.per_prompt import gate_per_prompt
 from fsteer_lens.figures.positions import layer_position
 from fsteer_lens.figures.prototypes import expert_geometry, expert_tokens
 from fsteer_lens.figures.ranks import rank_explorer
@@ -32,6 +33,7 @@ __all__ = [
     "expert_mix",
     "expert_routing",
     "expert_tokens",
+    "gate_per_prompt",
     "gate_separation",
     "layer_position",
     "layer_sweep",

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.figures.style import CURVE, TEXT, group_colours, label_text, plain, styled
+from fsteer_lens.figures.style import TEXT, group_colours, label_text, plain, styled
 from fsteer_lens.ground.estimates import auroc
 from fsteer_lens.method.gates import OPEN, Gate
 
@@ -29,6 +29,8 @@ def gate_separation(
 ) -> "plotly.graph_objects.Figure":
     """Histograms of a gate's score over two groups with its threshold, beside the ROC curve.
 
+    Where the two groups do not overlap, the AUROC is 1 and says no more; the gap between them is shown then.
+
     The score of a gate on a subspace is the energy ratio. Rows whose score is not finite are left out.
 
     Args:
@@ -37,7 +39,7 @@ def gate_separation(
         general_queries: activations of prompts to be left alone, [m d].
         rank: of the subspace of a gate that has one; None takes the gate's own.
         names: of the two groups.
-        title: above the figure; None asks the question that it answers.
+        title: above the figure; None says what share of either group the gate is open for.
 
     Raises:
         InputError: a composed gate, a rank that was not fitted, or a group without a finite score.
@@ -56,6 +58,10 @@ def gate_separation(
     figure = make_subplots(rows=1, cols=2, column_widths=[0.62, 0.38], horizontal_spacing=0.12)
     for name, values, colour in zip(names, scores, group_colours(2), strict=True):
         _add_histogram(figure, name, values, colour, (low, high), gate.score_name)
+    gap = _gap(gate, scores)
+    if gap is not None:
+        edges = {"type": "rect", "xref": "x", "yref": "y domain", "x0": gap[0], "x1": gap[1], "y0": 0, "y1": 1}
+        figure.add_shape(**edges, fillcolor="rgba(127,127,127,.14)", line={"width": 0}, layer="below")
     place = (gate.threshold - low) / (high - low)
     figure.add_shape(
         type="line",
@@ -78,9 +84,11 @@ def gate_separation(
         text=f"threshold {gate.threshold:.3f}" + ("" if gate.opens_above else ", opens below"),
         showarrow=False,
     )
-    _add_roc(figure, false_alarms, hits, area, [float((gate(h) >= OPEN).float().mean()) for h in rows])
-    looked_at = "energy ratio" if gate.ranks else "gate's score"
-    styled(figure, title or f"Does the {looked_at} tell the two kinds of prompt apart?", height=380)
+    opened = [float((gate(h) >= OPEN).float().mean()) for h in rows]
+    margin = "" if gap is None else f"<br>margin {gap[1] - gap[0]:.3g}: no prompt in between"
+    _add_roc(figure, false_alarms, hits, f"<b>AUROC {area:.3f}</b>{margin}", opened)
+    told = [f"{name} {100 * share:.0f} %" for share, name in zip(opened, names, strict=True)]
+    styled(figure, title or f"Gate open: {told[0]}, {told[1]}", height=380)
     figure.update_layout(barmode="overlay")
     figure.update_xaxes(title=label_text(gate.score_name), range=[low, high], row=1, col=1)
     figure.update_yaxes(title="share of the group's prompts (%)", rangemode="tozero", row=1, col=1)
@@ -90,13 +98,18 @@ def gate_separation(
 
 
 def _bounds(gate: Gate, scores: Sequence[Tensor]) -> tuple[float, float]:
-    """Ends of the axis: 0 to 1 where all scores lie there, else what they and the threshold span."""
+    """Ends of the axis: what the scores and the threshold span."""
     low, high = (float(end) for end in torch.cat(list(scores)).aminmax())
-    if low >= 0 and high <= 1:
-        return 0.0, 1.0
     low, high = min(low, gate.threshold), max(high, gate.threshold)
     margin = 0.02 * (high - low) or 0.5
     return low - margin, high + margin
+
+
+def _gap(gate: Gate, scores: Sequence[Tensor]) -> tuple[float, float] | None:
+    """The scores between which no prompt lies, where the two groups do not overlap."""
+    above, below = scores if gate.opens_above else reversed(scores)
+    low, high = float(below.max()), float(above.min())
+    return (low, high) if low < high else None
 
 
 def roc(positive: Float[Tensor, " n"], negative: Float[Tensor, " m"]) -> tuple[Tensor, Tensor, float]:
@@ -148,7 +161,7 @@ def _add_histogram(
 
 
 def _add_roc(
-    figure: "plotly.graph_objects.Figure", false_alarms: Tensor, hits: Tensor, area: float, at_threshold: list[float]
+    figure: "plotly.graph_objects.Figure", false_alarms: Tensor, hits: Tensor, told: str, at_threshold: list[float]
 ) -> None:
     import plotly.graph_objects as go
 
@@ -163,7 +176,7 @@ def _add_roc(
             x=plain(100 * false_alarms),
             y=plain(100 * hits),
             mode="lines",
-            line={"color": CURVE, "width": 2.5},
+            line={"color": TEXT, "width": 2.5},
             hovertemplate="%{y:.1f} % hit at %{x:.1f} % false alarms<extra></extra>",
             **shared,
         )
@@ -174,13 +187,13 @@ def _add_roc(
             x=[alarm],
             y=[hit],
             mode="markers",
-            marker={"color": CURVE, "size": 11, "line": {"color": "#fff", "width": 1.5}},
+            marker={"color": TEXT, "size": 11, "line": {"color": "#fff", "width": 1.5}},
             hovertemplate="the gate's threshold<br>%{y:.1f} % hit, %{x:.1f} % false alarms<extra></extra>",
             **shared,
         )
     )
     figure.add_annotation(
-        x=98, y=6, xref="x2", yref="y2", xanchor="right", text=f"<b>AUROC {area:.3f}</b>", showarrow=False
+        x=98, y=6, xref="x2", yref="y2", xanchor="right", yanchor="bottom", align="right", text=told, showarrow=False
     )
 
 

@@ -1,5 +1,6 @@
 """What goes missing without an expert."""
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -8,6 +9,7 @@ from fsteer_lens.errors import InputError
 from fsteer_lens.figures.heatmaps import heatmap
 from fsteer_lens.figures.results import require_result
 from fsteer_lens.figures.style import expert_names, expert_ticks, label_text, panel_title, styled, wrapped
+from fsteer_lens.method.experts import mentioned
 
 if TYPE_CHECKING:
     import plotly.graph_objects
@@ -17,7 +19,7 @@ def expert_knockout(
     knockout: Knockout,
     *,
     names: Sequence[str] | None = None,
-    title: str = "What goes missing when an expert is removed",
+    title: str | None = None,
 ) -> "plotly.graph_objects.Figure":
     """Drop in effect, per label, when expert i is removed; beside it the expert's mean weight there.
 
@@ -26,8 +28,8 @@ def expert_knockout(
 
     Args:
         knockout: what `effects.expert_knockout` returns. A loss has its effect's unit, a mean weight α none (0 to 1).
-        names: of the experts, k of them.
-        title: above the figure.
+        names: of the experts, k of them; None takes their own.
+        title: above the figure; None says which expert costs which label most.
 
     Raises:
         InputError: something else than a Knockout, no expert, no label, or counts that do not fit.
@@ -40,7 +42,7 @@ def expert_knockout(
         raise InputError("knockout", expected="at least one expert and one label", got=repr(knockout))
     if len(knockout.labels) != n:
         raise InputError("labels", expected=f"one for each of {n} columns", got=len(knockout.labels))
-    called = expert_names(k, names)
+    called = expert_names(k, names, knockout.names)
     shown = [label_text(label) for label in knockout.groups]
     n_labels = len(shown)
     where = [[f"{label_text(name)}, {label}" for label in shown] for name in called]
@@ -76,7 +78,7 @@ def expert_knockout(
         row=1,
         col=2,
     )
-    styled(figure, title, height=max(320, 170 + 36 * k))
+    styled(figure, _assertion(knockout, called) if title is None else title, height=max(320, 170 + 36 * k))
     figure.update_xaxes(
         title="label of the prompts",
         tickvals=list(range(n_labels)),
@@ -91,3 +93,13 @@ def expert_knockout(
     panel_title(figure, "x2 domain", "its mean weight there")
     figure.update_layout(margin={"t": 75, "l": 95})
     return figure
+
+
+def _assertion(knockout: Knockout, called: Sequence[str]) -> str:
+    """Whose removal costs which label most."""
+    loss = knockout.loss.nan_to_num(-math.inf)
+    best = int(loss.argmax())
+    expert, label = best // loss.shape[1], best % loss.shape[1]
+    if not float(loss.max()) > 0:
+        return "No label loses anything when a single expert is removed"
+    return f"The largest loss: {float(loss.max()):.3g} on {knockout.groups[label]} without {mentioned(called[expert])}"

@@ -1,7 +1,7 @@
 """What one prompt's steering vector is mixed from."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from jaxtyping import Float
 from torch import Tensor
@@ -11,11 +11,14 @@ from fsteer_lens.figures.routing import weights_of
 from fsteer_lens.figures.style import TEXT, expert_colours, expert_names, expert_ticks, hover_prompt, plain, styled
 from fsteer_lens.figures.tokens import title_of
 from fsteer_lens.ground.checks import require_unset
-from fsteer_lens.method.experts import Experts
+from fsteer_lens.method.experts import Experts, mentioned
 from fsteer_lens.trace.trace import Trace
 
 if TYPE_CHECKING:
     import plotly.graph_objects
+
+SHUT: Final = 0.005
+"""A gate below this is told as shut."""
 
 
 def expert_mix(
@@ -26,9 +29,12 @@ def expert_mix(
     row: int = 0,
     layer: int | None = None,
     names: Sequence[str] | None = None,
-    title: str = "What this prompt's steering vector is mixed from",
+    title: str | None = None,
 ) -> "plotly.graph_objects.Figure":
-    """Weight α of every expert as a bar in its colour, and beside them the residual's share as a hatched bar.
+    """Weight α of every expert as an outline in its colour, filled as far as it is added, and the residual's share.
+
+    Of a trace what is added is weight × gate, so that a shut gate leaves the outlines empty; experts without a trace
+    have no gate, and their bars are full. The residual's share is a hatched bar.
 
     The share is ‖U β‖ / (‖C α‖ + ‖U β‖), by length: 0 where the experts make the whole vector, 1 where the residual
     does. A trace knows α and β, and ‖U β‖ = ‖β‖ as U is orthonormal, but not ‖C α‖: give `experts=` to see the share.
@@ -40,8 +46,8 @@ def expert_mix(
         experts: those that steered when the trace was made.
         row: of the trace.
         layer: of the trace; needed where it holds several.
-        names: of the experts.
-        title: above the figure.
+        names: of the experts; None takes their own.
+        title: above the figure; None names the strongest.
 
     Raises:
         InputError: a query where there is a trace or the other way round, a trace without weights, or NaN.
@@ -49,7 +55,7 @@ def expert_mix(
     """
     import plotly.graph_objects as go
 
-    about, share, length = "", None, None
+    about, share, length, opened = "", None, None, 1.0
     if isinstance(mix, Experts):
         if query is None or query.ndim != 1:
             got = None if query is None else list(query.shape)
@@ -57,30 +63,37 @@ def expert_mix(
         require_unset("fitted experts, which are no trace", row=row or None, layer=layer, experts=experts)
         parts = mix.parts(query.detach())
         weights, length, beside = parts.weights, parts.residual_part.norm(), parts.prototype_part.norm()
+        own = mix.names
     else:
         if query is not None:
             raise InputError("query", expected="none where a trace is given", got=list(query.shape))
         one = mix.row(row)
         weights = weights_of(one, layer)[0]
         layer = one.layer_of("weights", layer)
+        own, opened = one.names.get(layer), float(one.gate[layer][0]) if layer in one.gate else 1.0
         about = "" if one.prompts is None else hover_prompt(title_of(one, 0)) + "<br>"
         length = one.coefficients[layer][0].float().norm() if layer in one.coefficients else None
         beside = None if experts is None else (weights.to(experts.prototypes) @ experts.prototypes).norm()
     if not bool(weights.isfinite().all()):
         raise InputError("expert weights", expected="finite numbers", got=plain(weights))
-    ticks = expert_ticks(expert_names(len(weights), names))
-    figure = go.Figure(
-        go.Bar(
-            x=list(range(len(weights))),
-            y=plain(weights),
-            marker={"color": expert_colours(len(weights))},
-            text=[f"{weight:.2f}" for weight in weights.tolist()],
-            textposition="outside",
-            cliponaxis=False,
-            hovertemplate=f"{about}%{{customdata}}: weight %{{y:.3f}}<extra></extra>",
-            customdata=expert_names(len(weights), names),
-        )
+    called = expert_names(len(weights), names, own)
+    ticks, colours = expert_ticks(called), expert_colours(len(weights))
+    shared = {"x": list(range(len(weights))), "customdata": called, "cliponaxis": False}
+    outline = go.Bar(
+        y=plain(weights),
+        marker={"color": "rgba(0,0,0,0)", "line": {"color": colours, "width": 2}},
+        text=[f"{weight:.2f}" for weight in weights.tolist()],
+        textposition="outside",
+        hovertemplate=f"{about}%{{customdata}}: weight %{{y:.3f}}<extra></extra>",
+        **shared,
     )
+    added = go.Bar(
+        y=plain(weights * opened),
+        marker={"color": colours, "line": {"width": 0}},
+        hovertemplate=f"{about}%{{customdata}}: %{{y:.3f}} added, weight × gate<extra></extra>",
+        **shared,
+    )
+    figure = go.Figure([outline, added])
     place = len(weights) + 0.4
     if length is not None and beside is not None:
         length, beside = float(length), float(beside)
@@ -102,13 +115,22 @@ def expert_mix(
     elif length is not None:
         note = f"residual: ‖U β‖ = {float(length):.3g}; its share needs experts="
         figure.add_annotation(text=note, x=1, y=1, xref="paper", yref="paper", xanchor="right", showarrow=False)
-    styled(figure, title, height=340)
+    styled(figure, _assertion(weights, called, opened) if title is None else title, height=340)
     places = [*range(len(weights)), place][: len(ticks)]
     figure.update_xaxes(tickvals=places, ticktext=ticks, showgrid=False)
     residual = "" if share is None else "<br>residual: ‖Uβ‖ / (‖Cα‖ + ‖Uβ‖)"
     figure.update_yaxes(title={"text": f"weight α (0 to 1){residual}", "standoff": 25}, range=[0, 1.08])
-    figure.update_layout(showlegend=False, bargap=0.35, margin={"t": 60, "r": 45})
+    figure.update_layout(showlegend=False, barmode="overlay", bargap=0.35, margin={"t": 60, "r": 45})
     if share is not None:
         line = {"color": TEXT, "width": 1, "dash": "dot"}
         figure.add_shape(type="line", x0=place - 0.7, x1=place - 0.7, y0=0, y1=1, yref="paper", line=line)
     return figure
+
+
+def _assertion(weights: Float[Tensor, " k"], called: Sequence[str], opened: float) -> str:
+    """The strongest expert, and whether it is added."""
+    best = int(weights.argmax())
+    name, share = mentioned(called[best]), float(weights[best])
+    if opened < SHUT:
+        return f"Nothing is added: the gate is shut (it would route to {name})"
+    return f"{name[:1].upper()}{name[1:]} has {100 * share:.0f} % of the weight"

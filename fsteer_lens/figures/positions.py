@@ -31,7 +31,7 @@ def layer_position(
     path: Propagation,
     *,
     what: Part = "size",
-    title: str = "Where steering grows, and where it dies",
+    title: str | None = None,
 ) -> "plotly.graph_objects.Figure":
     """Heatmap of what steering changed at every layer (upwards) and token (rightwards), by default the change's size.
 
@@ -42,7 +42,7 @@ def layer_position(
         path: what `effects.propagation` returns.
         what: the number to draw, by its name there: "size", "norm", "cosine", or a part of the norm: "carried", "edit",
             "attention", "mlp". A size and a cosine have no unit, the others that of the residual stream.
-        title: above the figure.
+        title: above the figure; None says where the size of it is largest.
 
     Raises:
         InputError: something else than a Propagation, an unknown `what`, no layer, no token, another number of tokens
@@ -72,7 +72,10 @@ def layer_position(
             + f"<br>{MEANINGS[what]}: %{{z:.3g}}<extra></extra>",
         )
     )
-    styled(figure, title, height=max(300, 190 + 26 * n_layers))
+    best = int(values.nan_to_num(0).abs().argmax())
+    where = f"after layer {best // n_tokens}, at “{tokens[best % n_tokens].strip()}”"
+    largest = f"Largest {where}: {float(values.flatten()[best]):.2g}"
+    styled(figure, largest if title is None else title, height=max(300, 190 + 26 * n_layers))
     figure.update_xaxes(title="token", tickangle=-60, showgrid=False, ticks="outside", ticklen=4, **token_ticks(tokens))
     ticks = [
         f'<span style="color:{STEERED_COLOUR}">▶ <b>{layer}</b></span>' if layer in steered_layers else str(layer)
@@ -82,6 +85,12 @@ def layer_position(
     figure.update_yaxes(
         title={"text": named, "standoff": 20}, tickvals=list(range(n_layers)), ticktext=ticks, showgrid=False
     )
+    first = min(steered_layers, default=0)
+    if first > 0:
+        below = {"xref": "paper", "x0": 0, "x1": 1, "y0": -0.5, "y1": first - 0.5, "line": {"width": 0}}
+        figure.add_shape(type="rect", **below, fillcolor="rgba(127,127,127,.13)", layer="below")
+        place = {"x": 0.01, "xref": "paper", "xanchor": "left", "y": (first - 1) / 2}
+        figure.add_annotation(text="before the edit: nothing can change here", showarrow=False, **place)
     if 0 < path.prompt_length < n_tokens:
         at, line = path.prompt_length - 0.5, {"color": TEXT, "width": 2}
         figure.add_shape(type="line", x0=at, x1=at, y0=0, y1=1, yref="paper", line=line)

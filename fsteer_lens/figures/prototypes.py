@@ -24,17 +24,17 @@ def expert_geometry(
     mean_shift: Float[Tensor, " d"] | None = None,
     *,
     names: Sequence[str] | None = None,
-    title: str = "Angles between the experts",
+    title: str | None = None,
 ) -> "plotly.graph_objects.Figure":
-    """Cosines between the experts' prototypes, −1 to 1, and in a last row and column with the mean shift.
+    """Cosines between the experts' prototypes, −1 to 1, each pair once, and in a last row with the mean shift.
 
     A prototype of length 0 has no direction; its cells are left empty.
 
     Args:
         experts: fitted experts.
         mean_shift: the mean of the shifts they were fitted to, [d], which is what a single steering vector would be.
-        names: of the experts.
-        title: above the figure.
+        names: of the experts; None takes their own.
+        title: above the figure; None names the two experts that are most alike.
 
     Raises:
         ShapeError: a mean shift of another width than the experts'.
@@ -42,7 +42,7 @@ def expert_geometry(
     import plotly.graph_objects as go
 
     rows = experts.prototypes.detach().double().cpu()
-    called = expert_names(experts.n_experts, names)
+    called = expert_names(experts.n_experts, names, experts.names)
     ticks = expert_ticks(called)
     if mean_shift is not None:
         if mean_shift.shape != (experts.d_model,):
@@ -52,10 +52,12 @@ def expert_geometry(
     lengths = rows.norm(dim=1, keepdim=True)
     unit = torch.where(lengths > 0, rows / lengths, math.nan)
     n = len(rows)
+    cosines = (unit @ unit.T).clamp(-1, 1)
+    above = torch.ones(n, n, dtype=torch.bool, device="cpu").triu(0 if n > 1 else 1)
     where = [[f"{label_text(one)} and {label_text(other)}" for other in called] for one in called]
     figure = go.Figure(
         heatmap(
-            (unit @ unit.T).clamp(-1, 1),
+            cosines.masked_fill(above, math.nan),
             "cosine (−1 to 1)",
             centred=True,
             most=1.0,
@@ -66,12 +68,24 @@ def expert_geometry(
             ygap=2,
         )
     )
-    styled(figure, title, height=max(320, 165 + 44 * n))
+    told = _most_alike(cosines[: experts.n_experts, : experts.n_experts], called) if title is None else title
+    styled(figure, told, height=max(320, 165 + 44 * n))
     places = {"tickvals": list(range(n)), "ticktext": ticks, "showgrid": False}
-    figure.update_xaxes(**places, side="top")
-    figure.update_yaxes(**places, range=[n - 0.5, -0.5])
-    figure.update_layout(margin={"t": 100, "b": 20, "l": 95})
+    first, last = (1, n - 1) if n > 1 else (0, 1)
+    figure.update_xaxes(**places, range=[-0.5, last - 0.5], tickangle=-30 if n > 4 else 0)
+    figure.update_yaxes(**places, range=[n - 0.5, first - 0.5])
+    figure.update_layout(margin={"t": 60, "b": 60, "l": 95})
     return figure
+
+
+def _most_alike(cosines: Float[Tensor, "k k"], called: Sequence[str]) -> str:
+    """The two experts with the largest cosine, in words."""
+    known = cosines.nan_to_num(-2).masked_fill(torch.ones_like(cosines, dtype=torch.bool).triu(), -2)
+    best = int(known.argmax())
+    one, other = best % len(known), best // len(known)
+    if float(known.max()) < -1:
+        return "Angles between the experts"
+    return f"The experts most alike: {called[one]} and {called[other]}, cosine {float(known[other, one]):.2f}"
 
 
 def expert_tokens(

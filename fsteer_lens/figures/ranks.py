@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
+from fsteer_lens.figures.per_prompt import texts_of
 from fsteer_lens.figures.style import GRID, TEXT, group_colours, hover_prompt, label_text, plain, styled
 from fsteer_lens.ground.checks import several, whole
 from fsteer_lens.method.gates import OPEN, Gate
@@ -53,12 +54,7 @@ def rank_explorer(
 
     if not queries or any(len(rows) == 0 for rows in queries.values()):
         raise InputError("queries", expected="at least one group, each of at least one row", got=list(queries))
-    if prompts is not None:
-        prompts = {name: several(f"prompts of {name!r}", given, "a list of prompts") for name, given in prompts.items()}
-    for name, rows in queries.items():
-        if prompts is not None and len(prompts.get(name, ())) != len(rows):
-            got = f"{len(prompts[name])} prompts" if name in prompts else f"groups {list(prompts)}"
-            raise InputError(f"prompts of {name!r}", expected=f"{len(rows)}, one for each query", got=got)
+    texts = texts_of(queries, prompts)
     fitted, single = gate.ranks, gate.leaves == (gate,)
     if not fitted:
         fix = "Draw it with gate_separation."
@@ -93,7 +89,7 @@ def rank_explorer(
     figure = go.Figure()
     for index, (name, colour) in enumerate(zip(queries, group_colours(len(queries)), strict=True)):
         count = len(queries[name])
-        said = [hover_prompt(prompt) for prompt in prompts[name]] if prompts else [f"query {i}" for i in range(count)]
+        said = [hover_prompt(prompt) for prompt in texts[name]] if texts else [f"query {i}" for i in range(count)]
         figure.add_trace(
             go.Scatter(
                 x=shown["x"][index],

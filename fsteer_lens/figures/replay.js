@@ -44,8 +44,24 @@
     return found;
   }
 
+  // Quantised numbers, bytes in base64, as nested lists; lists as they are.
+  function unpacked(given, value) {
+    if (Array.isArray(given)) return given;
+    const levels = Uint8Array.from(atob(given.levels), (one) => one.charCodeAt(0));
+    let found = Array.from(levels, (level) => value(level / 255));
+    for (const size of given.shape.slice(1).reverse()) {
+      found = Array.from({ length: found.length / size }, (_, row) => found.slice(row * size, (row + 1) * size));
+    }
+    return found;
+  }
+
   class Run {
-    constructor(section, data, replay) {
+    constructor(section, given, replay) {
+      const data = {
+        ...given,
+        size: unpacked(given.size, (share) => share * given.size.most),
+        lens: unpacked(given.lens, (share) => FLOOR ** share),
+      };
       Object.assign(this, { section, data, replay });
       this.score = section.querySelector(".score");
       this.labels = section.querySelector(".labels");

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.resources import files
-from typing import Final
+from typing import Any, Final
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.html import Html, escape, visible
@@ -19,6 +19,8 @@ EXPERTS: Final = (52, 76)
 LAYERS: Final = 80
 LAYER: Final = (3, 12)
 """Height of a layer, at least and at most; all of them together are 72 high where that fits."""
+LARGE: Final = 1_000_000
+"""Bytes of numbers from which on they are quantised."""
 LEVELS: Final = 12
 """Shades of the layers, so that neighbours of one shade are one rectangle."""
 
@@ -53,7 +55,9 @@ def replay(
     most = max(value for _, run in runs for value in run.kl) or 1.0
     size = max(float(run.record.size.max()) for _, run in runs) or 1.0
     panels = "".join(_panel(variant, run, most, size) for variant, run in runs)
-    data = json.dumps([payload(run) for _, run in runs], allow_nan=False, separators=(",", ":"))
+    data = _json([payload(run) for _, run in runs])
+    if len(data) > LARGE:
+        data = _json([payload(run, quantised=True) for _, run in runs])
     data = data.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     room = files("fsteer_lens.figures")
     style, script = ((room / f"replay.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
@@ -61,6 +65,10 @@ def replay(
         f'<div class="fsteer-replay"><style>{style}</style><div class="chips" hidden></div>{panels}'
         f'<script type="application/json">{data}</script><script>{script}</script></div>'
     )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"))
 
 
 def _runs(given: Given, titles: Sequence[str], names: Sequence[str] | None) -> list[Run]:

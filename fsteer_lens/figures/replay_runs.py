@@ -1,5 +1,6 @@
 """What a replay shows of one generated text, as plain values: every token with what happened there, in words too."""
 
+import base64
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,10 +12,13 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.likeliest import likeliest
 from fsteer_lens.figures.style import expert_names, one_line
+from fsteer_lens.method.experts import mentioned
 from fsteer_lens.trace.replay import Replay, Scored
 from fsteer_lens.trace.steps import Steps
 from fsteer_lens.trace.trace import Trace
 
+FLOOR: Final = 1e-5
+"""The smallest probability that is drawn, as in replay.js."""
 SMALL: Final = 0.005
 """A share of the stream, and a weight, that is told as nothing."""
 
@@ -160,15 +164,15 @@ class Run:
         if size < SMALL:
             if self.weights is not None and opened < SMALL:
                 best = int(self.weights[position].nan_to_num(0).argmax())
-                return f"Nothing is added (it would route to {self.names[best]})."
+                return f"Nothing is added (it would route to {mentioned(self.names[best])})."
             return "Nothing is added here."
         if self.weights is None:
             return f"The stream is pushed by {size:.2f} of its length."
         weights = self.weights[position].nan_to_num(0)
         best = int(weights.argmax())
-        return (
-            f"{_capital(self.names[best])} ({float(weights[best]):.2f}) pushes the stream by {size:.2f} of its length."
-        )
+        name = mentioned(self.names[best])
+        name = name[:1].upper() + name[1:]
+        return f"{name} ({float(weights[best]):.2f}) pushes the stream by {size:.2f} of its length."
 
     def _words(self, step: int) -> str:
         """What either model says."""
@@ -194,8 +198,8 @@ def run_of(trace: Trace, title: str, names: Sequence[str] | None) -> Run:
     )
     gate = _along(link.gate, link.step_gate, layer, n)
     weights = _along(link.weights, link.step_weights, layer, n)
-    known = names if names is not None or layer is None else record.names.get(layer)
-    told = () if weights is None else tuple(expert_names(weights.shape[-1], known))
+    own = None if layer is None else link.names.get(layer)
+    told = () if weights is None else tuple(expert_names(weights.shape[-1], names, own))
     return Run(
         title=title,
         prompt=trace.prompts[0],
@@ -237,16 +241,21 @@ def percent(chance: float | None) -> str:
     return f"{share:.0f} %" if share >= 9.5 else f"{share:.2g} %" if share >= 0.01 else "< 0.01 %"
 
 
-def _capital(name: str) -> str:
-    """A name at the beginning of a sentence."""
-    return f"Expert {name}" if name[:1].isdigit() else name[:1].upper() + name[1:]
+def payload(run: Run, *, quantised: bool = False) -> dict[str, Any]:
+    """What the page's script draws: numbers, and texts that are not yet escaped.
 
-
-def payload(run: Run) -> dict[str, Any]:
-    """What the page's script draws: numbers, and texts that are not yet escaped."""
+    Sizes and lens, nearly all of the numbers, may be quantised: 256 levels each, sizes between 0 and the largest,
+    probabilities on the logarithmic axis that they are drawn on, as bytes in base64.
+    """
     record = run.record
     n_prompt, n = len(run.prompt), len(run.answer)
-    sizes = [[_number(value) for value in column] for column in record.size.T.tolist()]
+    sizes: Any = [[_number(value) for value in column] for column in record.size.T.tolist()]
+    lens: Any = [[[[_number(x) for x in row] for row in side] for side in word] for word in record.lens.tolist()]
+    if quantised:
+        most = float(record.size.nan_to_num(0).max()) or 1.0
+        chances = record.lens.nan_to_num(0).clamp(FLOOR, 1)
+        sizes = {"shape": list(record.size.T.shape), "most": most, "levels": _levels(record.size.T / most)}
+        lens = {"shape": list(record.lens.shape), "levels": _levels(chances.log10() / math.log10(FLOOR))}
     return {
         "prompt": n_prompt,
         "texts": [run.text(column) for column in range(n_prompt + n)],
@@ -256,7 +265,7 @@ def payload(run: Run) -> dict[str, Any]:
             for step in range(n)
         ],
         "displaced": [shown(text) for text in record.displaced],
-        "lens": [[[[_number(x) for x in row] for row in side] for side in word] for word in record.lens.tolist()],
+        "lens": lens,
         "layers": list(record.layers),
         "edited": list(record.edited),
         "size": sizes,
@@ -266,6 +275,12 @@ def payload(run: Run) -> dict[str, Any]:
         "released": {str(step): "".join(texts) for step, texts in record.released.items()},
         "answer": list(run.answer),
     }
+
+
+def _levels(shares: Tensor) -> str:
+    """Shares from 0 to 1 as bytes, in base64."""
+    levels = (255 * shares.nan_to_num(0).clamp(0, 1)).round().to(torch.uint8)
+    return base64.b64encode(levels.contiguous().numpy().tobytes()).decode()
 
 
 def _number(value: float | None, digits: int = 3) -> float | None:

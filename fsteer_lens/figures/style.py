@@ -10,28 +10,30 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import several
+from fsteer_lens.method.experts import called
 from fsteer_lens.prompts.forms import Prompt, prompt_text
 
 if TYPE_CHECKING:
     import plotly.graph_objects
 
-_UP_TO_SIX: Final = ("#5790fc", "#f89c20", "#e42536", "#964a8b", "#9c9ca1", "#7a21dd")
-_UP_TO_TEN: Final = (
-    "#3f90da",
-    "#ffa90e",
-    "#bd1f01",
-    "#94a4a2",
-    "#832db6",
-    "#a96b59",
-    "#e76300",
-    "#b9ac70",
-    "#717581",
-    "#92dadd",
-)
-GROUPS: Final = ("#e42536", "#5790fc", "#f89c20", "#9c9ca1", "#964a8b", "#7a21dd")
+PRINTED: Final = 40
+"""As many prompts, at most, have their text beside their row."""
+
+EXPERTS: Final = (
+    "#8822cc", "#55aa00", "#ee88ff", "#116633", "#cc5599", "#66cc99", "#aa66ff", "#aa2288", "#338833", "#99cc11",
+)  # fmt: skip
+"""Colours of experts, violets and greens: the ten that lie furthest apart, also to colour-blind eyes, among those that
+are clear on white and on black and near no colour of `GROUPS` or of what is steered."""
+
+GROUPS: Final = ("#e42536", "#5790fc", "#a96b59", "#9c9ca1", "#7b1e22", "#2f5fae")
 """Colours of groups of prompts: first those that need intervention, then the others."""
 
-TEXT: Final = "#7f7f7f"
+TEXT: Final = "#767676"
+"""Of text on a page whose colour is not known: 4.5 : 1 on white, 4.6 : 1 on black."""
+
+INK: Final = "#1a1a1a"
+"""Of text in a picture on white paper."""
+
 GRID: Final = "rgba(127,127,127,.25)"
 ACCENT: Final = (8, 158, 160)
 """Red, green, blue of everything on a scale from 0 to 1; the scale is its opacity, so that 0 is the page."""
@@ -44,11 +46,11 @@ RAISED: Final = "#4393c3"
 LOWERED: Final = "#d6604d"
 """Bars above and below zero."""
 
-CURVE: Final = "#a55bd3"
-"""Of a curve that is no expert's and no group's; clear on white and on black."""
-
 STEERED_COLOUR: Final = "#f89c20"
 """Of what was steered, in text views and figures."""
+
+METHODS: Final = (STEERED_COLOUR, TEXT, "#8a5a00", "#089ea0", "#d9b382", "#4a5a70")
+"""Colours of ways to steer that are compared, which have marks and names at their lines too."""
 
 FONT: Final = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 CONFIG: Final = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["sendChartToCloud"]}
@@ -56,14 +58,28 @@ CONFIG: Final = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemo
 
 
 def expert_colours(n_experts: int) -> list[str]:
-    """The colours of experts 0, 1, ...: for up to 6 experts and for up to 10; repeated beyond."""
-    palette = _UP_TO_SIX if n_experts <= len(_UP_TO_SIX) else _UP_TO_TEN
-    return [palette[index % len(palette)] for index in range(n_experts)]
+    """The colours of experts 0, 1, ..., repeated beyond ten."""
+    return _cycled(EXPERTS, n_experts)
 
 
 def group_colours(n_groups: int) -> list[str]:
     """The colours of groups of prompts, repeated beyond six."""
-    return [GROUPS[index % len(GROUPS)] for index in range(n_groups)]
+    return _cycled(GROUPS, n_groups)
+
+
+def method_colours(n_methods: int) -> list[str]:
+    """The colours of ways to steer, repeated beyond six."""
+    return _cycled(METHODS, n_methods)
+
+
+def _cycled(palette: Sequence[str], n: int) -> list[str]:
+    return [palette[index % len(palette)] for index in range(n)]
+
+
+def faded_to(colour: str) -> list[list[Any]]:
+    """A plotly scale from the page itself to a colour, given as #rrggbb."""
+    red, green, blue = (int(colour[start : start + 2], 16) for start in (1, 3, 5))
+    return [[0.0, f"rgba({red},{green},{blue},0)"], [1.0, colour]]
 
 
 def accent(opacity: float) -> str:
@@ -71,10 +87,10 @@ def accent(opacity: float) -> str:
     return "rgba({},{},{},{:.3g})".format(*ACCENT, opacity)
 
 
-def expert_names(n_experts: int, names: Iterable[str] | None = None) -> list[str]:
-    """What to call each expert, by default "expert 0", "expert 1", ..., as plain text."""
+def expert_names(n_experts: int, names: Iterable[str] | None, own: Sequence[str] | None = None) -> list[str]:
+    """What to call each expert, as plain text: the names that are given, else their own, else "expert 0", ..."""
     if names is None:
-        return [f"expert {index}" for index in range(n_experts)]
+        return called(n_experts, own)
     given = several("names", names, "a list of names")
     if len(given) != n_experts:
         raise InputError("names", expected=f"one for each of {n_experts} experts", got=len(given))
@@ -85,6 +101,12 @@ def expert_ticks(names: Sequence[str]) -> list[str]:
     """Tick labels of experts, each after a square of its colour."""
     colours = expert_colours(len(names))
     return [f'<span style="color:{c}">■</span> {label_text(name)}' for c, name in zip(colours, names, strict=True)]
+
+
+def printed_prompt(prompt: Prompt, most: int = 50) -> str:
+    """A prompt's text on one line for an axis, cut after `most` characters; as plain text."""
+    text = one_line(prompt_text(prompt))
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def token_ticks(tokens: Sequence[str], most: int = 60, width: int = 12) -> dict[str, Any]:

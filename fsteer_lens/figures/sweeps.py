@@ -5,27 +5,27 @@ from typing import TYPE_CHECKING, Any
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.results import require_result
-from fsteer_lens.figures.style import expert_colours, finite, label_text, panel_title, styled, wrapped
+from fsteer_lens.figures.style import finite, label_text, method_colours, panel_title, styled, wrapped
 from fsteer_lens.ground.estimates import Estimate, Sweep
 
 if TYPE_CHECKING:
     import plotly.graph_objects
 
 TRADE_OFF = "trade-off"
-HEADINGS = {"kl": "KL", TRADE_OFF: "effect against utility"}
+HEADINGS = {"kl": "KL"}
+DASHES = ("solid", "dash", "dot", "dashdot")
 MARKERS = ("circle", "diamond", "square", "triangle-up", "cross", "x")
 
 
-def strength_sweep(
-    sweeps: Sweep | Mapping[str, Sweep], *, title: str = "What more strength brings, and what it costs"
-) -> "plotly.graph_objects.Figure":
-    """Effect and KL by strength, and effect against utility, with 95 % intervals; several methods in their own colours.
+def strength_sweep(sweeps: Sweep | Mapping[str, Sweep], *, title: str | None = None) -> "plotly.graph_objects.Figure":
+    """Effect and KL by strength, and effect against utility, with 95 % intervals; several methods by name.
 
-    In the last panel a method runs from its first strength to its last; up and to the right is better.
+    In the last panel a method runs from its first strength to its last, and further up is better. Where the utility is
+    −KL, as it is by default, that panel has KL on its axis, and what lies further left costs less.
 
     Args:
         sweeps: what `effects.strength_sweep` returns, {method: sweep}, or one sweep.
-        title: above the figure.
+        title: above the figure; None says where the effect is largest.
 
     Raises:
         InputError: no sweep, something else, one without settings, or sweeps of different things.
@@ -33,17 +33,20 @@ def strength_sweep(
     return _panels(_named(sweeps, "strength_sweep"), title, ("effect", "kl", TRADE_OFF), is_layer=False)
 
 
-def layer_sweep(
-    sweeps: Sweep | Mapping[str, Sweep], *, title: str = "At which layer does steering work?"
-) -> "plotly.graph_objects.Figure":
+def layer_sweep(sweeps: Sweep | Mapping[str, Sweep], *, title: str | None = None) -> "plotly.graph_objects.Figure":
     """Effect, utility and KL by steered layer, side by side, with 95 % intervals; arguments as for `strength_sweep`.
 
     Where the utility is −KL, as it is by default, it has no panel of its own.
     """
     named = _named(sweeps, "layer_sweep")
+    panels = ("effect", "kl") if _mirrored(named) else ("effect", "utility", "kl")
+    return _panels(named, title, panels, is_layer=True)
+
+
+def _mirrored(named: Mapping[str, Sweep]) -> bool:
+    """Whether the utility is −KL, and says nothing of its own."""
     pairs = [pair for one in named.values() for pair in zip(one.utility, one.kl, strict=False)]
-    mirrored = all(utility.value == -kl.value for utility, kl in pairs)
-    return _panels(named, title, ("effect", "kl") if mirrored else ("effect", "utility", "kl"), is_layer=True)
+    return all(utility.value == -kl.value for utility, kl in pairs)
 
 
 def _named(sweeps: Any, maker: str) -> dict[str, Sweep]:
@@ -55,15 +58,17 @@ def _named(sweeps: Any, maker: str) -> dict[str, Sweep]:
 
 
 def _panels(
-    named: Mapping[str, Sweep], title: str, panels: Sequence[str], *, is_layer: bool
+    named: Mapping[str, Sweep], title: str | None, panels: Sequence[str], *, is_layer: bool
 ) -> "plotly.graph_objects.Figure":
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
     first = _checked(named, is_layer)
     meanings = {"effect": first.effect_name, "utility": first.utility_name, "kl": "KL(steered ‖ unsteered) (nats)"}
-    figure = make_subplots(rows=1, cols=len(panels), horizontal_spacing=0.12)
-    for index, (method, colour) in enumerate(zip(named, expert_colours(len(named)), strict=True)):
+    spacing = 0.12 if len(named) == 1 else 0.2  # room for the methods' names
+    figure = make_subplots(rows=1, cols=len(panels), horizontal_spacing=spacing)
+    cost = "kl" if _mirrored(named) else "utility"
+    for index, (method, colour) in enumerate(zip(named, method_colours(len(named)), strict=True)):
         sweep = named[method]
         about = f"{label_text(method)}<br>" if method else ""
         for column, panel in enumerate(panels, 1):
@@ -71,7 +76,8 @@ def _panels(
             estimates: Sequence[Estimate] = getattr(sweep, measure)
             across = {"x": list(sweep.settings)}
             if panel == TRADE_OFF:
-                across = {"x": [finite(one.value) for one in sweep.utility], "error_x": _bars(sweep.utility)}
+                costs: Sequence[Estimate] = getattr(sweep, cost)
+                across = {"x": [finite(one.value) for one in costs], "error_x": _bars(costs)}
             said = [f"{label_text(sweep.parameter)} {setting:g}" for setting in sweep.settings]
             figure.add_trace(
                 go.Scatter(
@@ -80,9 +86,8 @@ def _panels(
                     error_y=_bars(estimates),
                     mode="lines+markers",
                     name=label_text(method),
-                    legendgroup=str(index),
-                    showlegend=bool(method) and column == 1,
-                    line={"color": colour, "width": 2},
+                    showlegend=False,
+                    line={"color": colour, "width": 2, "dash": DASHES[index % len(DASHES)]},
                     marker={"color": colour, "size": 8, "symbol": MARKERS[index % len(MARKERS)]},
                     text=said,
                     customdata=[[f"{one.interval[0]:.3g} to {one.interval[1]:.3g}"] for one in estimates],
@@ -92,22 +97,55 @@ def _panels(
                 row=1,
                 col=column,
             )
-    styled(figure, title, height=400)
+    styled(figure, _assertion(named, meanings["effect"]) if title is None else title, height=400)
     for column, panel in enumerate(panels, 1):
         place: dict[str, Any] = {"row": 1, "col": column}
         trade_off = panel == TRADE_OFF
-        figure.update_xaxes(
-            title=wrapped(meanings["utility"], 32) if trade_off else label_text(first.parameter), **place
-        )
+        figure.update_xaxes(title=wrapped(meanings[cost], 32) if trade_off else label_text(first.parameter), **place)
         figure.update_yaxes(title=wrapped(meanings["effect" if trade_off else panel], 32), **place)
         if panel == "kl":
             figure.update_yaxes(rangemode="tozero", **place)
-        panel_title(figure, f"x{column if column > 1 else ''} domain", HEADINGS.get(panel, panel))
+        against = "KL" if cost == "kl" else cost
+        heading = f"effect against {against}" if trade_off else HEADINGS.get(panel, panel)
+        panel_title(figure, f"x{column if column > 1 else ''} domain", heading)
     if is_layer:
         figure.update_xaxes(dtick=1)
-    below = {"orientation": "h", "y": 1.1, "yanchor": "bottom", "x": 0}
-    figure.update_layout(legend=below, margin={"t": 120 if len(named) > 1 else 75})
+    if len(named) > 1:
+        _name_lines(figure, named)
     return figure
+
+
+def _name_lines(figure: "plotly.graph_objects.Figure", named: Mapping[str, Sweep]) -> None:
+    """The methods' names at the right ends of their lines in the first panel, apart where the lines meet."""
+    bounds = [end for one in named.values() for estimate in one.effect for end in (estimate.value, *estimate.interval)]
+    known = [end for end in bounds if finite(end) is not None] or [0.0, 1.0]
+    ends = {}
+    for name, one in named.items():
+        values = [estimate.value for estimate in one.effect if finite(estimate.value) is not None]
+        ends[name] = values[-1] if values else min(known)
+    gap = 0.14 * (max(known) - min(known) or 1)
+    colours = dict(zip(named, method_colours(len(named)), strict=True))
+    last = None
+    for name in sorted(ends, key=lambda name: ends[name]):
+        last = ends[name] if last is None else max(ends[name], last + gap)
+        text = f'<span style="color:{colours[name]}">■</span> {wrapped(name, 16)}'
+        place = {"x": 1, "xref": "x domain", "xanchor": "left", "xshift": 6, "y": last, "yref": "y"}
+        figure.add_annotation(text=text, showarrow=False, align="left", **place)
+
+
+def _assertion(named: Mapping[str, Sweep], effect: str) -> str:
+    """Where the effect is largest."""
+    found = [
+        (estimate.value, one.parameter, setting, name)
+        for name, one in named.items()
+        for setting, estimate in zip(one.settings, one.effect, strict=True)
+        if finite(estimate.value) is not None
+    ]
+    if not found:
+        return f"No {effect} is known"
+    value, parameter, setting, name = max(found, key=lambda one: one[0])
+    by = f" ({name})" if name else ""
+    return f"Largest effect at {parameter} {setting:g}{by}: {value:.3g}"
 
 
 def _checked(named: Mapping[str, Sweep], is_layer: bool) -> Sweep:

@@ -8,14 +8,14 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.figures.style import CURVE, STEERED_COLOUR, TEXT, label_text, panel_title, plain, styled, token_ticks
+from fsteer_lens.figures.style import STEERED_COLOUR, TEXT, accent, label_text, panel_title, plain, styled, token_ticks
 from fsteer_lens.method.gates import OPEN
 from fsteer_lens.trace.trace import Trace
 
 if TYPE_CHECKING:
     import plotly.graph_objects
 
-COLOURS: Final = {"gate": CURVE, "change": STEERED_COLOUR, "kl": "#3f90da"}
+COLOURS: Final = {"gate": TEXT, "change": STEERED_COLOUR, "kl": accent(1)}
 FILLED, HOLLOW = "circle", "circle-open"
 
 
@@ -33,18 +33,19 @@ def trace_timeline(
     *,
     row: int = 0,
     layer: int | None = None,
-    title: str = "What steering did, token by token",
+    title: str | None = None,
 ) -> "plotly.graph_objects.Figure":
     """Gate, size of the change, and KL to the unsteered model for every generated token, in panels on one axis.
 
     Token k of the answer is predicted at the position before it, P − 1 + k of the text, and that is where the change is
-    read. Filled marks are steered positions, hollow ones are not.
+    read. Filled marks are steered positions, hollow ones are not; the gate is drawn where something is steered.
+    `figures.replay` shows the same of a replay, with the text as its axis.
 
     Args:
         trace: of `generate`; the panel of KL needs `compare=True`.
         row: of the trace.
         layer: needed where the trace holds several.
-        title: above the figure.
+        title: above the figure; None says at which token steering did most.
 
     Raises:
         InputError: nothing was generated, or nothing steered.
@@ -85,7 +86,7 @@ def trace_timeline(
     for symbol, meaning in ((FILLED, "steered"), (HOLLOW, "not steered")):
         marker = {"color": TEXT, "symbol": symbol, "size": 8}
         figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name=meaning), row=1, col=1)
-    styled(figure, title, height=150 + 130 * len(lines))
+    styled(figure, _assertion(lines, texts) if title is None else title, height=150 + 130 * len(lines))
     for number, line in enumerate(lines, 1):
         axis = f"y{number if number > 1 else ''}"
         panel_title(figure, "paper", line.heading, f"{axis} domain")
@@ -105,17 +106,30 @@ def _lines(one: Trace, layer: int, n: int) -> list[Line]:
     """The panels of one row: what is known of gate, change and KL at each of n generated tokens."""
     assert one.prompt_lengths is not None and one.steps is not None
     predicts = int(one.prompt_lengths[0]) - 1
+    change = _filled(one.change[layer][0, predicts : predicts + n], n)
     lines = []
     if layer in one.gate:
         gate = one.gate[layer][:1].float().expand(n).clone()
         if layer in one.step_gate:
             gate = _filled(one.step_gate[layer][0, predicts : predicts + n], n)
-        lines.append(Line("gate", "gate g", "0 to 1", gate))
-    change = _filled(one.change[layer][0, predicts : predicts + n], n)
+        lines.append(Line("gate", "gate g, where it steers", "0 to 1", gate.masked_fill(~(change > 0), math.nan)))
     lines.append(Line("change", "size of the change", "‖change‖ / ‖stream‖", change))
     if one.steps.kl is not None:
         lines.append(Line("kl", "KL(steered ‖ unsteered)", "nats", _filled(one.steps.kl[0], n)))
     return lines
+
+
+def _assertion(lines: list[Line], texts: tuple[str, ...]) -> str:
+    """At which token the distribution, or without a comparison the stream, moved furthest."""
+    last = lines[-1]
+    if not bool((last.values.nan_to_num(0) > 0).any()):
+        return "Steering changed no token of this answer"
+    best = int(last.values.nan_to_num(-1).argmax())
+    moved = "KL" if last.name == "kl" else "change"
+    unit = " nats" if last.name == "kl" else " of the stream"
+    return (
+        f"Steering does most at token {best + 1}, “{texts[best].strip()}”: {moved} {float(last.values[best]):.2g}{unit}"
+    )
 
 
 def _filled(values: Float[Tensor, " known"], n: int) -> Float[Tensor, " n"]:

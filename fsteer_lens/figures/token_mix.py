@@ -37,7 +37,7 @@ def token_experts(
     Args:
         tokens: text of every token, [s], or a trace of `generate`.
         weights: of every expert at every token, [s k]; NaN, or all 0, draws no strip.
-        names: of the experts.
+        names: of the experts; None takes those of the trace.
         layer: of the trace; needed where it holds several.
         row: of the trace or the marks.
         options: `steered`, `prompt_length`, `first`, `bos`, `marks`, `legend`, `rich` and `bundle` as for
@@ -56,7 +56,8 @@ def token_experts(
     if len(weights) != len(shown) or weights.shape[1] == 0:
         expected = f"a row for each of {len(shown)} tokens, a column for each expert"
         raise InputError("weights", expected=expected, got=list(weights.shape))
-    called = expert_names(weights.shape[1], names)
+    own = tokens.names.get(tokens.layer_of("weights", layer)) if isinstance(tokens, Trace) and tokens.weights else None
+    called = expert_names(weights.shape[1], names, own)
     values = plain(weights)
     if view.rich:
         return rich_view(

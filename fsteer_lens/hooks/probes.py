@@ -81,6 +81,8 @@ class ExpertProbe(_TokenHook):
     def edit(self, state: State, layer: int, activation: Tensor, view: View) -> None:
         """Record."""
         state.extend(layer, view, weights=self.experts.route(activation.float()))
+        if self.experts.names is not None:
+            state.trace.names[layer] = self.experts.names
 
 
 @final

@@ -121,6 +121,16 @@ class FitReport:
     doubts: tuple[str, ...] = ()
 
 
+def called(n_experts: int, names: Sequence[str] | None) -> list[str]:
+    """What to call each expert: its name, or "expert 0", "expert 1", ..."""
+    return [f"expert {index}" for index in range(n_experts)] if names is None else list(names)
+
+
+def mentioned(name: str) -> str:
+    """The name of an expert within a sentence: one that begins with a number has the word before it."""
+    return f"expert {name}" if name[:1].isdigit() else name
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Experts:
     """Prototype vectors, a residual basis, and the learned controller that mixes them for a query.

@@ -1,6 +1,7 @@
 """A report of one HTML file that opens without network."""
 
 import base64
+import html
 import os
 from collections.abc import Sequence
 from importlib.resources import files
@@ -53,6 +54,7 @@ class Report:
         marked: Sequence[int] = (),
         words: bool = False,
         folded: str = "",
+        about: str = "",
     ) -> "Report":
         """Add a table; what follows a line break in a cell is set small below it.
 
@@ -62,6 +64,7 @@ class Report:
             marked: numbers of the rows to bring out.
             words: cells hold words, not numbers.
             folded: fold the table away under this line.
+            about: text above the table, which is folded away with it.
 
         Raises:
             InputError: a row with another number of cells than there are columns.
@@ -75,7 +78,8 @@ class Report:
         )
         kind = "data words" if words else "data"
         table = f'<table class="{kind}"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
-        table = f'<div class="wide">{table}</div>'  # a table scrolls in itself
+        above = f"<p>{escape(about)}</p>" if about else ""
+        table = f'{above}<div class="wide">{table}</div>'  # a table scrolls in itself
         return self._add(f"<details><summary>{escape(folded)}</summary>{table}</details>" if folded else table)
 
     def add_figure(self, figure: "plotly.graph_objects.Figure | Html", caption: str = "") -> "Report":
@@ -86,6 +90,8 @@ class Report:
             drawn = figure.to_html(full_html=False, include_plotlyjs=False, config=CONFIG)
             kind = "plot"
             self._has_plot = True
+            named = f"{figure.layout.title.text or ''} {caption}".strip()  # plotly's text is markup already
+            drawn = f'<div role="img" aria-label="{escape(html.unescape(named))}">{drawn}</div>'
         above = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
         return self._add(f'<figure class="{kind}">{above}{drawn}</figure>')
 

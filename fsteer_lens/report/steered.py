@@ -29,8 +29,16 @@ from fsteer_lens.steering.steering import FineSteer, Steering
 GENERAL: Final = "general prompts"
 UNLABELLED: Final = "to steer"
 COLUMNS: Final = (
-    "prompts", "number", "text changed", "gate open", "KL (nats per token)", "margin without", "margin with steering",
+    "prompts", "text changed", "gate open", "KL (nats per token)", "number", "margin without", "margin with steering",
 )  # fmt: skip
+FIRST: Final = 4
+"""As many of these columns are told first; the rest is folded."""
+MEASURED: Final = (
+    "A share is given with its 95 % Wilson interval, a mean with its 95 % bootstrap interval. KL(steered ‖ unsteered) "
+    "tells how far each token's distribution moved. The margin is the mean log-probability per token of the preferred "
+    "answer minus that of the undesired one, in nats, with both answers given: above zero the model prefers what is "
+    "wanted."
+)
 
 REPLAYED: Final = 4
 
@@ -43,6 +51,7 @@ CAPTIONS: Final = {
     "moved; point at it for the likeliest words on both sides.",
     "separation": "What the gate looks at, for each prompt (a gate on a subspace: how much of the activation lies "
     "in it); the dashed line is where it opens.",
+    "each": "The same for every prompt: what is missed, and what is steered by mistake, stands at the ends of a group.",
     "ranks": "Drag the slider to give the subspace more directions: who would be steered then?",
     "scree": "What each direction adds, and at which rank the two kinds of prompt are told apart.",
     "carried": "Which tokens of one prompt carried its energy ratio: how much it falls (blue) or rises (red) when the "
@@ -51,11 +60,7 @@ CAPTIONS: Final = {
     "knockout": "The same experts taken out one by one, at this layer alone. A large weight may be habit; a loss shows "
     "that it matters.",
     "geometry": "Cosines between the experts' prototypes.",
-    "tokens": "Tokens that each prototype promotes by the direct path, through the last normalisation and the "
-    "unembedding. What later layers make of it is not in this table.",
-    "timeline": "Gate, size of the change and distance from the unsteered model, token by token of one answer.",
-    "position": "Size of the steering change in the residual stream after each layer and at each token of that answer.",
-    "logprobs": "Generated tokens that steering made likelier than they were, and less likely, over all prompts.",
+    "position": "Size of the steering change in the residual stream after each layer and at each token of one answer.",
     "strength": "The same prompts at other strengths, by the probabilities of the given answers: nothing is generated. "
     "Utility and distance are measured on the general prompts, at the first token of an answer.",
 }
@@ -116,7 +121,8 @@ def steering_report(
     report = Report(title)
     _add_replay(report, model, steering, made, groups, passes)
     columns, rows = _table(model, steering, contrasts, made, groups, passes, seed)
-    report.add_text(_findings(made, len(contrasts))).add_table(columns, rows)
+    report.add_text(_headline(made, len(contrasts))).add_table(columns[:FIRST], [row[:FIRST] for row in rows])
+    report.add_table(columns, rows, folded="All that was measured, with intervals", about=MEASURED)
     chosen = _examples(made, groups, examples)
     report.add_figure(
         figures.steer_compare(
@@ -131,7 +137,8 @@ def steering_report(
         gate = steering.gate_at(layer)
         asked = read[steering.read if gate is None else gate.read][layer]
         _add_gate(report, model, steering, layer, where, asked, prompts, len(contrasts), most, passes)
-        _add_experts(report, model, steering, layer, where, read[steering.read][layer], contrasts, passes)
+        opened = made[: len(contrasts)]
+        _add_experts(report, model, steering, layer, where, read[steering.read][layer], contrasts, opened, passes)
     _add_generation(report, model, steering, made, most, passes)
     if sweep and len(general):
         methods: dict[str, Steering] = {"as it is": steering}
@@ -190,24 +197,19 @@ def _table(
         kl = torch.stack([_kl(item).mean() for item in items])
         open_ = [_gate(item) >= OPEN for item in items]
         rows.append(
-            [group, str(len(own)), _share(list(map(_changed, items))), _share(open_), _mean(kl, seed), *answered]
+            [group, _share(list(map(_changed, items))), _share(open_), _mean(kl, seed), str(len(own)), *answered]
         )
     return list(COLUMNS), rows
 
 
-def _findings(made: Generations, n_contrasts: int) -> str:
-    """The main numbers in words."""
+def _headline(made: Generations, n_contrasts: int) -> str:
+    """What steering did, in one sentence."""
 
     def told(items: Sequence[Generation]) -> str:
         return f"{sum(map(_changed, items))} of {len(items)}"
 
     kept = f", and of {told(made[n_contrasts:])} general ones" if len(made) > n_contrasts else ""
-    return (
-        f"Steering changed the text of {told(made[:n_contrasts])} prompts that it is for{kept}. A share is given with"
-        " its 95 % Wilson interval, a mean with its 95 % bootstrap interval. KL(steered ‖ unsteered) tells how far each"
-        " token's distribution moved. The margin is the mean log-probability per token of the preferred answer minus"
-        " that of the undesired one, in nats, with both answers given: above zero the model prefers what is wanted."
-    )
+    return f"Steering changed the text of {told(made[:n_contrasts])} prompts that it is for{kept}."
 
 
 def _examples(made: Generations, groups: Sequence[str], limit: int) -> list[int]:
@@ -260,6 +262,9 @@ def _add_gate(
     if GENERAL in by_group and single:
         figure = figures.gate_separation(gate, *by_group.values(), names=(UNLABELLED, GENERAL))
         report.add_figure(figure, CAPTIONS["separation"])
+    if single:
+        each = {name: prompts[part] for name, part in parts.items()}
+        report.add_figure(figures.gate_per_prompt(gate, by_group, each), CAPTIONS["each"])
     if not gate.ranks:
         return
     by_rank = None
@@ -283,6 +288,7 @@ def _add_experts(
     where: str,
     queries: Tensor,
     contrasts: Sequence[Contrast],
+    made: Sequence[Generation],
     passes: Passes,
 ) -> None:
     if not isinstance(steering, FineSteer) or layer not in steering.layers:
@@ -293,27 +299,25 @@ def _add_experts(
         add_trust(report, experts.report, experts.n_experts)
     labels = [contrast.label or UNLABELLED for contrast in contrasts]
     prompts = [contrast.prompt for contrast in contrasts]
-    routing = figures.expert_routing(experts.route(queries[: len(contrasts)]), labels, prompts)
+    opened = torch.stack([one.trace.gate[layer][0] for one in made])
+    weights = experts.route(queries[: len(contrasts)])
+    routing = figures.expert_routing(weights, labels, prompts, gate=opened, names=experts.names)
     report.add_figure(routing, CAPTIONS["routing"])
     if sum(experts.enabled) > 1:
         own = queries[: len(contrasts)]
         found = effects.expert_knockout(model, steering, contrasts, layer=layer, queries=own, **passes.options)
         report.add_figure(figures.expert_knockout(found), CAPTIONS["knockout"])
     report.add_figure(figures.expert_geometry(experts), CAPTIONS["geometry"])
-    report.add_figure(figures.expert_tokens(effects.expert_tokens(model, experts)), CAPTIONS["tokens"])
 
 
 def _add_generation(
     report: Report, model: SteerableModel, steering: Steering, made: Generations, example: int, passes: Passes
 ) -> None:
-    """One answer from the inside, and the tokens of all of them."""
+    """One answer from the inside."""
     item = made[example]
     report.add_heading("Inside generation")
-    for layer in steering.layers:
-        report.add_figure(figures.trace_timeline(item.trace, layer=layer), CAPTIONS["timeline"])
     path = effects.propagation(model, steering, item.prompt, item.tokens, **passes.formatting)
     report.add_figure(figures.layer_position(path), CAPTIONS["position"])
-    report.add_figure(figures.logprob_change(made.trace), CAPTIONS["logprobs"])
 
 
 def _add_texts(report: Report, made: Generations, groups: Sequence[str]) -> None:

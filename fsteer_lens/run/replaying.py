@@ -21,7 +21,7 @@ from fsteer_lens.run.sampling import Sampling
 from fsteer_lens.run.stopping import Stop
 from fsteer_lens.run.streams import Stream, change_of, read_streams
 from fsteer_lens.run.teacher_forcing import session_for
-from fsteer_lens.steering.steering import FineSteer, Steering
+from fsteer_lens.steering.steering import Steering
 from fsteer_lens.trace.replay import Replay, Scored
 from fsteer_lens.trace.steps import Steps
 
@@ -61,7 +61,6 @@ def replay_of(
         displaced=tuple(require_tokenizer(model).batch_decode([[token] for token in displaced])),
         lens=_lens(model, said, plain, words, alike),
         released=dict(_released(model, row, steps, stop)),
-        names=_names(steering),
         scores=tuple(_scores(steering, steered["before"], len(row.prompt), session.states[0].tails)),
     )
 
@@ -101,15 +100,6 @@ def _released(model: SteerableModel, row: Answered, steps: Steps, stop: Stop) ->
         made = [filled(one.chosen, one.alive) for one in decode(model, pad(model, before, "left"), None, rules, chosen)]
     for step, ids, answer in zip(chosen, before, without_fill(torch.stack(made, dim=1)), strict=True):
         yield step, token_texts(model, answer, ids)
-
-
-def _names(steering: HookObject) -> dict[int, tuple[str, ...]]:
-    """Names of the experts of the first link that has any, by layer."""
-    for link in steering.links:
-        if isinstance(link, FineSteer):
-            own = {layer: link.experts_at(layer).names for layer in link.layers}
-            return {layer: names for layer, names in own.items() if names is not None}
-    return {}
 
 
 def _scores(steering: HookObject, before: Stream, n_prompt: int, tails: Tensor | None) -> Iterator[Scored]:

@@ -296,7 +296,7 @@ class Steering(Link):
             kept = decision._asdict()
             del kept["vector"]
             state.record(layer, **kept)
-            self._tell_reads(layer, state.trace)
+            self._tell(layer, state.trace)
         decision = state.decisions[layer]
         gate, vector = decision.gate.unsqueeze(1), decision.vector.unsqueeze(1)  # [b 1], [b 1 d]
         if self.stepwise:
@@ -308,7 +308,7 @@ class Steering(Link):
             return None
         return factor.unsqueeze(-1) * vector.to(activation.device)
 
-    def _tell_reads(self, layer: int, trace: Trace) -> None:
+    def _tell(self, layer: int, trace: Trace) -> None:
         """Note in a trace what the vector and the gate of a layer read of the prompts."""
         own = self.gate_at(layer)
         if layer in self.layers:
@@ -440,6 +440,13 @@ class FineSteer(Steering):
     def gate_at(self, layer: int) -> Gate | None:
         """The gate of one layer; None is always open."""
         return self.gate.get(layer) if isinstance(self.gate, Mapping) else self.gate
+
+    def _tell(self, layer: int, trace: Trace) -> None:
+        """Note what was read, and what the experts are called."""
+        super()._tell(layer, trace)
+        names = self.experts_at(layer).names if layer in self.layers else None
+        if names is not None:
+            trace.names[layer] = names
 
     def vectors(self, layer: int, h: Float[Tensor, "*batch d"]) -> Decision:
         """The experts' vector for each activation."""

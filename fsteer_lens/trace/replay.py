@@ -1,7 +1,7 @@
 """What a trace lacks of a text that is to be watched token by token; `generate(..., replay=True)` records it."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from jaxtyping import Float
@@ -59,7 +59,6 @@ class Replay:
         released: how the unsteered model would have gone on, {k: tokens as text}, at some tokens that it would not have
             said.
         scores: the score of every gate along the text.
-        names: of the experts at each layer, where they have any.
     """
 
     layers: tuple[int, ...]
@@ -73,7 +72,6 @@ class Replay:
     lens: Float[Tensor, "2 2 layers n"]
     released: Mapping[int, tuple[str, ...]]
     scores: tuple[Scored, ...]
-    names: Mapping[int, tuple[str, ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         n_layers, n_positions = self.size.shape
@@ -83,8 +81,7 @@ class Replay:
         """A JSON-ready mapping; numbers keep four digits."""
         record = {name: _rounded(getattr(self, name)) for name in (*SIZES, "lens")}
         record |= {name: list(getattr(self, name)) for name in ("layers", "edited", "displaced")}
-        for name in ("released", "names"):
-            record[name] = {str(key): list(texts) for key, texts in getattr(self, name).items()}
+        record["released"] = {str(key): list(texts) for key, texts in self.released.items()}
         record["scores"] = [
             {item.name: getattr(one, item.name) for item in fields(one)} | {"score": _rounded(one.score)}
             for one in self.scores
@@ -96,8 +93,7 @@ class Replay:
         """The replay that `to_record` came from."""
         values: dict[str, Any] = {name: tensor(record[name]) for name in (*SIZES, "lens")}
         values |= {name: tuple(record[name]) for name in ("layers", "edited", "displaced")}
-        for name in ("released", "names"):
-            values[name] = {int(key): tuple(texts) for key, texts in record[name].items()}
+        values["released"] = {int(key): tuple(texts) for key, texts in record["released"].items()}
         return cls(**values, scores=tuple(Scored(**{**one, "score": tensor(one["score"])}) for one in record["scores"]))
 
 

@@ -76,6 +76,7 @@ class Trace:
         own_by_token: what it recorded of each position, {name: {layer: [b s ...]}}.
         read: what was read of the prompts for the vector: "last", "mean" or "turn_end", at each steered layer.
         gate_read: the same for each gate; one that scans reads windows of the prompts in that way.
+        names: of the experts at each layer, where they have any, see `Experts`.
     """
 
     ser: PerLayer = field(default_factory=dict)
@@ -101,6 +102,7 @@ class Trace:
     own_by_token: dict[str, PerLayer] = field(default_factory=dict)
     read: dict[int, Reading] = field(default_factory=dict)
     gate_read: dict[int, Reading] = field(default_factory=dict)
+    names: dict[int, tuple[str, ...]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         known = [item.name for item in fields(self) if getattr(self, item.name) not in (None, {}, ())]
@@ -143,6 +145,7 @@ class Trace:
             replay=None if self.replay is None else self.replay[rows],
             read=self.read,
             gate_read=self.gate_read,
+            names=self.names,
             parts=tuple(part._cut(rows, columns, None) for part in self.parts),
         )
 
@@ -163,7 +166,7 @@ class Trace:
 
     def begin(self, prompt_lengths: Int[Tensor, " b"], first: Int[Tensor, " b"]) -> None:
         """Forget what was recorded, for a new prompt; mappings that were handed out keep what they hold."""
-        for name in (*PER_LAYER, *OWN, *READ):
+        for name in (*PER_LAYER, *OWN, *TOLD):
             setattr(self, name, {})
         self.prompt_lengths, self.first = prompt_lengths, first
 
@@ -265,9 +268,9 @@ class Trace:
             for key, by_layer in getattr(self, name).items():
                 for layer, value in by_layer.items():
                     found[layer].setdefault(name, {})[key] = jsonable(value[0])
-        for name in READ:
-            for layer, read in getattr(self, name).items():
-                found[layer][name] = read
+        for name in TOLD:
+            for layer, told in getattr(self, name).items():
+                found[layer][name] = told if isinstance(told, str) else list(told)
         return found
 
     @classmethod
@@ -292,15 +295,15 @@ class Trace:
     @classmethod
     def _of_record(cls, record: Mapping[str, Any], length: int | None = None) -> "Trace":
         """The trace of one row."""
-        fields_of: dict[str, Any] = {name: {} for name in (*PER_LAYER, *OWN, *READ)}
+        fields_of: dict[str, Any] = {name: {} for name in (*PER_LAYER, *OWN, *TOLD)}
         for layer, values in record["layers"].items():
             for name, value in values.items():
                 if name in OWN:
                     for key, one in value.items():
                         fields_of[name].setdefault(key, {})[int(layer)] = tensor(one).unsqueeze(0)
                     continue
-                if name in READ:
-                    fields_of[name][int(layer)] = require_reading(value)
+                if name in TOLD:
+                    fields_of[name][int(layer)] = tuple(value) if name == "names" else require_reading(value)
                     continue
                 kind = torch.bool if name in ("distance_outside", "energy_outside") else torch.float32
                 fields_of[name][int(layer)] = tensor(value, kind).unsqueeze(0)
@@ -356,9 +359,9 @@ class Trace:
 
 OWN = ("own", "own_by_token")
 """Fields that hold such mappings by the names that a hook object of one's own chose."""
-READ = ("read", "gate_read")
-"""Fields that say what was read of the prompts at each layer."""
-PER_LAYER = tuple(item.name for item in fields(Trace) if item.default_factory is dict and item.name not in OWN + READ)
+TOLD = ("read", "gate_read", "names")
+"""Fields that tell something of the hook at each layer, the same for all rows."""
+PER_LAYER = tuple(item.name for item in fields(Trace) if item.default_factory is dict and item.name not in OWN + TOLD)
 """Names of the fields that go from layer to tensor."""
 
 
@@ -370,7 +373,7 @@ def _by_position(name: str, value: Tensor) -> bool:
 def join(traces: Sequence[Trace]) -> Trace:
     """One trace with the rows of all, padded to the longest; a field that one of them lacks is None.
 
-    What was read at a layer is kept where it is the same in all.
+    What was read at a layer, and the experts' names, are kept where they are the same in all.
     """
     if len(traces) == 1:
         return traces[0]
@@ -378,7 +381,9 @@ def join(traces: Sequence[Trace]) -> Trace:
     def joined(values: Sequence[Any]) -> Any:
         if any(value is None for value in values):
             return None
-        if isinstance(values[0], str):
+        if isinstance(values[0], str) or (
+            isinstance(values[0], tuple) and isinstance(next(iter(values[0]), None), str)
+        ):
             return values[0] if len(set(values)) == 1 else None
         if isinstance(values[0], Mapping):
             shared = set.intersection(*(set(value) for value in values))

@@ -10,6 +10,7 @@ from fsteer_lens.explorer import Explorer
 from fsteer_lens.explorer.pictured import grouped, pictured
 from fsteer_lens.explorer.settings import Subject
 from fsteer_lens.figures.gating import roc
+from fsteer_lens.prompts.passes import Passes
 from tests.browser.harness import browser, page_of
 
 WIDTH = 12
@@ -59,7 +60,7 @@ def explorer_of(steering, rows, names=NAMES, sizes=SIZES) -> Explorer:
     subject = Subject(steering, 0)
     told = pictured(subject, grouped(prompts, None), rows, rows)
     options: Any = {"title": f"T {HOSTILE}", "unknown": lambda text: {}, "wrap": None}
-    return Explorer(subject, Model(), told, max_new_tokens=3, formatting={}, **options)
+    return Explorer(subject, Model(), told, max_new_tokens=3, passes=Passes(), **options)
 
 
 @pytest.fixture(scope="module")
@@ -273,18 +274,79 @@ def test_text_is_asked_for_once_shown_as_text_and_marked_when_out_of_date(open_p
     answer(page, status="running")
     assert button.is_disabled()
     texts = {"unsteered": f"u {HOSTILE}", "steered": f"s {HOSTILE}", "decision": f"d {HOSTILE}"}
-    answer(page, status="done", **texts)
+    tokens = [["s ", 0.1], [HOSTILE, 2.0], ["<end>", None]]
+    answer(page, status="done", tokens=tokens, **texts)
     assert button.is_enabled() and button.text_content() == "Generate"
-    assert page.locator(".text").all_text_contents() == [texts["unsteered"], texts["steered"]]
+    assert page.locator(".text").all_text_contents() == [texts["unsteered"], f"{texts['steered']}<end>"]
     assert page.locator("img").count() == 0
+    shades = page.locator(".text span").evaluate_all("(all) => all.map((one) => one.style.background)")
+    assert [shade.split(", ")[-1] for shade in shades] == ["0.03)", "0.5)", ""]  # as strong as KL
+    assert "2.00 nats" in page.locator(".text span").nth(1).get_attribute("title")
     assert status.text_content() == ""
-    drag(page, "strength", 0.9)
+    page.evaluate("window.shown.model.set('settings', {...window.shown.model.get('settings'), strength: 1})")
     assert "Out of date" in status.text_content()
     page.evaluate("window.shown.model.set('settings', {...window.shown.model.get('settings'), strength: 1.5})")
-    assert status.text_content() == ""
+    assert status.text_content() == "" and page.evaluate("window.shown.sent.length") == 1
+
+
+def test_texts_follow_when_a_control_is_let_go_and_stay_until_others_are_there(open_page, steering, queries):
+    page = open_page(explorer_of(steering, queries))
+    sent = "window.shown.sent.length"
+    drag(page, "strength", 0.9)
+    assert page.evaluate(sent) == 0  # there are no texts yet, and nobody has asked for any
+    texts = {"unsteered": "u", "steered": "s", "decision": "d"}
+    page.locator(".generate").click()
+    answer(page, status="done", **texts)
+    value = drag(page, "strength", 0.5)
+    assert page.evaluate(sent) == 2
+    assert page.evaluate("window.shown.sent[1].settings.strength") == pytest.approx(value)
+    assert page.locator(".texts.stale").is_visible() and page.locator(".text").all_text_contents() == ["u", "s"]
+    answer(page, status="running")
     page.locator("select").select_option("3")
-    assert "Out of date" in status.text_content()
-    assert page.evaluate("window.shown.sent.length") == 1  # nothing is generated unasked
+    drag(page, "strength", 0.2)
+    assert page.evaluate(sent) == 2  # it is at it; what has changed meanwhile is asked for once, afterwards
+    answer(page, status="done", **texts)
+    assert page.evaluate(sent) == 3 and page.evaluate("window.shown.sent[2].prompt") == 3
+    answer(page, status="done", **{**texts, "prompt": 3, "steered": "t"})
+    assert page.locator(".text").all_text_contents() == ["u", "t"] and page.evaluate(sent) == 3
+
+
+def test_stored_texts_stay_without_a_kernel_which_is_said(open_page, steering, queries):
+    explorer = explorer_of(steering, queries)
+    stored = {"status": "done", "prompt": 0, "unsteered": "u", "steered": "s", "decision": "d"}
+    explorer.widget.answer = {**stored, "settings": explorer.settings.message()}
+    page = open_page(explorer)
+    assert page.locator(".text").all_text_contents() == ["u", "s"]
+    drag(page, "strength", 0.9)
+    page.wait_for_function("document.querySelector('.status').textContent.includes('No answer from the kernel')")
+    assert "from before" in page.locator(".status").text_content() and page.locator(".generate").is_enabled()
+    assert page.locator(".texts.stale .text").all_text_contents() == ["u", "s"]
+    drag(page, "strength", 0.2)
+    assert page.evaluate("window.shown.sent.length") == 1  # nobody is there to ask
+    page.locator(".generate").click()
+    assert page.evaluate("window.shown.sent.length") == 2  # but for who asks
+
+
+def test_ones_own_prompt_is_marked_in_every_picture(open_page, steering, queries):
+    page = open_page(explorer_of(steering, queries))
+    page.locator(".own").fill("mine")
+    page.locator(".own").press("Enter")
+    own = explorer_of(steering, queries)._pictured.row(3)
+    before = page.locator("canvas").bounding_box()["height"]
+    answer(page, status="done", prompt="mine", unsteered="u", steered="s", decision="d", own=own)
+    gate = steering.gate
+    score = float(gate.score(queries[3:4])[0])
+    foot = page.locator("svg .chosen").first.get_attribute("d")[1:].split(",")[0]
+    assert float(foot) == pytest.approx(46 + score * 322, abs=0.01)
+    assert page.locator("canvas").bounding_box()["height"] == before + 16
+    scores = gate.score(queries)
+    known = [scores[: SIZES[0]], scores[SIZES[0] :]]
+    hit, alarm = (int((one >= scores[3]).sum()) / size for one, size in zip(known, SIZES, strict=True))
+    x, y = page.locator("svg .chosen").nth(1).get_attribute("d")[1:].split("l")[0].split(",")
+    assert (float(x), float(y)) == pytest.approx((46 + alarm * 322, 163 - hit * 153 - 6), abs=0.01)
+    page.locator(".own").fill("other")
+    assert page.locator("canvas").bounding_box()["height"] == before
+    assert page.locator("svg .chosen").nth(1).get_attribute("d") == ""
 
 
 def test_an_error_is_shown_as_text_and_another_try_is_open(open_page, steering, queries):
@@ -333,7 +395,7 @@ def test_prompts_show_on_hover_as_text_and_a_click_chooses_one(open_page, steeri
     tip = page.locator(".tip")
     prompt = f"{HOSTILE} {HOSTILE[:3]} {row}"
     weights = steering.experts_at(0).route(queries[row])
-    assert prompt in tip.text_content() and f"0: {weights[0]:.2f}" in tip.text_content()
+    assert prompt in tip.text_content() and f"expert 0: {weights[0]:.2f}" in tip.text_content()
     assert page.locator("img").count() == 0
     page.mouse.click(box["x"] + 60, box["y"] + 18 + 6 * row + 3)
     assert page.locator("select").input_value() == str(row)

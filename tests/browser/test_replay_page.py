@@ -1,5 +1,7 @@
 """The replay in headless Chromium without network: tokens are chosen, played, pinned, linked; it needs no script."""
 
+import importlib
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,12 @@ def test_a_token_is_chosen_by_click_and_by_keys(browser: Any, path: Path) -> Non
         at = columns.evaluate_all("all => all.findIndex(c => c.getAttribute('aria-pressed') === 'true')")
         assert page.url.endswith(f"#replay=0.{at}")
         assert heard.errors == [] and heard.outside == []
+
+
+def test_a_finger_chooses_a_token(browser: Any, path: Path) -> None:
+    with opened(browser, path, viewport={"width": 400, "height": 800}, has_touch=True) as (page, heard):
+        page.locator("section.run:not([hidden]) .c.a").nth(1).tap()
+        assert "token 2 of" in label(page) and heard.errors == []
 
 
 def test_it_plays_to_the_end_and_stops(browser: Any, path: Path) -> None:
@@ -170,3 +178,33 @@ def test_hostile_tokens_and_a_long_text_in_many_layers(
         assert page.locator("img, iframe, x-hostile, [onerror]").count() == 0
         assert page.evaluate("window.hacked") is None
         assert heard.errors == [] and heard.outside == []
+
+
+def test_large_data_are_quantised_and_drawn_in_the_same_places(
+    browser: Any,
+    tmp_path: Path,
+    hooked: Any,
+    steering: fs.FineSteer,
+    prompts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: dict[str, Any] = {"compare": True, "replay": True, "max_new_tokens": 10, "progress": False}
+    made = fs.generate(hooked, prompts[:1], steering, **told)
+    drawing = importlib.import_module("fsteer_lens.figures.replay")  # the module, not the function
+    drawn, sizes = [], []
+    for large in (drawing.LARGE, 0):
+        monkeypatch.setattr(drawing, "LARGE", large)
+        target = tmp_path / f"{large}.html"
+        figures.save(figures.replay(made), target)
+        sizes.append(target.stat().st_size)
+        with opened(browser, target) as (page, heard):
+            paths = page.locator(".inspector path.one, .inspector path.two")
+            bars = page.locator(".inspector rect[fill^='rgb'], .inspector rect[fill*='steered']")
+            places = [float(number) for d in paths.evaluate_all("all => all.map(p => p.getAttribute('d'))")
+                      for number in re.findall(r"-?[0-9.]+", d)]  # fmt: skip
+            heights = [float(one) for one in bars.evaluate_all("all => all.map(p => p.getAttribute('height'))")]
+            drawn.append((places, heights))
+            assert heard.errors == []
+    assert sizes[1] < sizes[0]
+    for exact, quantised in zip(*drawn, strict=True):
+        assert len(exact) > 5 and quantised == pytest.approx(exact, abs=0.5)  # half a pixel

@@ -139,3 +139,17 @@ def test_a_solution_is_folded_and_opens(site: Path) -> None:
         assert not code.is_visible()
         solution.locator("summary").click()
         assert code.is_visible()
+
+
+def test_a_replay_is_watched_on_its_page(site: Path) -> None:
+    path = site / "notebooks" / "06_your_own_model.html"
+    with launched() as chromium, opened(chromium, path, viewport={"width": 1300, "height": 900}) as (page, heard):
+        run = page.locator(".fsteer-replay section.run:not([hidden])").first
+        run.locator(".c.a").nth(1).click()
+        assert "Token 2 of" in run.locator(".say").inner_text()
+        assert run.locator(".inspector svg").count() >= 2
+        assert heard.errors == [] and heard.outside == []
+        for scheme, dark in (("light", False), ("dark", True)):
+            page.emulate_media(color_scheme=scheme)
+            ink = run.locator(".say").evaluate("one => getComputedStyle(one).color")
+            assert (sum(int(part) for part in re.findall(r"\d+", ink)[:3]) > 380) == dark, ink
