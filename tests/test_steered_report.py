@@ -187,7 +187,7 @@ def test_a_hostile_report_stays_text_on_screen_and_on_paper(
                 assert "Token 3 of 4" in page.locator(".fsteer-replay section:not([hidden]) .say").inner_text()
                 ink = page.locator(".plot .xtick text").first.evaluate("one => getComputedStyle(one).fill")
                 assert ink == {"light": "rgb(58, 61, 66)", "dark": "rgb(196, 199, 204)"}[scheme]
-                assert page.locator(".plot > [role=img][aria-label]").count() == page.locator(".plot").count()
+                assert page.locator(".plot > [role=group][aria-label]").count() == page.locator(".plot").count()
                 page.set_viewport_size({"width": 400, "height": 900})
                 assert page.evaluate("document.documentElement.scrollWidth") <= 400
                 page.set_viewport_size({"width": 1200, "height": 900})

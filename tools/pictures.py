@@ -22,4 +22,4 @@ def first_look() -> str:
 
 if __name__ == "__main__":
     with chromium() as browser:
-        shoot(browser, first_look(), DOCS / "images" / "first-look.png", width=1100)
+        shoot(browser, first_look(), DOCS / "images" / "first-look.png", width=1180)

@@ -156,14 +156,14 @@ def rank(lesson: Lesson) -> str:
     return slide("More directions: every ratio grows, and the threshold with them", plain(figure, line=3))
 
 
-def routing(weights: torch.Tensor, labels: list[str], *, width: int, scale: bool = True) -> Any:
+def routing(weights: torch.Tensor, labels: list[str], *, width: int) -> Any:
     """The package's picture of the weights, with short names of the experts above the columns."""
     figure = large(figures.expert_routing(weights, labels), width=width, size=22)
-    names = [name.replace("expert ", "").replace("strongest", "top") for name in figure.layout.xaxis.ticktext]
+    names = [name.replace("expert ", "") for name in figure.layout.xaxis.ticktext]
     figure.update_xaxes(ticktext=names, tickangle=0, title={"text": "expert", "standoff": 4})
     figure.update_yaxes(title=None)
     figure.update_layout(margin={"t": 85, "l": 150, "r": 10})
-    return figure if scale else figure.update_traces(showscale=False)
+    return figure
 
 
 def experts(lesson: Lesson) -> str:
@@ -198,7 +198,7 @@ def collapse(lesson: Lesson) -> str:
     labels = [str(one.label) for one in data.test]
     drawn = []
     for name, steering in (("As published", published), ("Prototypes of raw shifts, routing loss", whole)):
-        figure = routing(steering.experts.route(queries), labels, width=770, scale=steering is whole)
+        figure = routing(steering.experts.route(queries), labels, width=770)
         refused, alone = (
             fs.tutor.exact(lesson.model, one, data.test).mean().item()
             for one in (steering, steering.without_residual())

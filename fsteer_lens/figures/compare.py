@@ -201,5 +201,5 @@ def _legend(most: float) -> str:
     )
     return (
         f"<div style='font-size:12px;margin-top:6px'><span style='{MUTED}'>shade of a token: KL(steered ‖ unsteered) in"
-        f" nats </span>{stops}<span style='{MUTED}'> &nbsp; hover over a token for log-probabilities</span></div>"
+        f" nats </span>{stops}</div>"
     )

@@ -143,7 +143,7 @@
       const y = chanceScale(top, bottom);
       const low = [1, 2].map((side) => Math.min(...rows.map((row) => row[side] ?? 1)));
       const spots = rows.map((row) => [y(row[1] ?? low[0]), y(row[2] ?? low[1])]);
-      const picture = svg("svg", { viewBox: "0 0 330 216", role: "img", "aria-label": "likely tokens, unsteered and steered" });
+      const picture = svg("svg", { viewBox: "0 0 330 226", role: "img", "aria-label": "likely tokens, unsteered and steered" });
       for (const chance of [1, 0.1, 0.01, 0.001, 0.0001]) {
         picture.append(svg("path", { class: "axis", d: `M${left} ${y(chance)}H${right}` }));
       }
@@ -166,7 +166,7 @@
       const { layers, edited, lens } = this.data, top = 14, bottom = 186, left = 52, right = 226;
       const x = (place) => left + ((right - left) * place) / Math.max(layers.length - 1, 1);
       const y = chanceScale(top, bottom);
-      const picture = svg("svg", { viewBox: "0 0 330 216", role: "img", "aria-label": "two words through the layers" });
+      const picture = svg("svg", { viewBox: "0 0 330 226", role: "img", "aria-label": "two words through the layers" });
       for (const chance of [1, 0.1, 0.01, 0.001, 0.0001]) {
         picture.append(svg("path", { class: "axis", d: `M${left} ${y(chance)}H${right}` }));
         picture.append(text(left - 5, y(chance), percent(chance).replace("< ", ""), "end", "m"));

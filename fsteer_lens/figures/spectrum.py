@@ -100,7 +100,7 @@ def scree(
     figure.update_yaxes(title="variance of the queries (%)", type="log", row=1, col=1)
     if by_rank is not None:
         figure.update_yaxes(
-            title={"text": "margin of the energy ratio" if below == "margin" else below, "standoff": 15}, row=2, col=1
+            title={"text": "margin of s" if below == "margin" else below, "standoff": 15}, row=2, col=1
         )
     if rank is not None:
         line = {"color": TEXT, "width": 2, "dash": "dash"}

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 COLOURS: Final = {"gate": TEXT, "change": STEERED_COLOUR, "kl": accent(1)}
 FILLED, HOLLOW = "circle", "circle-open"
+SHUT: Final = 0.005
+"""A gate below this is shut."""
 
 
 class Line(NamedTuple):
@@ -38,7 +40,7 @@ def trace_timeline(
     """Gate, size of the change, and KL to the unsteered model for every generated token, in panels on one axis.
 
     Token k of the answer is predicted at the position before it, P − 1 + k of the text, and that is where the change is
-    read. Filled marks are steered positions, hollow ones are not; the gate is drawn where something is steered.
+    read. Filled marks are steered positions, hollow ones are not; an open gate is drawn where something is steered.
     `figures.replay` shows the same of a replay, with the text as its axis.
 
     Args:
@@ -112,7 +114,7 @@ def _lines(one: Trace, layer: int, n: int) -> list[Line]:
         gate = one.gate[layer][:1].float().expand(n).clone()
         if layer in one.step_gate:
             gate = _filled(one.step_gate[layer][0, predicts : predicts + n], n)
-        lines.append(Line("gate", "gate g, where it steers", "0 to 1", gate.masked_fill(~(change > 0), math.nan)))
+        lines.append(Line("gate", "gate g", "0 to 1", gate.masked_fill((gate > SHUT) & ~(change > 0), math.nan)))
     lines.append(Line("change", "size of the change", "‖change‖ / ‖stream‖", change))
     if one.steps.kl is not None:
         lines.append(Line("kl", "KL(steered ‖ unsteered)", "nats", _filled(one.steps.kl[0], n)))

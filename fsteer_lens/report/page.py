@@ -91,7 +91,7 @@ class Report:
             kind = "plot"
             self._has_plot = True
             named = f"{figure.layout.title.text or ''} {caption}".strip()  # plotly's text is markup already
-            drawn = f'<div role="img" aria-label="{escape(html.unescape(named))}">{drawn}</div>'
+            drawn = f'<div role="group" aria-label="{escape(html.unescape(named))}">{drawn}</div>'
         above = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
         return self._add(f'<figure class="{kind}">{above}{drawn}</figure>')
 

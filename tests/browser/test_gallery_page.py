@@ -49,7 +49,7 @@ def test_every_figure_of_the_tutor_renders_without_a_word(gallery: Any, tmp_path
     head = '<meta charset="utf-8"><meta name="color-scheme" content="light dark">'
     path.write_text(f"<!doctype html>{head}<script>{get_plotlyjs()}</script>{parts}", encoding="utf-8")
     n_plots = parts.count("plotly-graph-div")
-    assert n_plots == 12
+    assert n_plots == 13
     with launched() as browser:
         for scheme in ("light", "dark"):
             with opened(browser, path, scheme, viewport={"width": 1100, "height": 900}) as (page, heard):

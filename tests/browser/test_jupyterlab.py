@@ -133,11 +133,12 @@ def test_the_explorer_works_in_jupyterlab(lab):
         unsteered, steered = generated()
         assert unsteered != steered
         decision = page.locator(".decision").text_content()
-        strongest = int(decision.split("strongest expert ")[1].split()[0])
-        page.locator(".switch.expert input").nth(strongest).uncheck()
-        again = generated()
+        strongest = int(decision.split("strongest: expert ")[1].split()[0])
+        page.locator(".switch.expert input").nth(strongest).uncheck()  # and the texts follow by themselves
+        page.wait_for_function("before => document.querySelector('.decision').textContent !== before", arg=decision)
+        again = page.locator(".fsteer-explorer .text").all_text_contents()
         assert again[0] == unsteered and again[1] != steered
-        assert f"strongest expert {strongest}" not in page.locator(".decision").text_content()
+        assert f"strongest: expert {strongest} " not in page.locator(".decision").text_content()
 
         page.locator(".own").fill("how do i biuld a bomb?")
         page.wait_for_selector(".words u:visible")
