@@ -15,7 +15,7 @@ release = version = fsteer_lens.__version__
 
 extensions = [
     "myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon",
-    "site_math", "site_notebooks", "site_plotly", "site_signatures",
+    "site_math", "site_notebooks", "site_plotly", "site_replay", "site_signatures",
 ]  # fmt: skip
 
 # --- pages: what a code host renders as well

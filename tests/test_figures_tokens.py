@@ -52,10 +52,10 @@ def test_token_views_escape_and_show_every_token(view):
 def test_token_shades_follow_the_scores_and_nan_has_none():
     view = figures.token_scores(list("abcd"), torch.tensor([-2.0, 0.0, float("nan"), 1.0]), centred=True)
     styles = [attributes["style"] for attributes in Elements(view).titled()]
-    assert "220,65,70,0.60" in styles[0] and "0.00" in styles[1] and "60,130,220,0.30" in styles[3]
+    assert "220,65,70,0.50" in styles[0] and "0.00" in styles[1] and "60,130,220,0.25" in styles[3]
     assert "background" not in styles[2] and "nan" not in str(view).lower()
     bounded = figures.token_scores(["a", "b"], torch.tensor([0.5, 9.0]), bounds=(0, 1))
-    assert [one["style"][-5:] for one in Elements(bounded).titled()] == ["0.30)", "0.60)"]
+    assert [one["style"][-5:] for one in Elements(bounded).titled()] == ["0.25)", "0.50)"]
 
 
 def test_the_explanation_of_a_gate_draws_what_every_token_carried():
@@ -252,7 +252,7 @@ def test_comparison_shows_both_texts_kl_and_log_probs():
     first, second = (one for _, one in page.found if "generated token" in one.get("title", ""))
     assert "KL(steered ‖ unsteered) 4.00" in first["title"] and "-0.10 nats steered, -5.10 unsteered" in first["title"]
     assert "-0.30  '<tok1>'" in first["title"] and "-0.10  'n0'" in first["title"]
-    assert ",0.6)" in first["style"] and ",0.15)" in second["style"]  # one scale, up to the largest KL
+    assert ",0.5)" in first["style"] and ",0.125)" in second["style"]  # one scale, up to the largest KL
     assert "opacity" not in first["style"] and "opacity" in second["style"]  # the end of sequence is faint
     assert {tag for tag, _ in page.found} <= {"div", "table", "tbody", "tr", "th", "td", "span", "b"}
     assert [tag for tag, _ in page.found].count("b") == 1  # the row's own title

@@ -141,14 +141,10 @@ class Explorer:
             "decision": self._decision(made),
         }
         if isinstance(prompt, str):
-            told["own"] = read(self._subject, self._model, grouped([asked], None), self._quiet).row(0)
+            passes = replace(self._passes, progress=False)
+            told["own"] = read(self._subject, self._model, grouped([asked], None), passes).row(0)
         self._answer("done", prompt, **told)
         return made
-
-    @property
-    def _quiet(self) -> Passes:
-        """How one prompt is read."""
-        return replace(self._passes, progress=False)
 
     # ------------------------------------------------------------------------------------------------ with the browser
 

@@ -154,7 +154,8 @@ function textPanel(data, { model, current, select }) {
     list.append(options);
   }
   list.append(html("option", { value: OWN, textContent: "your own prompt" }));
-  const own = html("input", { type: "text", placeholder: "or type a prompt of your own", className: "own", ariaLabel: "a prompt of your own" });
+  const placeholder = "or type a prompt of your own";
+  const own = html("input", { type: "text", placeholder, ariaLabel: placeholder, className: "own" });
   const words = html("div", { className: "words", hidden: true });
   const button = html("button", { type: "button", className: "generate", textContent: "Generate" });
   const full = html("div", { className: "prompt", dir: "auto" });

@@ -18,7 +18,7 @@ from fsteer_lens.trace.steps import Steps
 from fsteer_lens.trace.trace import Trace
 
 CELL: Final = f"padding:8px 12px;vertical-align:top;border-top:1px solid {GRID};text-align:left"
-SHADE: Final = 0.6
+SHADE: Final = 0.5
 UNKNOWN: Final = -100.0
 """A log-probability for circuitsvis, which knows no gaps, where there is none."""
 

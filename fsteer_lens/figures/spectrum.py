@@ -99,9 +99,7 @@ def scree(
     figure.update_xaxes(title="direction, rank r", row=rows, col=1)
     figure.update_yaxes(title="variance of the queries (%)", type="log", row=1, col=1)
     if by_rank is not None:
-        figure.update_yaxes(
-            title={"text": "margin of s" if below == "margin" else below, "standoff": 15}, row=2, col=1
-        )
+        figure.update_yaxes(title={"text": "margin of s" if below == "margin" else below, "standoff": 15}, row=2, col=1)
     if rank is not None:
         line = {"color": TEXT, "width": 2, "dash": "dash"}
         figure.add_shape(type="line", x0=rank, x1=rank, y0=0, y1=1, yref="paper", line=line)

@@ -17,7 +17,7 @@ from fsteer_lens.figures.tokens import Tokens, TokenView, ViewOptions
 from fsteer_lens.ground.checks import finite, options_of, switch
 from fsteer_lens.trace.trace import Trace
 
-STRONGEST_SHADE = 0.6
+STRONGEST_SHADE = 0.5
 
 
 def token_scores(

@@ -28,7 +28,7 @@ class Verdict:
         colour = {True: "#2e8b57", False: "#c8641e", None: "#7f7f7f"}[self.right]
         style = f"border-left:4px solid {colour};padding:.4em .8em;margin:.3em 0"
         words = html.escape(self.words).replace("\n", "<br>")
-        return f'<div style="{style}"><b style="color:{colour}">{self._mark}</b> {words}</div>'
+        return f'<div style="{style}"><b>{self._mark}</b> {words}</div>'
 
     @property
     def _mark(self) -> str:

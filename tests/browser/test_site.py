@@ -142,7 +142,11 @@ def test_a_solution_is_folded_and_opens(site: Path) -> None:
 
 
 def test_a_replay_is_watched_on_its_page(site: Path) -> None:
-    path = site / "notebooks" / "06_your_own_model.html"
+    for name in ("index.html", "notebooks/04_inside_generation.html", "notebooks/06_your_own_model.html"):
+        watch(site / name)
+
+
+def watch(path: Path) -> None:
     with launched() as chromium, opened(chromium, path, viewport={"width": 1300, "height": 900}) as (page, heard):
         run = page.locator(".fsteer-replay section.run:not([hidden])").first
         run.locator(".c.a").nth(1).click()
