@@ -45,8 +45,10 @@ Greedy decoding of {n_new} tokens after a prompt of 32, {shape} shape with rando
 token ends the text, so both sides compute equally many. Gate and experts are decided upon once, at the prompt's last
 token; after that every token costs one vector addition and the record of its size. That record is always kept: "trace
 off" is the model's own `generate` with the hooks on it, which keeps nothing else, and "trace on" the package's
-`generate`, whose trace has every row, layer and token. The last row puts one hook on one layer and runs 32 tokens
-through the model: a new prompt each time, so gate and experts are in it.
+`generate`, whose trace has every row, layer and token. "One hook" puts one hook on one layer and runs 32 tokens
+through the model: a new prompt each time, so gate and experts are in it. "Replay" is what recording for
+`figures.replay` costs: two more passes over the text, how the unsteered model would have gone on, and above all the
+logit lens, which runs the model's head at every layer.
 """.strip()
     return Section("Decoding", text, tuple(rows))
 

@@ -29,6 +29,7 @@ from fsteer_lens.method.gates import Gate, Reading
 from fsteer_lens.method.linalg import move
 from fsteer_lens.models.attaching import is_compiled, why_idle
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.plain import steerable
 from fsteer_lens.models.points import DEFAULT_SITE, site_name
 from fsteer_lens.prompts.chat import NO_ARGUMENTS
 from fsteer_lens.prompts.formats import PromptFormat, merge_formats
@@ -158,11 +159,16 @@ class HookObject(ABC):
         return Hooks(Session(self, prompt_lengths, attention_mask))
 
     @contextmanager
-    def on(self, model: SteerableModel, prompt_lengths: Any = None, attention_mask: Any = None) -> Iterator[Trace]:
+    def on(
+        self, model: SteerableModel | torch.nn.Module, prompt_lengths: Any = None, attention_mask: Any = None
+    ) -> Iterator[Trace]:
         """Put the hooks on a model for the length of a `with` block; yields the trace, which fills as the model runs.
 
         It follows the model: while the block is open it is that of the latest prompt, and `trace.copy()` is what it is
         now. Where no `attention_mask` is given the model's own tells which tokens are padding, as far as it has one.
+
+        The model is one of TransformerLens, or a causal language model of transformers as it is, whose own `generate`
+        then runs steered; that has no tokenizer, so nobody looks whether it is the one that was fitted with.
 
         Args as in `fwd_hooks`.
 
@@ -173,8 +179,9 @@ class HookObject(ABC):
                 once, if a gate scans windows of the prompts, which these hooks do not know.
         """
         self._require_no_scan("on")
-        session = self.session_on(model, prompt_lengths, attention_mask)
-        added = session.added_to(model)
+        seen = steerable(model)
+        session = self.session_on(seen, prompt_lengths, attention_mask)
+        added = session.added_to(seen)
         in_place = True
         try:
             yield session.trace
@@ -183,9 +190,11 @@ class HookObject(ABC):
             added.remove()
         if not in_place:
             raise _removed_by_others(self)
-        _require_fired(session, model)
+        _require_fired(session, seen)
 
-    def attach(self, model: SteerableModel, prompt_lengths: Any = None, attention_mask: Any = None) -> Handle:
+    def attach(
+        self, model: SteerableModel | torch.nn.Module, prompt_lengths: Any = None, attention_mask: Any = None
+    ) -> Handle:
         """Put the hooks on a model until `handle.detach()`; arguments as in `on`.
 
         Raises:
@@ -195,9 +204,10 @@ class HookObject(ABC):
                 Elsewhere `handle.trace` raises where one of them has never run. Or a gate scans, as in `on`.
         """
         self._require_no_scan("attach")
-        if is_compiled(model):
-            raise HookError(f"{self!r} cannot stay on this model", fix=why_idle(model))
-        return Handle(model, self.session_on(model, prompt_lengths, attention_mask))
+        seen = steerable(model)
+        if is_compiled(seen):
+            raise HookError(f"{self!r} cannot stay on this model", fix=why_idle(seen))
+        return Handle(seen, self.session_on(seen, prompt_lengths, attention_mask))
 
     def _require_no_scan(self, how: str) -> None:
         """Raise where something is to be asked about windows of the prompts, which nobody knows here."""

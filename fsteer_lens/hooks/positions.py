@@ -51,6 +51,7 @@ class Positions:
         self.mask = None if attention_mask is None else _tensor(attention_mask).bool()
         self.seen = 0
         self.coming = 0  # new tokens that the next forward brings at once, of a fork
+        self.back = 0  # tokens that the model has taken back before the latest forward, as assisted decoding does
         self.query: Tensor
         self.first: Tensor
         self.at_end: Tensor
@@ -73,6 +74,7 @@ class Positions:
         activation: Float[Tensor, "b t d"],
         fresh: bool | None = None,
         real: Bool[Tensor, "b s"] | None = None,
+        cached: int | None = None,
     ) -> View:
         """Place an activation, before any edit.
 
@@ -80,8 +82,16 @@ class Positions:
             activation: of one forward pass.
             fresh: whether it is a new prompt, where the caller knows.
             real: which tokens the model takes for real, cached ones included; counts where no mask was given.
+            cached: how many tokens the model has in its cache, where it tells; decides what `fresh` leaves open.
+
+        Raises:
+            HookError: the forward does not go on where the last one ended.
         """
         rows, width = activation.shape[:2]
+        if cached is not None and fresh is None:
+            fresh = cached == 0
+            if not fresh:
+                self._require_followed(width, cached)
         if fresh is None:
             fresh = self._is_fresh(activation)
         mask = real if self.mask is None and _usable(real, rows, width, fresh) else self.mask
@@ -91,8 +101,11 @@ class Positions:
             if fresh:
                 self.at_query = at(activation, self.query).detach().clone()
             self.at_end = activation[:, -1].detach().clone()
+        self.back = 0
         if fresh:
             start, n_new, self.seen = 0, width, width
+        elif cached is not None:
+            start, n_new, self.back, self.seen = cached, width, self.seen - cached, cached + width
         elif self.coming:
             start, n_new, self.seen = self.seen, width, self.seen + width
         else:
@@ -100,6 +113,23 @@ class Positions:
             n_new, self.seen = 1, self.seen + 1
         columns = torch.arange(start, start + width, device=activation.device)
         return View(columns, n_new, fresh, self.query, self.first, _real(columns, rows, mask))
+
+    def _require_followed(self, width: int, cached: int) -> None:
+        """Raise unless tokens after so many cached ones go on with the prompts at hand."""
+        if self.at_query is None or not int(self.query.max()) < cached <= self.seen:
+            raise HookError(
+                "this forward does not go on with the last prompts",
+                expected=f"a new prompt, or tokens after {self.seen} cached ones",
+                got=f"{width} after {cached}",
+                fix="Run the prompts with the hooks on: a cache from elsewhere was decided on by nobody.",
+            )
+        if width > 1 and self.lengths is None:
+            raise HookError(
+                f"{width} tokens at once after {cached} cached ones",
+                expected="one token, as long as nobody has told where the prompts end",
+                fix="They may be a prompt's, run in parts (prefill_chunk_size): generate without that. For assisted"
+                " decoding give prompt_lengths=.",
+            )
 
     def _is_fresh(self, activation: Tensor) -> bool:
         rows, width = activation.shape[:2]

@@ -14,6 +14,7 @@ from fsteer_lens.hooks.positions import Positions, View
 from fsteer_lens.method.gates import Reading
 from fsteer_lens.models.attaching import AddedHooks, OwnHook, hooks_added
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.plain import PlainModel
 from fsteer_lens.models.points import Point
 from fsteer_lens.reading.readings import at, of_prompt
 from fsteer_lens.trace.trace import Trace
@@ -153,6 +154,7 @@ class Session:
         self._forward_is_fresh = True
         self._place = len(self._points)
         self._real: Tensor | None = None
+        self._cached: int | None = None
 
     def reset(self) -> None:
         """Take the next forward, from whichever thread, as a new prompt."""
@@ -180,10 +182,11 @@ class Session:
         return [(point.name, PointHook(self, point)) for point in self._points]
 
     def added_to(self, model: SteerableModel) -> AddedHooks:
-        """The hooks on a model, until they are removed; where no mask was given, the model is asked which tokens are
-        padding."""
-        watched = None if self._knows_padding else (self._points[0].layer, self._see_padding)
-        return AddedHooks(model, self.hooks(), padding=watched)
+        """The hooks on a model, until they are removed; the model is asked what nobody has told: which tokens are
+        padding, and, of a model of transformers, how many of them are cached."""
+        asked = not self._knows_padding or isinstance(model, PlainModel)
+        watched = (self._points[0].layer, self._see) if asked else None
+        return AddedHooks(model, self.hooks(), watched)
 
     @contextmanager
     def step(self, model: SteerableModel, *, fresh: bool) -> Iterator[None]:
@@ -219,7 +222,8 @@ class Session:
                 fix="Was this fitted on another model?",
             )
         self.unfired.discard(point)
-        view = self._positions[point].observe(activation, self._fresh, self._real)
+        positions, acting = self._positions[point], self._acting[point]
+        view = positions.observe(activation, self._fresh, self._real, self._cached)
         place, before = self._points.index(point), self._place
         new_forward, self._place = place <= before, place
         if not new_forward and place > before + 1:
@@ -240,7 +244,10 @@ class Session:
                 expected=f"the same as at {self._points[0].name}",
                 fix="A forward was broken off between the layers: call handle.reset(), or open a new context.",
             )
-        acting = self._acting[point]
+        if positions.back:
+            common = [self.trace] if len(self.states) > 1 and point.layer in self._alone else []
+            for trace in [*(state.trace for state in acting), *common]:
+                trace.take_back(point.layer, positions.back)
         edits = [_checked(state.link.edit(state, point.layer, activation, view), state, activation) for state in acting]
         acted = [edit for edit in edits if edit is not None]
         total = sum(acted[1:], acted[0]) if acted else None
@@ -265,8 +272,8 @@ class Session:
         for trace in {id(one): one for one in (self.trace, *(state.trace for state in self.states))}.values():
             trace.begin(lengths, first)
 
-    def _see_padding(self, real: Bool[Tensor, "b s"] | None) -> None:
-        self._real = real
+    def _see(self, real: Bool[Tensor, "b s"] | None, cached: int | None) -> None:
+        self._real, self._cached = real, cached
 
     def _require_own_thread(self) -> None:
         here, owner = current_thread(), self._thread

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fsteer_lens.errors import HookError
 from fsteer_lens.models.classes import SteerableModel
-from fsteer_lens.models.padding import PaddingWatch, See
+from fsteer_lens.models.padding import PaddingWatch
+from fsteer_lens.models.plain import PlainModel, Told
 from fsteer_lens.models.points import hook_point, standing
 
 NAMED = 3
@@ -24,22 +25,27 @@ NAMED = 3
 class AddedHooks:
     """Hooks that were added to a model; `remove` takes away exactly these, in whatever order others come and go.
 
-    With `padding`, a layer and a function, that function is told before the layer runs which tokens are real.
+    With `watched`, a layer and a function, that function is told before the layer runs which tokens are real, and of a
+    model of transformers how many are cached.
     """
 
     def __init__(
-        self, model: SteerableModel, hooks: Sequence[tuple[str, Any]], padding: tuple[int, See] | None = None
+        self, model: SteerableModel, hooks: Sequence[tuple[str, Any]], watched: tuple[int, Told] | None = None
     ) -> None:
         self._model: Any = model
         self._added: list[tuple[str, Any, Any]] = []
-        self._watch: PaddingWatch | None = None
+        self._connected: list[str] = []
+        self._watch: Any = None
         with lock_of(model):
             try:
-                self._watch = None if padding is None else PaddingWatch(model, *padding)
+                self._watch = None if watched is None else _watch(model, *watched)
                 for name, function in hooks:
                     point = hook_point(model, name)
                     self._added.append((name, point, function))  # first, so that an interrupt leaves nothing behind
                     point.add_hook(function)
+                    if isinstance(model, PlainModel):
+                        model.connect(name)
+                        self._connected.append(name)
             except BaseException:
                 self.remove()
                 raise
@@ -59,7 +65,9 @@ class AddedHooks:
                     self._watch.remove()
                 for _, point, function in self._added:
                     self._pop(point, function)
-        self._added, self._watch, self._model = [], None, None
+                for name in self._connected:
+                    self._model.disconnect(name)
+        self._added, self._connected, self._watch, self._model = [], [], None, None
 
     @staticmethod
     def _pop(point: Any, function: Any) -> None:
@@ -67,6 +75,13 @@ class AddedHooks:
         for handle in own:
             handle.hook.remove()
         point.fwd_hooks = [handle for handle in point.fwd_hooks if handle.user_hook is not function]
+
+
+def _watch(model: SteerableModel, layer: int, told: Told) -> Any:
+    """Have a function told what is known of each forward pass; has `.remove()`."""
+    if isinstance(model, PlainModel):
+        return model.watch(told)
+    return PaddingWatch(model, layer, lambda real: told(real, None))
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from fsteer_lens.errors import InputError, SiteError
 from fsteer_lens.ground.checks import is_several, several, whole
 from fsteer_lens.models.classes import SteerableModel, kind_of, require_decoder
+from fsteer_lens.models.plain import PlainModel
 
 
 class Point(NamedTuple):
@@ -88,6 +89,8 @@ def hook_point(model: SteerableModel, name: str) -> Any:
 
 def standing(model: SteerableModel, name: str) -> Any | None:
     """The hook point by its path: a Bridge makes its `hook_dict` anew at every look, which takes a millisecond."""
+    if isinstance(model, PlainModel):
+        return model.hook_dict.get(name)
     for path in (_bridge_name(name), name) if kind_of(model) == "bridge" else (name,):
         try:
             found = reduce(getattr, path.split("."), model)

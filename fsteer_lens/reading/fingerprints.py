@@ -17,11 +17,14 @@ import torch
 from fsteer_lens.errors import InputError, MismatchError
 from fsteer_lens.ground.checks import finite, instance, normalised, whole
 from fsteer_lens.models.classes import CLASS_NAMES, SteerableModel, kind_of
+from fsteer_lens.models.plain import PlainModel
 from fsteer_lens.models.points import DEFAULT_SITE, Point, spliced
 from fsteer_lens.prompts.tokens import pad
 from fsteer_lens.reading.reader import read
 
 SCHEMA = 2
+UNKNOWN = "unknown"
+"""In the place of a tokenizer's hash: a model of transformers that has none of its own, and nothing is compared."""
 PROBE_TOKENS = 8
 PROBE_VALUES = 32
 ROLES: Mapping[str, str] = {
@@ -121,6 +124,8 @@ class Fingerprint:
 
     def _other_tokens(self, other: "Fingerprint") -> Iterator[str]:
         """How the tokenizers differ, in words."""
+        if UNKNOWN in (self.tokenizer, other.tokenizer):
+            return
         if not (self.vocabularies and other.vocabularies):
             if self.tokenizer != other.tokenizer:
                 yield "tokenizer: another vocabulary or other special tokens (files of version 0.1 do not tell which)"
@@ -163,7 +168,7 @@ def merge_fingerprints(fingerprints: Sequence[Fingerprint], keep: Sequence[int] 
 
 def fingerprint(model: SteerableModel, layers: Sequence[int], site: str = DEFAULT_SITE) -> Fingerprint:
     """Take the fingerprint of a model at some layers; costs one short forward pass."""
-    cfg, d_vocab = model.cfg, _d_vocab(model)
+    cfg, d_vocab, plain = model.cfg, _d_vocab(model), isinstance(model, PlainModel)
     ids = [(index * 7919 + 13) % d_vocab for index in range(PROBE_TOKENS)]
     batch = pad(model, [ids], "right")
     seen = read(model, batch, [Point(layer, site) for layer in layers], lambda h: h[0, -1], bare=True)
@@ -175,9 +180,9 @@ def fingerprint(model: SteerableModel, layers: Sequence[int], site: str = DEFAUL
         d_model=cfg.d_model,
         d_vocab=d_vocab,
         site=site,
-        **_tokens_of(model.tokenizer, d_vocab),
+        **(_no_tokens() if plain else _tokens_of(model.tokenizer, d_vocab)),
         probe=probe,
-        model_class=CLASS_NAMES[kind_of(model)]
+        model_class=("transformers" if plain else CLASS_NAMES[kind_of(model)])
         + (f" with SAEs at {', '.join(saes)}" if (saes := spliced(model)) else ""),
         processed=str(cfg.normalization_type).endswith("Pre") or getattr(model, "compatibility_mode", False),
         dtype=str(cfg.dtype),
@@ -204,6 +209,11 @@ def _d_vocab(model: SteerableModel) -> int:
     """Tokens that the model can read; a Bridge sets its `cfg.d_vocab` to what a tokenizer knows that it is given."""
     config = getattr(getattr(model, "original_model", None), "config", None)
     return getattr(config, "vocab_size", None) or model.cfg.d_vocab
+
+
+def _no_tokens() -> dict[str, Any]:
+    """What a fingerprint says where nobody knows the tokenizer."""
+    return {"tokenizer": UNKNOWN}
 
 
 def _tokens_of(tokenizer: Any, d_vocab: int) -> dict[str, Any]:

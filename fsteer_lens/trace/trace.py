@@ -170,6 +170,16 @@ class Trace:
             setattr(self, name, {})
         self.prompt_lengths, self.first = prompt_lengths, first
 
+    def take_back(self, layer: int, n: int) -> None:
+        """Forget the last n positions of a layer, which the model has taken back."""
+        for name in PER_LAYER:
+            held = getattr(self, name)
+            if layer in held and _by_position(name, held[layer]):
+                held[layer] = held[layer][:, :-n]
+        for by_layer in self.own_by_token.values():
+            if layer in by_layer:
+                by_layer[layer] = by_layer[layer][:, :-n]
+
     def holder(self, name: str, by_token: bool) -> PerLayer:
         """Where values of that name go: a field of the trace, or a mapping for a hook object of one's own."""
         if name in PER_LAYER:

@@ -1,0 +1,240 @@
+"""Steering a model of transformers as it is: its own `generate` against `fsteer_lens.generate`."""
+
+import gc
+import weakref
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+import fsteer_lens as fs
+from fsteer_lens import FineSteer, Window, chain, generate, models, tutor
+from fsteer_lens.errors import HookError, InputError, MismatchError, SiteError
+from fsteer_lens.hooks import SubspaceAblation
+from fsteer_lens.prompts.tokens import Batch, pad, prompt_ids
+from tests.families import FAMILIES, hf_model, random_model
+from tests.test_families import LAYER, PROMPTS, fitted
+
+pytestmark = pytest.mark.model
+KIND = models.available_kinds()[0]
+NEW = 20
+
+
+@pytest.fixture(scope="module")
+def network() -> Any:
+    return AutoModelForCausalLM.from_pretrained(tutor.loading.FOLDER).eval()
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[str]:
+    told = tutor.data("safe")
+    return [told.test[0].prompt, told.test[80].prompt, told.general_test[0].prompt, told.test[3].prompt]
+
+
+@pytest.fixture(scope="module")
+def batch(tutor_model: Any, prompts: list[str]) -> Batch:
+    return pad(tutor_model, [prompt_ids(tutor_model, prompt) for prompt in prompts], "left")
+
+
+def own_generate(network: Any, batch: Batch, **options: Any) -> Tensor:
+    """What the model's own generate puts after left-padded rows."""
+    told = {"do_sample": False, "max_new_tokens": NEW, "pad_token_id": 0, "eos_token_id": 1, **options}
+    found = network.generate(batch.tokens, attention_mask=batch.mask.long(), **told)
+    return found[:, batch.tokens.shape[1] :]
+
+
+def hooks_on(network: Any) -> int:
+    """How many hooks of torch there are on any module."""
+    return sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in network.modules())
+
+
+def ways(steering: FineSteer) -> dict[str, Any]:
+    subspace = steering.gate.subspace  # type: ignore[union-attr]
+    return {
+        "prompt": steering,
+        "generated": steering.with_scope("generated"),
+        "all": steering.with_scope("all"),
+        "window": steering.with_scope(Window(1, 3)),
+        "fading": replace(steering, scope="all", schedule=fs.Schedule((1.0, 0.5, 0.0))),
+        "each step": replace(steering, scope="all", refresh="step"),
+        "monitor": steering.with_monitor(),
+        "ablation": SubspaceAblation(subspace, layer=2, rank=2),
+        "chain": chain(steering, fs.steering.MeanShift(torch.full((128,), 0.05), layer=2, scope="all")),
+    }
+
+
+@pytest.mark.parametrize("way", [
+    "prompt", "generated", "all", "window", "fading", "each step", "monitor", "ablation", "chain",
+])  # fmt: skip
+def test_the_models_own_generate_says_and_records_what_ours_does(
+    network: Any, tutor_model: Any, steering: FineSteer, prompts: list[str], batch: Batch, way: str
+) -> None:
+    one = ways(steering)[way]
+    eos = tutor_model.tokenizer.eos_token_id
+    made = generate(tutor_model, prompts, one, max_new_tokens=NEW, progress=False, read="live")
+    with one.on(network) as trace:
+        found = own_generate(network, batch, eos_token_id=eos)
+        trace = trace.copy()
+    for row, ours in zip(found, made, strict=True):
+        assert row[: len(ours.tokens)].tolist() == list(ours.tokens)
+    for index, ours in enumerate(made):
+        row, theirs = trace.row(index), ours.trace
+        assert row.prompt_lengths.tolist() == theirs.prompt_lengths.tolist()
+        for its, own in zip(row.parts or (row,), theirs.parts or (theirs,), strict=True):
+            for name in ("gate", "weights", "score"):
+                for layer, value in getattr(own, name).items():
+                    torch.testing.assert_close(getattr(its, name)[layer], value, atol=1e-4, rtol=0)
+            for layer, change in own.change.items():
+                known = its.change[layer][:, : change.shape[1]]
+                torch.testing.assert_close(known, change, atol=1e-4, rtol=1e-4)
+    assert hooks_on(network) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_steered_as_on_a_converted_model(family: str) -> None:
+    network, converted = hf_model(family), random_model(family, KIND)
+    steering = fitted(converted)
+    for ids in PROMPTS:
+        tokens = torch.tensor([ids])
+        with torch.no_grad(), steering.on(network) as trace:
+            found = network(tokens).logits
+            trace = trace.copy()
+        with torch.no_grad(), steering.on(converted) as ours:
+            expected = converted(tokens)
+        torch.testing.assert_close(found.log_softmax(-1), expected.log_softmax(-1), atol=1e-4, rtol=0)
+        torch.testing.assert_close(trace.gate[LAYER], ours.gate[LAYER], atol=1e-4, rtol=0)
+    assert hooks_on(network) == 0
+
+
+def test_beams_and_sampling_are_decided_row_by_row(network: Any, steering: FineSteer, batch: Batch) -> None:
+    with steering.on(network) as trace:
+        own_generate(network, batch)
+        gates = trace.gate[4].clone()
+    with steering.on(network) as trace:
+        own_generate(network, batch, num_beams=3)
+        torch.testing.assert_close(trace.gate[4], gates.repeat_interleave(3), atol=1e-4, rtol=0)
+    texts = []
+    for _ in range(2):
+        torch.manual_seed(3)
+        with steering.on(network) as trace:
+            texts.append(own_generate(network, batch, do_sample=True, temperature=1.5))
+            torch.testing.assert_close(trace.gate[4], gates, atol=1e-4, rtol=0)
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("way", ["prompt", "generated", "all", "each step"])
+def test_assisted_decoding_changes_no_word_and_what_it_takes_back_leaves_the_trace(
+    network: Any, steering: FineSteer, batch: Batch, way: str
+) -> None:
+    one = ways(steering)[way]
+    alone = Batch(batch.tokens[:1][:, batch.mask[0]], batch.mask[:1][:, batch.mask[0]])
+    told, length = torch.tensor([alone.tokens.shape[1]]), alone.tokens.shape[1]
+    with one.on(network, prompt_lengths=told) as trace:
+        plain, changes = own_generate(network, alone), trace.change[4].clone()
+    with one.on(network, prompt_lengths=told) as trace:
+        assisted = own_generate(network, alone, prompt_lookup_num_tokens=3)
+        known = length + plain.shape[1] - 1
+        torch.testing.assert_close(trace.change[4][:, :known], changes[:, :known], atol=1e-4, rtol=1e-4)
+    assert torch.equal(plain, assisted)
+    with pytest.raises(HookError, match="prompt_lengths"), one.on(network):
+        own_generate(network, alone, prompt_lookup_num_tokens=3)
+    assert hooks_on(network) == 0
+
+
+def test_an_attached_steering_takes_prompt_after_prompt(network: Any, steering: FineSteer, batch: Batch) -> None:
+    unsteered = own_generate(network, batch)
+    handle = steering.attach(network)
+    both = own_generate(network, batch)
+    first = own_generate(network, Batch(batch.tokens[:1], batch.mask[:1]))
+    assert handle.trace.n_rows == 1 and torch.equal(first[0], both[0][: first.shape[1]])
+    assert not torch.equal(both, unsteered)
+    second = steering.with_scope("generated").attach(network)  # two at one layer, one after another
+    handle.detach()
+    handle.detach()
+    assert torch.equal(own_generate(network, batch)[:, :1], both[:, :1])
+    second.detach()
+    assert hooks_on(network) == 0 and torch.equal(own_generate(network, batch), unsteered)
+
+
+def test_padding_and_cache_are_the_models_own(network: Any, steering: FineSteer, batch: Batch) -> None:
+    with steering.on(network) as trace:
+        own_generate(network, batch, max_new_tokens=2)
+        assert trace.prompt_lengths.tolist() == batch.mask.sum(1).tolist()
+        marks = trace.copy().marks()
+        assert torch.equal(marks.padding[:, : batch.mask.shape[1]], ~batch.mask)
+    ids = batch.tokens[:1][:, batch.mask[0]]
+    with torch.no_grad():
+        with steering.on(network):
+            first = network(ids, use_cache=True)
+            step = network(ids[:, :1], past_key_values=first.past_key_values, use_cache=True).logits
+        with steering.on(network):
+            whole = network(torch.cat([ids, ids[:, :1]], dim=1)[:, : ids.shape[1]], use_cache=False).logits
+    torch.testing.assert_close(first.logits, whole, atol=1e-4, rtol=0)
+    assert step.shape[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"cache_implementation": "static"}, "cache|attention_mask"),
+        ({"prefill_chunk_size": 4}, "prefill_chunk_size"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_and_leaves_no_hook(
+    network: Any, steering: FineSteer, batch: Batch, options: Any, said: str
+) -> None:
+    with pytest.raises(HookError, match=said), steering.on(network):
+        own_generate(network, batch, **options)
+    assert hooks_on(network) == 0
+
+
+def test_a_cache_from_elsewhere_and_other_masks_are_refused(network: Any, steering: FineSteer, batch: Batch) -> None:
+    ids = batch.tokens[:1][:, batch.mask[0]]
+    with torch.no_grad():
+        elsewhere = network(ids, use_cache=True).past_key_values
+        with pytest.raises(HookError, match="a cache from elsewhere"), steering.on(network):
+            network(ids[:, :1], past_key_values=elsewhere, use_cache=True)
+        square = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        with pytest.raises(HookError, match=r"expected \[b s\]"), steering.on(network):
+            network(ids, attention_mask=square)
+    assert hooks_on(network) == 0
+
+
+def test_models_that_are_no_decoders_and_other_weights_are_refused(network: Any, steering: FineSteer) -> None:
+    with pytest.raises(InputError, match="encoder"), replace(steering, fingerprint=None).on(hf_model("t5")):
+        pass
+    with pytest.raises(SiteError, match="layer"), steering.on(hf_model("gpt2")):
+        pass
+    altered = AutoModelForCausalLM.from_pretrained(tutor.loading.FOLDER).eval()
+    with torch.no_grad():
+        altered.get_decoder().h[2].mlp.c_fc.weight.mul_(1.05)
+    with pytest.raises(MismatchError, match="activations at layer 4"):
+        steering.attach(altered)
+    assert hooks_on(altered) == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft, about transformers
+def test_a_peft_model_is_steered_with_its_adapter(network: Any, steering: FineSteer, batch: Batch) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    base = AutoModelForCausalLM.from_pretrained(tutor.loading.FOLDER).eval()
+    wrapped = peft.get_peft_model(
+        base, peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["c_attn"], fan_in_fan_out=True)
+    ).eval()
+    with steering.on(wrapped) as trace:  # a new adapter is 0 at first
+        found = own_generate(wrapped, batch)
+        assert trace.gate[4].tolist()[0] > 0.5
+    with steering.on(network):
+        assert torch.equal(found, own_generate(network, batch))
+
+
+def test_a_model_is_not_kept_alive(steering: FineSteer) -> None:
+    network = AutoModelForCausalLM.from_pretrained(tutor.loading.FOLDER).eval()
+    with steering.on(network), torch.no_grad():
+        network(torch.tensor([[5, 6, 7]]))
+    gone = weakref.ref(network)
+    del network
+    gc.collect()
+    assert gone() is None
