@@ -240,7 +240,13 @@ def test_every_step_of_the_rank_slider_shows_that_rank(gate, groups):
             assert torch.allclose(torch.tensor(changed["x"][index]), gate.subspace.energy_ratio(rows, rank), atol=6e-4)
             filled = [symbol == 0 for symbol in changed["marker.symbol"][index]]
             assert filled == (at_rank.gate(rows) >= 0.5).tolist()
-            assert f"{sum(filled)} of {len(rows)} steered" in layout["yaxis.ticktext"][index]
+            ratios = gate.subspace.energy_ratio(rows, rank)
+            worst = float(ratios.max() if index else ratios.min()) - at_rank.threshold
+            said = layout["yaxis.ticktext"][index]
+            count, edge = said.split("<br>")[1:]
+            assert count == f"{sum(filled)} of {len(rows)} steered"
+            name, told = edge.split(": threshold ")
+            assert name == ("highest" if index else "lowest") and float(told) == pytest.approx(worst, abs=0.006)
         assert changed["x"][2] == pytest.approx([at_rank.threshold] * 2, abs=1e-4)
         assert list(traces) == [0, 1, 2]
     first = slider.steps[slider.active].args[0]

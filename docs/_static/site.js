@@ -4,6 +4,7 @@ document.addEventListener("toggle", () => window.dispatchEvent(new Event("resize
 // What the theme leaves out for readers who do not see the page or use no mouse.
 document.addEventListener("DOMContentLoaded", () => {
   for (const caption of document.querySelectorAll(".caption[role=heading]")) caption.setAttribute("aria-level", "2");
+  for (const head of document.querySelectorAll("thead th:not([scope])")) head.scope = "col";
   for (const block of document.querySelectorAll("pre, .table-wrapper, .math")) {
     if (block.scrollWidth > block.clientWidth) block.tabIndex = 0;
   }

@@ -36,7 +36,8 @@ def rank_explorer(
     Everything for every rank is in the figure, so the slider needs no kernel and works in a saved page. Filled marks
     are steered (gate ≥ 0.5), hollow ones left alone. A composed gate has no threshold line; the ratios are those of its
     first subspace, and where its parts are at ranks of their own the slider's first stop is the gate as it is. A query
-    that is not finite gets no mark and counts as left alone.
+    that is not finite gets no mark and counts as left alone. Below a count stands how far the worst prompt lies from
+    the threshold: the lowest of the first group, the highest of every other.
 
     Args:
         gate: a fitted gate with ranks; its calibration at each rank is the one that `gate.at_rank` gives.
@@ -142,11 +143,24 @@ def _state(
     """What the slider changes at one rank: places, marks, and how many of each group are steered."""
     is_open = {name: (value.cpu().ge(OPEN) & finite[name].cpu()).tolist() for name, value in values.items()}
     threshold = [gate.threshold] * 2 if gate.leaves == (gate,) else [None, None]
+    at_rank = {name: [ratio for ratio in ratios[name][rank - 1] if ratio is not None] for name in values}
     return {
         "x": [ratios[name][rank - 1] for name in values] + [[None if t is None else round(t, 4) for t in threshold]],
         "marker.symbol": [[FILLED if one else HOLLOW for one in is_open[name]] for name in values],
-        "counts": [f"{sum(is_open[name])} of {len(is_open[name])} steered" for name in values],
+        "counts": [
+            f"{sum(opened)} of {len(opened)} steered{_edge(at_rank[name], threshold[0], lowest=not place)}"
+            for place, (name, opened) in enumerate(is_open.items())
+        ],
     }
+
+
+def _edge(ratios: list[float], threshold: float | None, *, lowest: bool) -> str:
+    """How far the ratio that matters most lies from the threshold: the lowest of those to be steered, or the highest of
+    others."""
+    if threshold is None or not ratios:
+        return ""
+    name, ratio = ("lowest", min(ratios)) if lowest else ("highest", max(ratios))
+    return f"<br>{name}: threshold {ratio - threshold:+.2f}"
 
 
 def _with_slider(
@@ -190,6 +204,6 @@ def _with_slider(
                 "font": {"color": TEXT},
             }
         ],
-        margin={"l": 130, "b": 20},
+        margin={"l": 150, "b": 20},
     )
     return figure
