@@ -18,6 +18,7 @@ from fsteer_lens.models.classes import SteerableModel, require_decoding
 
 PRE: Final = "hook_resid_pre"
 POST: Final = "hook_resid_post"
+GROWING: Final = "A static cache, and the masks that it needs, cannot be followed: generate with the default cache."
 Told = Callable[[Bool[Tensor, "b s"] | None, int | None], None]
 """Is told, before the layers run, which tokens are real and how many are cached; None where nobody knows."""
 
@@ -101,10 +102,10 @@ class PlainModel:
             mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
             if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
                 got = list(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
-                raise HookError("attention_mask", expected="[b s], 1 at real tokens", got=got)
-            if cache is not None and getattr(cache, "is_compileable", False):
-                fix = 'Generate with the default cache, without cache_implementation="static".'
-                raise HookError("the cache", expected="one that grows with the text", got=type(cache).__name__, fix=fix)
+                raise HookError("attention_mask", expected="[b s], 1 at real tokens", got=got, fix=GROWING)
+            if getattr(cache, "is_compileable", False):
+                expected = "one that grows with the text"
+                raise HookError("the cache", expected=expected, got=type(cache).__name__, fix=GROWING)
             told(None if mask is None else mask.bool(), None if cache is None else int(cache.get_seq_length()))
 
         return self.network.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
