@@ -409,7 +409,7 @@ def _watch(args: argparse.Namespace) -> int:
 
 def _decisions(trace: "Trace") -> Iterator[str]:
     """Describe what one row's trace recorded, a line for each layer, and for each link of a chain."""
-    from fsteer_lens.method.experts import called, mentioned
+    from fsteer_lens.method.experts import mentioned
 
     for part in trace.parts or (trace,):
         for layer, gate in part.gate.items():
@@ -418,8 +418,7 @@ def _decisions(trace: "Trace") -> Iterator[str]:
                 weights = part.weights[layer][0]
                 expert = int(weights.argmax())
                 line += ", " if gate[0] > 0 else ", nothing added; it would route to "
-                name = mentioned(called(len(weights), part.names.get(layer))[expert])
-                line += f"{name} with weight {weights[expert]:.2f}"
+                line += f"{mentioned(expert, part.names.get(layer))} with weight {weights[expert]:.2f}"
             yield line
     if trace.steps is not None and trace.steps.kl is not None:
         yield f"KL(steered || unsteered): {trace.steps.kl.nanmean():.3f} nats a token"

@@ -11,6 +11,7 @@ from fsteer_lens.demo.requests import CONSENT, HARMFUL, NEAR_MISSES, ORDINARY, R
 from fsteer_lens.evaluation.refusals import refuses
 from fsteer_lens.ground.estimates import Proportion
 from fsteer_lens.method.experts import called
+from fsteer_lens.method.gates import SHUT
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast
 from fsteer_lens.reading.activations import Activations
@@ -195,7 +196,7 @@ def print_shown(console: "rich.console.Console", shown: Shown) -> None:
 def decided(shown: Shown, one: Generation) -> str:
     """Gate and experts of one prompt in words."""
     gate, weights = float(one.trace.gate[shown.layer][0]), one.trace.weights[shown.layer][0]
-    if gate < 0.005:
+    if gate < SHUT:
         return "gate shut"
     order = weights.argsort(descending=True)[:2].tolist()
     return f"gate {gate:.2f}; " + ", ".join(f"{shown.names[expert]} {weights[expert]:.2f}" for expert in order)

@@ -212,9 +212,8 @@ class Explorer:
         weights = made.trace.weights[subject.layer][0]
         best = int(weights.argmax())
         told = f"gate {gate:.2f}, {'open' if gate >= OPEN else 'closed'}" if settings.gate else "always open"
-        name = mentioned(called(len(weights), subject.experts.names)[best])
         acting = "strongest:" if gate > 0 or not settings.gate else "nothing added; it would route to"
-        return f"{told} · {acting} {name} with weight {float(weights[best]):.2f}"
+        return f"{told} · {acting} {mentioned(best, subject.experts.names)} with weight {float(weights[best]):.2f}"
 
 
 def explore(

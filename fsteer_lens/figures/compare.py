@@ -11,7 +11,7 @@ from fsteer_lens.figures.rich import BOX, STYLE, circuitsvis_bundle, component_m
 from fsteer_lens.figures.style import GRID, accent, expert_colours, one_line, plain
 from fsteer_lens.figures.tokens import title_of
 from fsteer_lens.ground.checks import optional, require_unset, several, whole
-from fsteer_lens.method.experts import called, mentioned
+from fsteer_lens.method.experts import mentioned
 from fsteer_lens.method.gates import OPEN
 from fsteer_lens.run.generation import Generation, Generations
 from fsteer_lens.trace.steps import Steps
@@ -187,7 +187,7 @@ def _decision(trace: Trace) -> str:
             weights = link.weights[layer][0].nan_to_num(0)
             best = int(weights.argmax())
             colour = expert_colours(len(weights))[best]
-            name = mentioned(called(len(weights), link.names.get(layer))[best])
+            name = mentioned(best, link.names.get(layer))
             told += f" &nbsp;<span style='color:{colour}'>■</span> "
             told += f"<span style='{MUTED}'>{escape(name)} with weight {float(weights[best]):.2f}</span>"
         parts.append(told)

@@ -102,4 +102,4 @@ def _assertion(knockout: Knockout, called: Sequence[str]) -> str:
     expert, label = best // loss.shape[1], best % loss.shape[1]
     if not float(loss.max()) > 0:
         return "No label loses anything when a single expert is removed"
-    return f"The largest loss: {float(loss.max()):.3g} on {knockout.groups[label]} without {mentioned(called[expert])}"
+    return f"The largest loss: {float(loss.max()):.3g} on {knockout.groups[label]} without {mentioned(expert, called)}"

@@ -1,24 +1,31 @@
 """What one prompt's steering vector is mixed from."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.routing import weights_of
-from fsteer_lens.figures.style import TEXT, expert_colours, expert_names, expert_ticks, hover_prompt, plain, styled
+from fsteer_lens.figures.style import (
+    TEXT,
+    capital,
+    expert_colours,
+    expert_names,
+    expert_ticks,
+    hover_prompt,
+    plain,
+    styled,
+)
 from fsteer_lens.figures.tokens import title_of
 from fsteer_lens.ground.checks import require_unset
 from fsteer_lens.method.experts import Experts, mentioned
+from fsteer_lens.method.gates import SHUT
 from fsteer_lens.trace.trace import Trace
 
 if TYPE_CHECKING:
     import plotly.graph_objects
-
-SHUT: Final = 0.005
-"""A gate below this is told as shut."""
 
 
 def expert_mix(
@@ -130,7 +137,7 @@ def expert_mix(
 def _assertion(weights: Float[Tensor, " k"], called: Sequence[str], opened: float) -> str:
     """The strongest expert, and whether it is added."""
     best = int(weights.argmax())
-    name, share = mentioned(called[best]), float(weights[best])
+    name, share = mentioned(best, called), float(weights[best])
     if opened < SHUT:
         return f"Nothing is added: the gate is shut (it would route to {name})"
-    return f"{name[:1].upper()}{name[1:]} has {100 * share:.0f} % of the weight"
+    return f"{capital(name)} has {100 * share:.0f} % of the weight"

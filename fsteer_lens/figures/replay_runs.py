@@ -11,8 +11,9 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.likeliest import likeliest
-from fsteer_lens.figures.style import expert_names, one_line
+from fsteer_lens.figures.style import capital, expert_names, one_line
 from fsteer_lens.method.experts import mentioned
+from fsteer_lens.method.gates import SHUT
 from fsteer_lens.trace.replay import Replay, Scored
 from fsteer_lens.trace.steps import Steps
 from fsteer_lens.trace.trace import Trace
@@ -20,7 +21,7 @@ from fsteer_lens.trace.trace import Trace
 FLOOR: Final = 1e-5
 """The smallest probability that is drawn, as in replay.js."""
 SMALL: Final = 0.005
-"""A share of the stream, and a weight, that is told as nothing."""
+"""A share of the stream that is told as nothing."""
 
 
 class Candidate(NamedTuple):
@@ -153,7 +154,7 @@ class Run:
         assert score is not None
         value, threshold = float(score.score[score.position]), score.threshold
         opened = 1.0 if self.gate is None else float(self.gate[score.position])
-        state = "open" if opened > 1 - SMALL else "shut" if opened < SMALL else f"open by {opened:.2f}"
+        state = "open" if opened > 1 - SHUT else "shut" if opened < SHUT else f"open by {opened:.2f}"
         sign = "≥" if value >= threshold else "<"
         return f"{self.score_name} is {value:.2f} {sign} {threshold:.2f}: gate {state}"
 
@@ -162,16 +163,15 @@ class Run:
         size = float(self.change[position])
         opened = 1.0 if self.gate is None else float(self.gate[position])
         if size < SMALL:
-            if self.weights is not None and opened < SMALL:
+            if self.weights is not None and opened < SHUT:
                 best = int(self.weights[position].nan_to_num(0).argmax())
-                return f"Nothing is added (it would route to {mentioned(self.names[best])})."
+                return f"Nothing is added (it would route to {mentioned(best, self.names)})."
             return "Nothing is added here."
         if self.weights is None:
             return f"The stream is pushed by {size:.2f} of its length."
         weights = self.weights[position].nan_to_num(0)
         best = int(weights.argmax())
-        name = mentioned(self.names[best])
-        name = name[:1].upper() + name[1:]
+        name = capital(mentioned(best, self.names))
         return f"{name} ({float(weights[best]):.2f}) pushes the stream by {size:.2f} of its length."
 
     def _words(self, step: int) -> str:

@@ -30,7 +30,7 @@ from fsteer_lens.trace.trace import Trace
 if TYPE_CHECKING:
     import plotly.graph_objects
 
-SHUT: Final = 0.25
+FADED: Final = 0.25
 """What is left of the colour of a row whose gate is shut."""
 
 
@@ -94,7 +94,7 @@ def expert_routing(
         raise InputError("weights", expected="at least one prompt and one expert", got=list(alpha.shape))
     called = expert_names(n_experts, names, own)
     rows = _ordered(alpha.detach().float().cpu(), labels, prompts, gate)
-    shown = torch.stack([row.weights * (1 if row.gate is None else SHUT + (1 - SHUT) * row.gate) for row in rows])
+    shown = torch.stack([row.weights * (1 if row.gate is None else FADED + (1 - FADED) * row.gate) for row in rows])
     shared = {
         "zmin": 0.0,
         "zmax": 1.0,

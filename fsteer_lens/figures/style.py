@@ -187,6 +187,11 @@ def one_line(text: str) -> str:
     return whole.replace("\r\n", "\n").replace("\n", "⏎")
 
 
+def capital(text: str) -> str:
+    """Text as the beginning of a sentence."""
+    return text[:1].upper() + text[1:]
+
+
 def wrapped(text: str, width: int) -> str:
     """Text for plotly in lines of at most `width` characters."""
     return "<br>".join(_escaped(line) for line in textwrap.wrap(one_line(text), width)) or " "

@@ -105,8 +105,7 @@ def _panels(
         figure.update_yaxes(title=wrapped(meanings["effect" if trade_off else panel], 32), **place)
         if panel == "kl":
             figure.update_yaxes(rangemode="tozero", **place)
-        against = "KL" if cost == "kl" else cost
-        heading = f"effect against {against}" if trade_off else HEADINGS.get(panel, panel)
+        heading = f"effect against {HEADINGS.get(cost, cost)}" if trade_off else HEADINGS.get(panel, panel)
         panel_title(figure, f"x{column if column > 1 else ''} domain", heading)
     if is_layer:
         figure.update_xaxes(dtick=1)

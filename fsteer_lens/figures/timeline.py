@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.style import STEERED_COLOUR, TEXT, accent, label_text, panel_title, plain, styled, token_ticks
-from fsteer_lens.method.gates import OPEN
+from fsteer_lens.method.gates import OPEN, SHUT
 from fsteer_lens.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
 
 COLOURS: Final = {"gate": TEXT, "change": STEERED_COLOUR, "kl": accent(1)}
 FILLED, HOLLOW = "circle", "circle-open"
-SHUT: Final = 0.005
-"""A gate below this is shut."""
 
 
 class Line(NamedTuple):

@@ -51,6 +51,7 @@ class Positions:
         self.mask = None if attention_mask is None else _tensor(attention_mask).bool()
         self.seen = 0
         self.coming = 0  # new tokens that the next forward brings at once, of a fork
+        self.last = 0  # the last column of any prompt, on the host: a query of its own would wait for the device
         self.back = 0  # tokens that the model has taken back before the latest forward, as assisted decoding does
         self.query: Tensor
         self.first: Tensor
@@ -116,7 +117,7 @@ class Positions:
 
     def _require_followed(self, width: int, cached: int) -> None:
         """Raise unless tokens after so many cached ones go on with the prompts at hand."""
-        if self.at_query is None or not int(self.query.max()) < cached <= self.seen:
+        if self.at_query is None or not self.last < cached <= self.seen:
             raise HookError(
                 "this forward does not go on with the last prompts",
                 expected=f"a new prompt, or tokens after {self.seen} cached ones",
@@ -183,6 +184,7 @@ class Positions:
                     fix="Open a new context for every batch that has its own lengths.",
                 )
             last = ends
+        self.last = int(last.max())
         return last.to(device), first.to(device)
 
 

@@ -126,8 +126,9 @@ def called(n_experts: int, names: Sequence[str] | None) -> list[str]:
     return [f"expert {index}" for index in range(n_experts)] if names is None else list(names)
 
 
-def mentioned(name: str) -> str:
-    """The name of an expert within a sentence: one that begins with a number has the word before it."""
+def mentioned(expert: int, names: Sequence[str] | None) -> str:
+    """An expert within a sentence: a name that begins with a number has the word before it."""
+    name = str(expert) if names is None else names[expert]
     return f"expert {name}" if name[:1].isdigit() else name
 
 

@@ -19,6 +19,8 @@ from fsteer_lens.method.linalg import move, variant
 
 OPEN = 0.5
 """A gate counts as open from this value on."""
+SHUT = 0.005
+"""A gate below this adds so little that it is told as shut."""
 
 Reading = Literal["last", "mean", "turn_end"]
 """What is read of a prompt: its last token (the paper), the mean over all its tokens but the first, or the token that

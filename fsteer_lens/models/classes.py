@@ -61,7 +61,7 @@ def require_decoder(model: SteerableModel) -> None:
     An encoder's last token knows what comes after it, and a model that carries a running state (Mamba, say) reads
     padding as text: both would be steered without an error, and wrongly.
     """
-    network = getattr(model, "original_model", None) or getattr(model, "network", None)
+    network = getattr(model, "original_model", None)
     if network is not None:
         require_decoding(network)
     elif getattr(model.cfg, "attention_dir", "causal") != "causal":

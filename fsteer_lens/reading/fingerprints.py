@@ -169,6 +169,7 @@ def merge_fingerprints(fingerprints: Sequence[Fingerprint], keep: Sequence[int] 
 def fingerprint(model: SteerableModel, layers: Sequence[int], site: str = DEFAULT_SITE) -> Fingerprint:
     """Take the fingerprint of a model at some layers; costs one short forward pass."""
     cfg, d_vocab, plain = model.cfg, _d_vocab(model), isinstance(model, PlainModel)
+    tokens: dict[str, Any] = {"tokenizer": UNKNOWN} if plain else _tokens_of(model.tokenizer, d_vocab)
     ids = [(index * 7919 + 13) % d_vocab for index in range(PROBE_TOKENS)]
     batch = pad(model, [ids], "right")
     seen = read(model, batch, [Point(layer, site) for layer in layers], lambda h: h[0, -1], bare=True)
@@ -180,7 +181,7 @@ def fingerprint(model: SteerableModel, layers: Sequence[int], site: str = DEFAUL
         d_model=cfg.d_model,
         d_vocab=d_vocab,
         site=site,
-        **(_no_tokens() if plain else _tokens_of(model.tokenizer, d_vocab)),
+        **tokens,
         probe=probe,
         model_class=("transformers" if plain else CLASS_NAMES[kind_of(model)])
         + (f" with SAEs at {', '.join(saes)}" if (saes := spliced(model)) else ""),
@@ -209,11 +210,6 @@ def _d_vocab(model: SteerableModel) -> int:
     """Tokens that the model can read; a Bridge sets its `cfg.d_vocab` to what a tokenizer knows that it is given."""
     config = getattr(getattr(model, "original_model", None), "config", None)
     return getattr(config, "vocab_size", None) or model.cfg.d_vocab
-
-
-def _no_tokens() -> dict[str, Any]:
-    """What a fingerprint says where nobody knows the tokenizer."""
-    return {"tokenizer": UNKNOWN}
 
 
 def _tokens_of(tokenizer: Any, d_vocab: int) -> dict[str, Any]:

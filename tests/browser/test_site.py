@@ -141,12 +141,9 @@ def test_a_solution_is_folded_and_opens(site: Path) -> None:
         assert code.is_visible()
 
 
-def test_a_replay_is_watched_on_its_page(site: Path) -> None:
-    for name in ("index.html", "notebooks/04_inside_generation.html", "notebooks/06_your_own_model.html"):
-        watch(site / name)
-
-
-def watch(path: Path) -> None:
+@pytest.mark.parametrize("name", ["index", "notebooks/04_inside_generation", "notebooks/06_your_own_model"])
+def test_a_replay_is_watched_on_its_page(site: Path, name: str) -> None:
+    path = site / f"{name}.html"
     with launched() as chromium, opened(chromium, path, viewport={"width": 1300, "height": 900}) as (page, heard):
         run = page.locator(".fsteer-replay section.run:not([hidden])").first
         run.locator(".c.a").nth(1).click()
