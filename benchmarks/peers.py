@@ -9,14 +9,12 @@ Needs the environment of the peers: `.venv-peers/bin/python -m benchmarks.peers`
    model, so what is added, in milliseconds, stands beside every ratio.
 """
 
-import argparse
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from typing import Any
 
-from benchmarks.measuring import Ratio, Row, Section, Settings, compare
+from benchmarks import elsewhere
+from benchmarks.measuring import Row, Section, Settings, compare
 
 LAYER = 6
 STRENGTH = 4.0
@@ -173,39 +171,5 @@ def _generated(way: Way, tokens: Any, count: int) -> Callable[[], Any]:
     return lambda: way[1](tokens, count)
 
 
-# ---------------------------------------------------------------------------------------------------- between processes
-
-
-def to_json(section: Section) -> str:
-    """A section of figures without aims as one line, for another process."""
-    return json.dumps(asdict(section))
-
-
-def from_json(text: str) -> Section:
-    """The section that `to_json` wrote."""
-    data = json.loads(text)
-
-    def row(item: dict[str, Any]) -> Row:
-        ratio = item["ratio"]
-        found = None if ratio is None else Ratio(**{**ratio, "values": tuple(ratio["values"])})
-        return Row(item["name"], item["what"], found, note=item["note"])
-
-    return Section(data["title"], data["text"], tuple(row(item) for item in data["rows"]), data["after"])
-
-
-def main() -> None:
-    """Measure, and print the section, as JSON or as a page in Markdown."""
-    from benchmarks.measuring import section_text
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="print one line of JSON")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it runs")
-    parser.add_argument("--rounds", type=int, help="pairs of runs per figure")
-    parser.add_argument("--device", default="cpu")
-    given = parser.parse_args()
-    section = run(Settings(rounds=given.rounds, quick=given.quick, device=given.device))
-    print(to_json(section) if given.json else section_text(section))  # noqa: T201
-
-
 if __name__ == "__main__":
-    main()
+    elsewhere.main(run, __doc__)

@@ -1,6 +1,6 @@
 """A session: one use of a hook object on one model, with positions, decisions and the trace that it fills."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Thread, current_thread
 from typing import Any, Protocol, runtime_checkable
@@ -174,7 +174,7 @@ class Session:
         for mine, its in zip(self.states, other.states, strict=True):
             mine.fork(rows, its)
         held = other._positions[self._points[0]]
-        other._begin_at(held.query, held.first)
+        other.begin(held.query, held.first)
         return other
 
     def hooks(self) -> "list[tuple[str, PointHook]]":
@@ -222,7 +222,7 @@ class Session:
                 fix="Was this fitted on another model?",
             )
         self.unfired.discard(point)
-        positions, acting = self._positions[point], self._acting[point]
+        positions = self._positions[point]
         view = positions.observe(activation, self._fresh, self._real, self._cached)
         place, before = self._points.index(point), self._place
         new_forward, self._place = place <= before, place
@@ -237,17 +237,34 @@ class Session:
         if new_forward:
             self._forward_is_fresh = view.fresh
             if view.fresh:
-                self._begin(view)
+                self.begin(view.query, view.first)
         elif view.fresh != self._forward_is_fresh:
             raise HookError(
                 f"at {point.name} this forward {'opens a new prompt' if view.fresh else 'goes on with the last one'}",
                 expected=f"the same as at {self._points[0].name}",
                 fix="A forward was broken off between the layers: call handle.reset(), or open a new context.",
             )
-        if positions.back:
-            common = [self.trace] if len(self.states) > 1 and point.layer in self._alone else []
-            for trace in [*(state.trace for state in acting), *common]:
-                trace.take_back(point.layer, positions.back)
+        self.take_back(point, positions.back)
+        total = self.act(point, activation, view)
+        if total is None:
+            return None
+        precise = torch.promote_types(activation.dtype, torch.float32)
+        return (activation.to(precise) + total.to(precise)).to(activation.dtype)
+
+    def take_back(self, point: Point, n: int) -> None:
+        """Forget what was recorded of the last n positions at a point, which the model has taken back."""
+        common = [self.trace] if len(self.states) > 1 and point.layer in self._alone else []
+        for trace in [*(state.trace for state in self._acting[point]), *common] if n else ():
+            trace.take_back(point.layer, n)
+
+    def act(
+        self, point: Point, activation: Float[Tensor, "b t d"], view: View, waiting: Collection[State] = ()
+    ) -> Float[Tensor, "b t d"] | None:
+        """What all links add to an activation of which is known where it lies; None is nothing. It is recorded.
+
+        Those that are `waiting` take no part.
+        """
+        acting = [state for state in self._acting[point] if state not in waiting]
         edits = [_checked(state.link.edit(state, point.layer, activation, view), state, activation) for state in acting]
         acted = [edit for edit in edits if edit is not None]
         total = sum(acted[1:], acted[0]) if acted else None
@@ -258,16 +275,10 @@ class Session:
                 state.extend(point.layer, view, change=_change(edit, size, view))
             if len(self.states) > 1 and point.layer in self._alone:
                 _extend(self.trace.change, point.layer, view, _change(total, size, view))
-        if total is None:
-            return None
-        precise = torch.promote_types(activation.dtype, torch.float32)
-        return (activation.to(precise) + total.to(precise)).to(activation.dtype)
+        return total
 
-    def _begin(self, view: View) -> None:
-        """Record a new prompt: what was handed out of the last one stays as it is."""
-        self._begin_at(view.query, view.first)
-
-    def _begin_at(self, query: Int[Tensor, " b"], first: Int[Tensor, " b"]) -> None:
+    def begin(self, query: Int[Tensor, " b"], first: Int[Tensor, " b"]) -> None:
+        """Begin to record prompts that reach from columns `first` to `query`; what was handed out before stays."""
         lengths, first = (query - first + 1).cpu(), first.cpu()
         for trace in {id(one): one for one in (self.trace, *(state.trace for state in self.states))}.values():
             trace.begin(lengths, first)

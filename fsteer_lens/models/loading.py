@@ -77,10 +77,10 @@ def _path_of(name: str | Path) -> str | Path:
         return name
     if Path(name).is_dir():
         warnings.warn(f'{name!r} is the model of that name; the folder here is "./{name}"', stacklevel=3)
-    return TUTOR if name == "tutor" else _smollm2()
+    return TUTOR if name == "tutor" else smollm2_file()
 
 
-def _smollm2() -> Path:
+def smollm2_file() -> Path:
     """SmolLM2's file in its package, which is not imported: what it needs itself would compile llama.cpp."""
     package, file = SMOLLM2
     spec = find_spec(package)

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from fsteer_lens.errors import InputError, MismatchError
 from fsteer_lens.ground.checks import finite, instance, normalised, whole
@@ -169,12 +171,10 @@ def merge_fingerprints(fingerprints: Sequence[Fingerprint], keep: Sequence[int] 
 def fingerprint(model: SteerableModel, layers: Sequence[int], site: str = DEFAULT_SITE) -> Fingerprint:
     """Take the fingerprint of a model at some layers; costs one short forward pass."""
     cfg, d_vocab, plain = model.cfg, _d_vocab(model), isinstance(model, PlainModel)
-    tokens: dict[str, Any] = {"tokenizer": UNKNOWN} if plain else _tokens_of(model.tokenizer, d_vocab)
-    ids = [(index * 7919 + 13) % d_vocab for index in range(PROBE_TOKENS)]
-    batch = pad(model, [ids], "right")
+    tokens: dict[str, Any] = {"tokenizer": UNKNOWN} if plain else tokens_of(model.tokenizer, d_vocab)
+    batch = pad(model, [probe_ids(d_vocab)], "right")
     seen = read(model, batch, [Point(layer, site) for layer in layers], lambda h: h[0, -1], bare=True)
-    stride = max(1, cfg.d_model // PROBE_VALUES)
-    probe = {point.layer: tuple(row[::stride][:PROBE_VALUES].tolist()) for point, row in seen.items()}
+    probe = {point.layer: probed(row) for point, row in seen.items()}
     return Fingerprint(
         architecture=str(getattr(cfg, "original_architecture", None) or getattr(cfg, "architecture", None)),
         n_layers=cfg.n_layers,
@@ -188,6 +188,17 @@ def fingerprint(model: SteerableModel, layers: Sequence[int], site: str = DEFAUL
         processed=str(cfg.normalization_type).endswith("Pre") or getattr(model, "compatibility_mode", False),
         dtype=str(cfg.dtype),
     )
+
+
+def probe_ids(d_vocab: int) -> list[int]:
+    """The fixed tokens whose last one is looked at."""
+    return [(index * 7919 + 13) % d_vocab for index in range(PROBE_TOKENS)]
+
+
+def probed(activation: Float[Tensor, " d"]) -> tuple[float, ...]:
+    """The values of an activation that a fingerprint keeps."""
+    stride = max(1, len(activation) // PROBE_VALUES)
+    return tuple(activation[::stride][:PROBE_VALUES].tolist())
 
 
 def require_model(known: Fingerprint, model: SteerableModel, site: str = DEFAULT_SITE) -> None:
@@ -212,7 +223,7 @@ def _d_vocab(model: SteerableModel) -> int:
     return getattr(config, "vocab_size", None) or model.cfg.d_vocab
 
 
-def _tokens_of(tokenizer: Any, d_vocab: int) -> dict[str, Any]:
+def tokens_of(tokenizer: Any, d_vocab: int) -> dict[str, Any]:
     """What a fingerprint says of a tokenizer."""
     if tokenizer is None:
         return {"tokenizer": "none", "vocabularies": ("none",), "n_tokens": 0, "special_tokens": {}}

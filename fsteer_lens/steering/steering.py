@@ -289,14 +289,7 @@ class Steering(Link):
     def edit(self, state: State, layer: int, activation: Tensor, view: View) -> Tensor | None:
         """Decide on a new prompt (with refresh="step" at every later position too), and scale by scope and schedule."""
         if view.fresh:
-            h = state.query(layer, activation, view, self.read)
-            asked = self._asked(state, layer, h, activation, view)
-            decision = self.decide(layer, h, self._shared_gate(layer, state.decisions, h), asked)
-            state.decisions[layer] = decision
-            kept = decision._asdict()
-            del kept["vector"]
-            state.record(layer, **kept)
-            self._tell(layer, state.trace)
+            self.open(state, layer, activation, view)
         decision = state.decisions[layer]
         gate, vector = decision.gate.unsqueeze(1), decision.vector.unsqueeze(1)  # [b 1], [b 1 d]
         if self.stepwise:
@@ -307,6 +300,17 @@ class Steering(Link):
         if not bool(factor.any()):
             return None
         return factor.unsqueeze(-1) * vector.to(activation.device)
+
+    def open(self, state: State, layer: int, activation: Tensor, view: View) -> None:
+        """Decide on the prompts, whose last tokens are in this activation or in `state.queries`, and record it."""
+        h = state.query(layer, activation, view, self.read)
+        asked = self._asked(state, layer, h, activation, view)
+        decision = self.decide(layer, h, self._shared_gate(layer, state.decisions, h), asked)
+        state.decisions[layer] = decision
+        kept = decision._asdict()
+        del kept["vector"]
+        state.record(layer, **kept)
+        self._tell(layer, state.trace)
 
     def _tell(self, layer: int, trace: Trace) -> None:
         """Note in a trace what the vector and the gate of a layer read of the prompts."""

@@ -180,6 +180,30 @@ class Trace:
             if layer in by_layer:
                 by_layer[layer] = by_layer[layer][:, :-n]
 
+    def decisions(self) -> "Trace":
+        """What was decided on the prompts, without what goes from position to position."""
+        held: dict[str, Any] = {
+            name: {layer: one for layer, one in getattr(self, name).items() if not _by_position(name, one)}
+            for name in PER_LAYER
+        }
+        return replace(self, **held, own_by_token={}, parts=tuple(part.decisions() for part in self.parts))
+
+    def preceded(self, n: int) -> "Trace":
+        """The same with n positions in all: nothing was added at those in front, and nothing else is known of them."""
+
+        def filled(value: Tensor, by_position: bool) -> Tensor:
+            if not by_position or value.shape[1] >= n:
+                return value
+            front = value.new_full((len(value), n - value.shape[1], *value.shape[2:]), float("nan"))
+            return torch.cat([front, value], dim=1)
+
+        held = self._changed(filled)
+        held["change"] = {
+            layer: torch.cat([one.new_zeros(len(one), n - one.shape[1]), one], dim=1) if one.shape[1] < n else one
+            for layer, one in self.change.items()
+        }
+        return replace(self, **held, parts=tuple(part.preceded(n) for part in self.parts))
+
     def holder(self, name: str, by_token: bool) -> PerLayer:
         """Where values of that name go: a field of the trace, or a mapping for a hook object of one's own."""
         if name in PER_LAYER:
