@@ -14,10 +14,11 @@ class Endpoint:
         from fastapi import HTTPException, Request  # pyright: ignore[reportMissingImports]
 
         async def trace(key: str, request: Request) -> Any:
-            (found,) = await request.app.state.fsteer_engine.collective_rpc("fsteer_trace", args=(key,))
-            if found is None:
+            workers = await request.app.state.fsteer_engine.collective_rpc("fsteer_trace", args=(key,))
+            found = [one for one in workers if one is not None]
+            if not found:
                 raise HTTPException(404, f"no trace of {key!r}: it was not steered, failed, or is too long ago")
-            return found
+            return found[0]
 
         app.get("/fsteer/traces/{key}")(trace)
 

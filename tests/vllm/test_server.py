@@ -3,6 +3,7 @@
 import http.client
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +19,6 @@ import pytest
 from fsteer_lens import Trace
 from fsteer_lens.errors import HookError
 from fsteer_lens.serving import arguments, record_of
-from fsteer_lens.serving.__main__ import main
 from tests.vllm.engines import NEW, WORKER, Served, compare, prompts
 
 if find_spec("vllm") is None:
@@ -63,7 +63,9 @@ def server(served: Served, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     log = tmp_path_factory.mktemp("server") / "log"
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(served.folder), "--port", str(port)]
+    # what `vllm serve` runs; that asks for the version of a package that is called otherwise on the CPU
+    module = "vllm.entrypoints.openai.api_server"
+    command = [sys.executable, "-m", module, "--model", str(served.folder), "--port", str(port)]
     command += ["--worker-cls", WORKER, "--enforce-eager", "--no-enable-chunked-prefill", "--dtype", "float32"]
     command += ["--max-model-len", "256", "--served-model-name", "smollm2", "--host", "127.0.0.1"]
     environment = {**os.environ, "FSTEER_STEERINGS": str(served.artefacts), "VLLM_PLUGINS": "fsteer"}
@@ -138,14 +140,16 @@ def test_what_cannot_be_steered_is_a_bad_request(
     assert status == 400 and told in json.dumps(body)
 
 
-def test_the_command_checks_an_installation(served: Served, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import fsteer_lens as fs
-    from fsteer_lens.serving.artefacts import catalogue
+def test_the_command_checks_an_installation(served: Served, tmp_path: Path) -> None:
+    for name in ("all", "chain"):
+        shutil.copy(served.artefacts / f"{name}.safetensors", tmp_path)
 
-    fs.save(served.steerings["all"], tmp_path / "all.safetensors")
-    fs.save(served.steerings["chain"], tmp_path / "chain.safetensors", served.model)
-    catalogue.cache_clear()
-    assert main(["check", str(served.folder), str(tmp_path), "--tokens", "8"]) == 0
-    told = capsys.readouterr().out
-    assert "| all | 4 |" in told and "| chain | 4 |" in told and "They are the same." in told
-    assert main(["check", str(served.folder), str(tmp_path / "nowhere")]) == 2
+    def run(*given: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "fsteer_lens.serving", "check", str(served.folder), *given]
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+
+    done = run(str(tmp_path), "--tokens", "8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "| all | 4 |" in done.stdout and "| chain | 4 |" in done.stdout and "They are the same." in done.stdout
+    wrong = run(str(tmp_path / "nowhere"))
+    assert wrong.returncode == 2 and "which is none" in wrong.stderr
