@@ -1,17 +1,18 @@
 """Models of transformers as they are, with hook points at their decoder layers; nothing is converted or copied.
 
-A hook point is TransformerLens' own; while somebody has hooks on it, its decoder layer hands it the residual stream.
-The decoder itself tells which tokens are real and how many are cached, so that nothing about a forward is guessed.
+While somebody has hooks on a hook point, its decoder layer hands it the residual stream. TransformerLens is not needed,
+nor imported. The decoder itself tells which tokens are real and how many are cached, so that nothing about a forward is guessed.
 """
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from fsteer_lens.errors import HookError, InputError
 from fsteer_lens.models.classes import SteerableModel, require_decoding
@@ -21,6 +22,29 @@ POST: Final = "hook_resid_post"
 GROWING: Final = "A static cache, and the masks that it needs, cannot be followed: generate with the default cache."
 Told = Callable[[Bool[Tensor, "b s"] | None, int | None], None]
 """Is told, before the layers run, which tokens are real and how many are cached; None where nobody knows."""
+
+
+class Hung(NamedTuple):
+    """A function at a hook point, with what takes it off."""
+
+    hook: RemovableHandle
+    user_hook: Any
+
+
+class PlainPoint(torch.nn.Identity):
+    """A hook point, by as much of TransformerLens' own as this package uses; that one takes seconds to import."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.fwd_hooks = name, list[Hung]()
+
+    def add_hook(self, function: Any) -> None:
+        """Have a function called with what passes here; what it returns, unless it is None, goes on instead."""
+
+        def call(point: Any, args: Any, stream: Tensor) -> Tensor | None:
+            return function(stream, hook=point)
+
+        self.fwd_hooks.append(Hung(self.register_forward_hook(call), function))
 
 
 class PlainModel:
@@ -33,16 +57,12 @@ class PlainModel:
     """
 
     def __init__(self, network: torch.nn.Module) -> None:
-        from transformer_lens.hook_points import HookPoint
-
         whole: Any = network
         require_decoding(whole)
         config = whole.config.get_text_config()
         self._network, self._layers = ref(network), _decoder_layers(whole)
         names = [f"blocks.{layer}.{site}" for layer in range(len(self._layers)) for site in (PRE, POST)]
-        self.hook_dict = {name: HookPoint() for name in names}
-        for name, point in self.hook_dict.items():
-            point.name = name
+        self.hook_dict = {name: PlainPoint(name) for name in names}
         self._connected: dict[str, tuple[int, Any]] = {}
         self.tokenizer = None
         self.cfg = SimpleNamespace(
