@@ -69,7 +69,6 @@ class PlainModel:
             n_layers=len(self._layers),
             d_model=config.hidden_size,
             d_vocab=config.vocab_size,
-            n_ctx=config.max_position_embeddings,
             device="meta",  # see models.devices: that of the first weight in memory
             dtype=whole.dtype,
             original_architecture=type(whole.get_base_model() if hasattr(whole, "get_base_model") else whole).__name__,
@@ -128,7 +127,7 @@ class PlainModel:
                 raise HookError("the cache", expected=expected, got=type(cache).__name__, fix=GROWING)
             told(None if mask is None else mask.bool(), None if cache is None else int(cache.get_seq_length()))
 
-        return self.network.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
+        return _decoder(self.network).register_forward_pre_hook(look, with_kwargs=True)
 
 
 def steerable(model: Any) -> Any:
@@ -147,12 +146,18 @@ def steerable(model: Any) -> Any:
 _plain: "WeakKeyDictionary[Any, PlainModel]" = WeakKeyDictionary()
 
 
+def _decoder(network: Any) -> Any:
+    """The module that runs the decoder layers; that of a Llama 4 calls itself so and holds it."""
+    decoder = network.get_decoder()
+    return getattr(decoder, "model", decoder)
+
+
 def _decoder_layers(network: Any) -> torch.nn.ModuleList:
     """The decoder's layers: the one list in it that is as long as the configuration says."""
     n_layers = network.config.get_text_config().num_hidden_layers
     lists = [
         module
-        for module in network.get_decoder().children()
+        for module in _decoder(network).children()
         if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers
     ]
     if len(lists) != 1:
@@ -167,11 +172,12 @@ def _decoder_layers(network: Any) -> torch.nn.ModuleList:
 
 def _after(point: Any) -> Any:
     def hand_over(layer: Any, args: Any, output: Any) -> Any:
-        stream = output[0] if isinstance(output, tuple) else output
+        alone = isinstance(output, Tensor)  # else the stream comes first in a tuple, or a list of the first GPT's
+        stream = output if alone else output[0]
         edited = point(stream)
         if edited is stream:
             return None
-        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+        return edited if alone else (edited, *output[1:])
 
     return hand_over
 
