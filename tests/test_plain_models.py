@@ -17,7 +17,7 @@ from fsteer_lens import FineSteer, models, tutor
 from fsteer_lens.errors import MismatchError
 from tests.by_hand import steered_by_hand
 from tests.families import DECODER_LAYERS, hf_model, random_model, tokenizer
-from tests.test_families import LAYER, PROMPTS, fitted
+from tests.test_families import LAYER, fitted
 
 pytestmark = pytest.mark.model
 KIND = models.available_kinds()[0]
@@ -118,15 +118,13 @@ def rounded(bits: int) -> Any:
     return network
 
 
-
-
 def test_weights_of_eight_bits_fit_and_of_three_do_not(small: FineSteer) -> None:
     require_steered_as_by_hand(rounded(8), small)
-    with pytest.raises(MismatchError, match="torch.float32, quantised"):
+    with pytest.raises(MismatchError, match=r"torch\.float32, quantised"):
         small.attach(rounded(3))
     unmarked = rounded(8)
     unmarked.hf_quantizer = None
-    with pytest.raises(MismatchError, match="allowed 0.001"):
+    with pytest.raises(MismatchError, match=r"allowed 0\.001"):
         small.attach(unmarked)
 
 
@@ -157,7 +155,7 @@ def test_models_that_are_quantised_on_loading(package: str, small: FineSteer, tm
             small.attach(network)
     else:
         require_steered_as_by_hand(network, small)
-    anew = fitted(models.from_hf(network, tokenizer(), kind="bridge"))
+    anew = fitted(models.from_hf(quantised(package, tmp_path), tokenizer(), kind="bridge"))
     require_steered_as_by_hand(network, replace(anew, scope="all", gate=None))
 
 

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -78,8 +79,8 @@ def ways(steering: FineSteer, two: FineSteer | None = None) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("way", [
-    "prompt", "generated", "all", "window", "fading", "each step", "monitor", "ablation", "chain", "probe", "two layers",
-    "two layers at each step", "one gate for two layers",
+    "prompt", "generated", "all", "window", "fading", "each step", "monitor", "ablation", "chain", "probe",
+    "two layers", "two layers at each step", "one gate for two layers",
 ])  # fmt: skip
 def test_the_models_own_generate_says_and_records_what_ours_does(
     network: Any, tutor_model: Any, steering: FineSteer, two: FineSteer, prompts: list[str], batch: Batch, way: str
@@ -258,6 +259,35 @@ def test_models_that_are_no_decoders_and_other_weights_are_refused(network: Any,
     with pytest.raises(MismatchError, match="activations at layer 4"):
         steering.attach(altered)
     assert hooks_on(altered) == 0
+
+
+def test_what_is_no_model_is_refused(network: Any, steering: FineSteer) -> None:
+    for other in (torch.nn.Linear(2, 2), torch.nn.DataParallel(network)):
+        with pytest.raises(InputError, match="model: expected one of TransformerLens"):
+            steering.attach(other)
+
+
+def test_a_file_is_written_and_read_for_a_model_of_transformers(
+    network: Any, steering: FineSteer, batch: Batch, tmp_path: Path
+) -> None:
+    fs.save(replace(steering, fingerprint=None), tmp_path / "safe", model=network)
+    again = fs.load(tmp_path / "safe", model=network)
+    with pytest.raises(SiteError, match="layer"):
+        fs.load(tmp_path / "safe", model=hf_model("gpt2"))
+    with steering.on(network):
+        expected = own_generate(network, batch)
+    with again.on(network):
+        assert torch.equal(own_generate(network, batch), expected)
+
+
+def test_nothing_stays_on_a_layer_that_is_compiled(steering: FineSteer) -> None:
+    network = AutoModelForCausalLM.from_pretrained(tutor.loading.FOLDER).eval()
+    network.transformer.h[4].compile(backend="eager")
+    with pytest.raises(HookError, match="is compiled"):
+        steering.attach(network)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), steering.on(network) as trace:  # as it advises
+        network(torch.tensor([[5, 6, 7]]))
+    assert 4 in trace.gate and hooks_on(network) == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft, about transformers

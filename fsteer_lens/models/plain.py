@@ -1,7 +1,7 @@
 """Models of transformers as they are, with hook points at their decoder layers; nothing is converted or copied.
 
-While somebody has hooks on a hook point, its decoder layer hands it the residual stream. TransformerLens is not needed,
-nor imported. The decoder itself tells which tokens are real and how many are cached, so that nothing about a forward is guessed.
+While somebody has hooks on a hook point, its decoder layer hands it the residual stream. The decoder itself tells which
+tokens are real and how many are cached, so that nothing about a forward is guessed. TransformerLens is not imported.
 """
 
 from collections.abc import Callable
@@ -131,13 +131,17 @@ class PlainModel:
 
 
 def steerable(model: Any) -> Any:
-    """A model that hook objects can be put on: one of transformers as a `PlainModel`, anything else as it is.
+    """A model that hook objects can be put on: one of transformers as a `PlainModel`, one of TransformerLens as it is.
 
     Raises:
-        InputError: a model of transformers that is no decoder.
+        InputError: no model, or one of transformers that is no decoder.
     """
-    if isinstance(model, SteerableModel) or not hasattr(model, "get_decoder"):
+    if isinstance(model, SteerableModel):
         return model
+    if not hasattr(model, "get_decoder"):
+        expected = "one of TransformerLens, or a causal language model of transformers"
+        fix = "Give what AutoModelForCausalLM or fsteer_lens.models loads, without a wrapper for several devices."
+        raise InputError("model", expected=expected, got=type(model).__name__, fix=fix)
     if model not in _plain:
         _plain[model] = PlainModel(model)
     return _plain[model]

@@ -48,8 +48,8 @@ class Fingerprint:
         site: hook point within a layer.
         tokenizer: SHA-256 of vocabulary and all special tokens, the pad token too; compared where it is all there is.
         probe: a few activations at each fitted layer after fixed tokens, {layer: values}.
-        model_class, processed, dtype: recorded, not compared: the probe tells whether they matter. What is no float32 or
-            float64, quantised weights among it, may be further off.
+        model_class, processed, dtype: recorded, not compared: the probe tells whether they matter. It may be further
+            off where a dtype is neither float32 nor float64, or weights are quantised.
         schema: version of these fields; the first one lacks those below.
         vocabularies: SHA-256 of the entries that the model can read, and of these without the pad token's; one of them
             must be the same.
