@@ -27,7 +27,9 @@ def require_tokenizer(model: SteerableModel) -> Any:
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
         raise TokenizerError(
-            f"{type(model).__name__} has no tokenizer",
+            "the model has no tokenizer",
+            expected="a model of TransformerLens that has its own",
+            got=type(model).__name__,
             fix="Load it with fsteer_lens.models.from_hf(hf_model, tokenizer).",
         )
     return tokenizer
