@@ -38,6 +38,15 @@ def run(settings: Settings) -> Section:
                 Aim(1.6),
             ),
         ]
+    network = shapes.hf_model(shape, settings.device)
+    rows.append(
+        Row(
+            "transformers, as it is",
+            "network.generate under steering.on(network) / without",
+            on_network(network, n_new, settings.rounds_or(15)),
+            Aim(1.03),
+        )
+    )
     what = "generate with steering / without, TransformerBridge, bfloat16"
     rows += gpu_rows("trace on", what, Aim(1.05), settings, on_gpu)
     text = f"""
@@ -45,7 +54,8 @@ Greedy decoding of {n_new} tokens after a prompt of 32, {shape} shape with rando
 token ends the text, so both sides compute equally many. Gate and experts are decided upon once, at the prompt's last
 token; after that every token costs one vector addition and the record of its size. That record is always kept: "trace
 off" is the model's own `generate` with the hooks on it, which keeps nothing else, and "trace on" the package's
-`generate`, whose trace has every row, layer and token. "One hook" puts one hook on one layer and runs 32 tokens
+`generate`, whose trace has every row, layer and token. "As it is" is a model of transformers that nothing was made of,
+with its own `generate`; its trace is the same. "One hook" puts one hook on one layer and runs 32 tokens
 through the model: a new prompt each time, so gate and experts are in it. "Replay" is what recording for
 `figures.replay` costs: two more passes over the text, how the unsteered model would have gone on, and above all the
 logit lens, which runs the model's head at every layer.
@@ -83,6 +93,25 @@ def own_generate(model: Any, tokens: Tensor, n_new: int) -> list[int]:
     return found[0, tokens.shape[1] :].tolist()
 
 
+def on_network(network: Any, n_new: int, rounds: int) -> Ratio:
+    """Time of a transformers model's own `generate` with steering over that without."""
+    layer = network.config.num_hidden_layers // 2
+    steering = shapes.steering(network.config.hidden_size, layer, str(network.device))
+    tokens = torch.tensor([random_tokens(network.config.vocab_size)], device=network.device)
+
+    def run() -> None:
+        found = network.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=n_new, min_new_tokens=n_new
+        )
+        assert found.shape[1] == tokens.shape[1] + n_new
+
+    def steered() -> None:
+        with steering.on(network):
+            run()
+
+    return compare(run, steered, rounds=rounds)
+
+
 def one_hook(model: Any, steering: FineSteer, settings: Settings) -> Ratio:
     """Time of a forward pass with our hook over one with a hook that does nothing, at the same point."""
     tokens = torch.tensor([prompt_of(model)], device=model.cfg.device)
@@ -109,9 +138,14 @@ def recording(model: Any, steering: FineSteer, n_new: int, rounds: int) -> Ratio
     )
 
 
-def prompt_of(model: Any, length: int = 32) -> list[int]:
+def prompt_of(model: Any) -> list[int]:
     """A prompt of random tokens."""
-    return torch.randint(1, model.cfg.d_vocab, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+    return random_tokens(model.cfg.d_vocab)
+
+
+def random_tokens(vocabulary: int, length: int = 32) -> list[int]:
+    """Random tokens, without the one that pads."""
+    return torch.randint(1, vocabulary, (length,), generator=torch.Generator().manual_seed(1)).tolist()
 
 
 def on_gpu(shape: str, n_new: int = 64, rounds: int = 5) -> OnGpu:

@@ -43,6 +43,8 @@ cases = {
     "one-sided contrast": lambda: fl.Contrast("why?", "because", "  "),
     "unknown layer": lambda: fl.collect(model, train[:2], layer=17),
     "unknown layer type": lambda: fl.collect(model, train[:2], layer="last"),
+    "generating with what is no model": lambda: fl.generate(torch.nn.Linear(2, 2), "hello", steer),
+    "steering what is no model": lambda: steer.attach(torch.nn.Linear(2, 2)),
     "unknown site": lambda: replace(steer, site="hook_resid_mid").attach(model),
     "rank above n - 1": lambda: fl.fit_subspace(h[:5], rank=5),
     "rank above d": lambda: fl.fit_subspace(torch.randn(50, 8), rank=9),

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from fsteer_lens import FineSteer, Window, chain, generate, models, tutor
 from fsteer_lens.errors import HookError, InputError, MismatchError, SiteError
 from fsteer_lens.hooks import SubspaceAblation
 from fsteer_lens.prompts.tokens import Batch, pad, prompt_ids
+from tests.by_hand import steered_by_hand
 from tests.families import FAMILIES, hf_model, random_model
 from tests.test_families import LAYER, PROMPTS, fitted
 
@@ -51,7 +53,13 @@ def hooks_on(network: Any) -> int:
     return sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in network.modules())
 
 
-def ways(steering: FineSteer) -> dict[str, Any]:
+@pytest.fixture(scope="module")
+def two(trained: Any) -> FineSteer:
+    """A steering at two layers, each with a gate and experts of its own."""
+    return fs.fit({layer: trained[layer] for layer in (3, 4)}, strength=0.8)
+
+
+def ways(steering: FineSteer, two: FineSteer | None = None) -> dict[str, Any]:
     subspace = steering.gate.subspace  # type: ignore[union-attr]
     return {
         "prompt": steering,
@@ -63,16 +71,21 @@ def ways(steering: FineSteer) -> dict[str, Any]:
         "monitor": steering.with_monitor(),
         "ablation": SubspaceAblation(subspace, layer=2, rank=2),
         "chain": chain(steering, fs.steering.MeanShift(torch.full((128,), 0.05), layer=2, scope="all")),
+        "probe": fs.hooks.SubspaceProbe(subspace, layer=3, site="hook_resid_pre"),
+        "two layers": two,
+        "two layers at each step": two and replace(two, scope="all", refresh="step"),
+        "one gate for two layers": two and replace(two, gate={3: two.gate_at(3)}, gate_layer=3, scope="generated"),
     }
 
 
 @pytest.mark.parametrize("way", [
-    "prompt", "generated", "all", "window", "fading", "each step", "monitor", "ablation", "chain",
+    "prompt", "generated", "all", "window", "fading", "each step", "monitor", "ablation", "chain", "probe",
+    "two layers", "two layers at each step", "one gate for two layers",
 ])  # fmt: skip
 def test_the_models_own_generate_says_and_records_what_ours_does(
-    network: Any, tutor_model: Any, steering: FineSteer, prompts: list[str], batch: Batch, way: str
+    network: Any, tutor_model: Any, steering: FineSteer, two: FineSteer, prompts: list[str], batch: Batch, way: str
 ) -> None:
-    one = ways(steering)[way]
+    one = ways(steering, two)[way]
     eos = tutor_model.tokenizer.eos_token_id
     made = generate(tutor_model, prompts, one, max_new_tokens=NEW, progress=False, read="live")
     with one.on(network) as trace:
@@ -87,9 +100,11 @@ def test_the_models_own_generate_says_and_records_what_ours_does(
             for name in ("gate", "weights", "score"):
                 for layer, value in getattr(own, name).items():
                     torch.testing.assert_close(getattr(its, name)[layer], value, atol=1e-4, rtol=0)
-            for layer, change in own.change.items():
-                known = its.change[layer][:, : change.shape[1]]
-                torch.testing.assert_close(known, change, atol=1e-4, rtol=1e-4)
+            for name in ("change", "ser", "step_gate", "step_weights"):
+                assert getattr(its, name).keys() == getattr(own, name).keys()
+                for layer, value in getattr(own, name).items():
+                    known = getattr(its, name)[layer][:, : value.shape[1]]
+                    torch.testing.assert_close(known, value, atol=1e-4, rtol=1e-4, equal_nan=True)
     assert hooks_on(network) == 0
 
 
@@ -109,39 +124,69 @@ def test_every_family_is_steered_as_on_a_converted_model(family: str) -> None:
     assert hooks_on(network) == 0
 
 
-def test_beams_and_sampling_are_decided_row_by_row(network: Any, steering: FineSteer, batch: Batch) -> None:
-    with steering.on(network) as trace:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 2.0},
+        {"do_sample": True, "temperature": 1.5, "top_k": 40},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"use_cache": False},
+        {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    ],
+    ids=str,
+)
+def test_every_way_of_decoding_says_what_a_hook_that_anybody_would_write_makes_it_say(
+    network: Any, steering: FineSteer, batch: Batch, options: Any
+) -> None:
+    one = steering.with_scope("all")
+    with one.on(network) as trace:
         own_generate(network, batch)
         gates = trace.gate[4].clone()
-    with steering.on(network) as trace:
-        own_generate(network, batch, num_beams=3)
-        torch.testing.assert_close(trace.gate[4], gates.repeat_interleave(3), atol=1e-4, rtol=0)
-    texts = []
-    for _ in range(2):
+    found = []
+    for block in (steered_by_hand(network.transformer.h[4], 4, one), one.on(network), one.with_monitor().on(network)):
         torch.manual_seed(3)
-        with steering.on(network) as trace:
-            texts.append(own_generate(network, batch, do_sample=True, temperature=1.5))
-            torch.testing.assert_close(trace.gate[4], gates, atol=1e-4, rtol=0)
-    assert torch.equal(*texts)
+        with block as trace:
+            found.append(own_generate(network, batch, **options))
+        if trace is not None:
+            times = len(trace.gate[4]) // len(gates)
+            torch.testing.assert_close(trace.gate[4], gates.repeat_interleave(times), atol=1e-4, rtol=0)
+    assert torch.equal(found[0], found[1])
+    assert found[1].shape != found[2].shape or not torch.equal(found[1], found[2]), "steering must show"
 
 
 @pytest.mark.parametrize("way", ["prompt", "generated", "all", "each step"])
 def test_assisted_decoding_changes_no_word_and_what_it_takes_back_leaves_the_trace(
     network: Any, steering: FineSteer, batch: Batch, way: str
 ) -> None:
-    one = ways(steering)[way]
+    one, assistant = ways(steering)[way], AutoModelForCausalLM.from_pretrained(tutor.loading.FOLDER).eval()
     alone = Batch(batch.tokens[:1][:, batch.mask[0]], batch.mask[:1][:, batch.mask[0]])
     told, length = torch.tensor([alone.tokens.shape[1]]), alone.tokens.shape[1]
     with one.on(network, prompt_lengths=told) as trace:
         plain, changes = own_generate(network, alone), trace.change[4].clone()
-    with one.on(network, prompt_lengths=told) as trace:
-        assisted = own_generate(network, alone, prompt_lookup_num_tokens=3)
-        known = length + plain.shape[1] - 1
-        torch.testing.assert_close(trace.change[4][:, :known], changes[:, :known], atol=1e-4, rtol=1e-4)
-    assert torch.equal(plain, assisted)
+    for helped in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": assistant}):
+        with one.on(network, prompt_lengths=told) as trace:
+            assisted = own_generate(network, alone, **helped)
+            known = length + plain.shape[1] - 1
+            torch.testing.assert_close(trace.change[4][:, :known], changes[:, :known], atol=1e-4, rtol=1e-4)
+        assert torch.equal(plain, assisted)
     with pytest.raises(HookError, match="prompt_lengths"), one.on(network):
         own_generate(network, alone, prompt_lookup_num_tokens=3)
     assert hooks_on(network) == 0
+
+
+def test_a_model_that_drafts_with_its_own_first_layers_is_steered_all_the_same(batch: Batch) -> None:
+    network, told = hf_model("llama"), torch.tensor([5])
+    alone = Batch(torch.tensor([[1, 20, 30, 40, 50]]), torch.ones(1, 5, dtype=torch.bool))
+    steering = replace(fitted(random_model("llama", KIND)), scope="all", gate=None)
+    with steering.on(network, prompt_lengths=told) as trace:
+        plain, changes = own_generate(network, alone), trace.change[LAYER].clone()
+    for layers in (1, 2):
+        with steering.on(network, prompt_lengths=told) as trace:
+            assert torch.equal(own_generate(network, alone, assistant_early_exit=layers), plain)
+            known = 5 + plain.shape[1] - 1
+            torch.testing.assert_close(trace.change[LAYER][:, :known], changes[:, :known], atol=1e-4, rtol=1e-4)
+    assert not torch.equal(own_generate(network, alone), plain), "steering must show"
 
 
 def test_an_attached_steering_takes_prompt_after_prompt(network: Any, steering: FineSteer, batch: Batch) -> None:
@@ -214,6 +259,35 @@ def test_models_that_are_no_decoders_and_other_weights_are_refused(network: Any,
     with pytest.raises(MismatchError, match="activations at layer 4"):
         steering.attach(altered)
     assert hooks_on(altered) == 0
+
+
+def test_what_is_no_model_is_refused(network: Any, steering: FineSteer) -> None:
+    for other in (torch.nn.Linear(2, 2), torch.nn.DataParallel(network)):
+        with pytest.raises(InputError, match="model: expected one of TransformerLens"):
+            steering.attach(other)
+
+
+def test_a_file_is_written_and_read_for_a_model_of_transformers(
+    network: Any, steering: FineSteer, batch: Batch, tmp_path: Path
+) -> None:
+    fs.save(replace(steering, fingerprint=None), tmp_path / "safe", model=network)
+    again = fs.load(tmp_path / "safe", model=network)
+    with pytest.raises(SiteError, match="layer"):
+        fs.load(tmp_path / "safe", model=hf_model("gpt2"))
+    with steering.on(network):
+        expected = own_generate(network, batch)
+    with again.on(network):
+        assert torch.equal(own_generate(network, batch), expected)
+
+
+def test_nothing_stays_on_a_layer_that_is_compiled(steering: FineSteer) -> None:
+    network = AutoModelForCausalLM.from_pretrained(tutor.loading.FOLDER).eval()
+    network.transformer.h[4].compile(backend="eager")
+    with pytest.raises(HookError, match="is compiled"):
+        steering.attach(network)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), steering.on(network) as trace:  # as it advises
+        network(torch.tensor([[5, 6, 7]]))
+    assert 4 in trace.gate and hooks_on(network) == 0
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft, about transformers

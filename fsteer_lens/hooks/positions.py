@@ -113,7 +113,7 @@ class Positions:
             start = self.seen if width == 1 else 0
             n_new, self.seen = 1, self.seen + 1
         columns = torch.arange(start, start + width, device=activation.device)
-        return View(columns, n_new, fresh, self.query, self.first, _real(columns, rows, mask))
+        return View(columns, n_new, fresh, self.query, self.first, _real(start, activation, mask))
 
     def _require_followed(self, width: int, cached: int) -> None:
         """Raise unless tokens after so many cached ones go on with the prompts at hand."""
@@ -200,10 +200,10 @@ def _usable(real: Tensor | None, rows: int, width: int, fresh: bool) -> bool:
     return real.shape[1] >= width and (not fresh or (real.shape[1] == width and bool(real.any(dim=1).all())))
 
 
-def _real(columns: Tensor, rows: int, mask: Tensor | None) -> Tensor:
-    """Which columns hold real tokens; those beyond the mask do."""
-    real = torch.ones(rows, len(columns), dtype=torch.bool, device=columns.device)
+def _real(start: int, activation: Float[Tensor, "b t d"], mask: Bool[Tensor, "b s"] | None) -> Bool[Tensor, "b t"]:
+    """Which columns from `start` on hold real tokens; those beyond the mask do. Asks nothing of the device."""
+    rows, width = activation.shape[:2]
+    known = torch.ones(rows, 0, dtype=torch.bool, device=activation.device)
     if mask is not None:
-        inside = columns < mask.shape[1]
-        real[:, inside] = mask.to(columns.device)[:, columns[inside]]
-    return real
+        known = mask[:, start : start + width].to(activation.device).expand(rows, -1)
+    return torch.nn.functional.pad(known, (0, width - known.shape[1]), value=True)

@@ -1,17 +1,18 @@
 """Models of transformers as they are, with hook points at their decoder layers; nothing is converted or copied.
 
-A hook point is TransformerLens' own; while somebody has hooks on it, its decoder layer hands it the residual stream.
-The decoder itself tells which tokens are real and how many are cached, so that nothing about a forward is guessed.
+While somebody has hooks on a hook point, its decoder layer hands it the residual stream. The decoder itself tells which
+tokens are real and how many are cached, so that nothing about a forward is guessed. TransformerLens is not imported.
 """
 
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from weakref import WeakKeyDictionary, ref
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 
 from fsteer_lens.errors import HookError, InputError
 from fsteer_lens.models.classes import SteerableModel, require_decoding
@@ -21,6 +22,29 @@ POST: Final = "hook_resid_post"
 GROWING: Final = "A static cache, and the masks that it needs, cannot be followed: generate with the default cache."
 Told = Callable[[Bool[Tensor, "b s"] | None, int | None], None]
 """Is told, before the layers run, which tokens are real and how many are cached; None where nobody knows."""
+
+
+class Hung(NamedTuple):
+    """A function at a hook point, with what takes it off."""
+
+    hook: RemovableHandle
+    user_hook: Any
+
+
+class PlainPoint(torch.nn.Identity):
+    """A hook point, by as much of TransformerLens' own as this package uses; that one takes seconds to import."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name, self.fwd_hooks = name, list[Hung]()
+
+    def add_hook(self, function: Any) -> None:
+        """Have a function called with what passes here; what it returns, unless it is None, goes on instead."""
+
+        def call(point: Any, args: Any, stream: Tensor) -> Tensor | None:
+            return function(stream, hook=point)
+
+        self.fwd_hooks.append(Hung(self.register_forward_hook(call), function))
 
 
 class PlainModel:
@@ -33,23 +57,18 @@ class PlainModel:
     """
 
     def __init__(self, network: torch.nn.Module) -> None:
-        from transformer_lens.hook_points import HookPoint
-
         whole: Any = network
         require_decoding(whole)
         config = whole.config.get_text_config()
         self._network, self._layers = ref(network), _decoder_layers(whole)
         names = [f"blocks.{layer}.{site}" for layer in range(len(self._layers)) for site in (PRE, POST)]
-        self.hook_dict = {name: HookPoint() for name in names}
-        for name, point in self.hook_dict.items():
-            point.name = name
+        self.hook_dict = {name: PlainPoint(name) for name in names}
         self._connected: dict[str, tuple[int, Any]] = {}
         self.tokenizer = None
         self.cfg = SimpleNamespace(
             n_layers=len(self._layers),
             d_model=config.hidden_size,
             d_vocab=config.vocab_size,
-            n_ctx=config.max_position_embeddings,
             device="meta",  # see models.devices: that of the first weight in memory
             dtype=whole.dtype,
             original_architecture=type(whole.get_base_model() if hasattr(whole, "get_base_model") else whole).__name__,
@@ -108,17 +127,21 @@ class PlainModel:
                 raise HookError("the cache", expected=expected, got=type(cache).__name__, fix=GROWING)
             told(None if mask is None else mask.bool(), None if cache is None else int(cache.get_seq_length()))
 
-        return self.network.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
+        return _decoder(self.network).register_forward_pre_hook(look, with_kwargs=True)
 
 
 def steerable(model: Any) -> Any:
-    """A model that hook objects can be put on: one of transformers as a `PlainModel`, anything else as it is.
+    """A model that hook objects can be put on: one of transformers as a `PlainModel`, one of TransformerLens as it is.
 
     Raises:
-        InputError: a model of transformers that is no decoder.
+        InputError: no model, or one of transformers that is no decoder.
     """
-    if isinstance(model, SteerableModel) or not hasattr(model, "get_decoder"):
+    if isinstance(model, SteerableModel):
         return model
+    if not hasattr(model, "get_decoder"):
+        expected = "one of TransformerLens, or a causal language model of transformers"
+        fix = "Give what AutoModelForCausalLM or fsteer_lens.models loads, without a wrapper for several devices."
+        raise InputError("model", expected=expected, got=type(model).__name__, fix=fix)
     if model not in _plain:
         _plain[model] = PlainModel(model)
     return _plain[model]
@@ -127,12 +150,18 @@ def steerable(model: Any) -> Any:
 _plain: "WeakKeyDictionary[Any, PlainModel]" = WeakKeyDictionary()
 
 
+def _decoder(network: Any) -> Any:
+    """The module that runs the decoder layers; that of a Llama 4 calls itself so and holds it."""
+    decoder = network.get_decoder()
+    return getattr(decoder, "model", decoder)
+
+
 def _decoder_layers(network: Any) -> torch.nn.ModuleList:
     """The decoder's layers: the one list in it that is as long as the configuration says."""
     n_layers = network.config.get_text_config().num_hidden_layers
     lists = [
         module
-        for module in network.get_decoder().children()
+        for module in _decoder(network).children()
         if isinstance(module, torch.nn.ModuleList) and len(module) == n_layers
     ]
     if len(lists) != 1:
@@ -147,11 +176,12 @@ def _decoder_layers(network: Any) -> torch.nn.ModuleList:
 
 def _after(point: Any) -> Any:
     def hand_over(layer: Any, args: Any, output: Any) -> Any:
-        stream = output[0] if isinstance(output, tuple) else output
+        alone = isinstance(output, Tensor)  # else the stream comes first in a tuple, or a list of the first GPT's
+        stream = output if alone else output[0]
         edited = point(stream)
         if edited is stream:
             return None
-        return (edited, *output[1:]) if isinstance(output, tuple) else edited
+        return edited if alone else (edited, *output[1:])
 
     return hand_over
 

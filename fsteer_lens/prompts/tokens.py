@@ -24,11 +24,15 @@ from fsteer_lens.prompts.forms import GivenPrompt, Prompt, as_prompt, prompt_tex
 
 def require_tokenizer(model: SteerableModel) -> Any:
     """The model's tokenizer; raises `TokenizerError` where it has none."""
-    if model.tokenizer is None:
+    tokenizer = getattr(model, "tokenizer", None)
+    if tokenizer is None:
         raise TokenizerError(
-            "the model has no tokenizer", fix="Load it with fsteer_lens.models.from_hf(hf_model, tokenizer)."
+            "the model has no tokenizer",
+            expected="a model of TransformerLens that has its own",
+            got=type(model).__name__,
+            fix="Load it with fsteer_lens.models.from_hf(hf_model, tokenizer).",
         )
-    return model.tokenizer
+    return tokenizer
 
 
 def prompt_ids(

@@ -50,7 +50,8 @@ class Fingerprint:
         site: hook point within a layer.
         tokenizer: SHA-256 of vocabulary and all special tokens, the pad token too; compared where it is all there is.
         probe: a few activations at each fitted layer after fixed tokens, {layer: values}.
-        model_class, processed, dtype: recorded, not compared: the probe tells whether they matter.
+        model_class, processed, dtype: recorded, not compared: the probe tells whether they matter. It may be further
+            off where a dtype is neither float32 nor float64, or weights are quantised.
         schema: version of these fields; the first one lacks those below.
         vocabularies: SHA-256 of the entries that the model can read, and of these without the pad token's; one of them
             must be the same.
@@ -102,8 +103,8 @@ class Fingerprint:
             if getattr(self, name) != getattr(other, name)
         ]
         differences += self._other_tokens(other)
-        half = any(dtype not in ("torch.float32", "torch.float64") for dtype in (self.dtype, other.dtype))
-        tolerance = 5e-2 if half else 1e-3
+        coarse = any(dtype not in ("torch.float32", "torch.float64") for dtype in (self.dtype, other.dtype))
+        tolerance = 5e-2 if coarse else 1e-3
         for layer in sorted(set(self.probe) & set(other.probe)) if not differences else ():
             ours, theirs = (torch.tensor(one.probe[layer], dtype=torch.float32, device="cpu") for one in (self, other))
             same_length = len(ours) == len(theirs) > 0
@@ -186,7 +187,7 @@ def fingerprint(model: SteerableModel, layers: Sequence[int], site: str = DEFAUL
         model_class=("transformers" if plain else CLASS_NAMES[kind_of(model)])
         + (f" with SAEs at {', '.join(saes)}" if (saes := spliced(model)) else ""),
         processed=str(cfg.normalization_type).endswith("Pre") or getattr(model, "compatibility_mode", False),
-        dtype=str(cfg.dtype),
+        dtype=f"{cfg.dtype}{', quantised' if _is_quantised(model) else ''}",
     )
 
 
@@ -215,6 +216,12 @@ def require_model(known: Fingerprint, model: SteerableModel, site: str = DEFAULT
         if pad_token is not None:
             current = replace(current, tokenizer=known.tokenizer)
     known.require_match(current)
+
+
+def _is_quantised(model: Any) -> bool:
+    """Whether transformers keeps the weights in fewer bits, or has read them from such."""
+    network = getattr(model, "network", getattr(model, "original_model", None))
+    return getattr(network, "hf_quantizer", None) is not None
 
 
 def _d_vocab(model: SteerableModel) -> int:

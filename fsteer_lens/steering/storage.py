@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fsteer_lens.errors import FileFormatError, InputError
@@ -24,6 +25,7 @@ from fsteer_lens.method.scan_gates import ScanGate
 from fsteer_lens.method.subspace import Subspace
 from fsteer_lens.method.subspace_gates import CalibrationRange, EnergyGate, LogisticGate, QuantileGate, ThresholdGate
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.plain import steerable
 from fsteer_lens.prompts.formats import PromptFormat
 from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint, require_model
 from fsteer_lens.steering.baselines import MeanShift, NearestCentroid, NullSpaceSteering, PcaDirection, RidgeSteering
@@ -78,13 +80,16 @@ FORMAT = Format(
 )
 
 
-def save(steering: HookObject, path: str | os.PathLike[str], model: SteerableModel | None = None) -> None:
+def save(
+    steering: HookObject, path: str | os.PathLike[str], model: SteerableModel | torch.nn.Module | None = None
+) -> None:
     """Write a steering to one file, atomically: an interrupted save leaves the old file whole.
 
     Args:
         steering: a FineSteer, a baseline, a probe, an ablation, or a chain of them.
         path: the file, by custom ending in .safetensors; its folder must exist.
-        model: the model it belongs to; needed where the steering carries no fingerprint, checked where it does.
+        model: the model it belongs to; needed where the steering carries no fingerprint, checked where it does. As in
+            `on`, it may be one of transformers.
 
     Raises:
         InputError: no hook object, no fingerprint and no model, or no such folder.
@@ -94,7 +99,8 @@ def save(steering: HookObject, path: str | os.PathLike[str], model: SteerableMod
     instance("save", steering, HookObject, "a steering, probe, ablation or chain")
     for value in (steering, *steering.links):
         FORMAT.require_known(value)
-    links = tuple(_with_fingerprint(link, model) for link in steering.links)
+    seen = None if model is None else steerable(model)
+    links = tuple(_with_fingerprint(link, seen) for link in steering.links)
     steering = replace(steering, hooks=links) if isinstance(steering, Chain) else links[0]
     tensors: dict[str, Tensor] = {}
     FORMAT.write(path, FORMAT.encode(steering, "steering", tensors), tensors)
@@ -118,12 +124,13 @@ def _with_fingerprint(link: Link, model: SteerableModel | None) -> Link:
     return link
 
 
-def load(path: str | os.PathLike[str], model: SteerableModel | None = None) -> Any:
+def load(path: str | os.PathLike[str], model: SteerableModel | torch.nn.Module | None = None) -> Any:
     """Read what `save` wrote: a FineSteer, a baseline, a probe, an ablation or a chain.
 
     Args:
         path: a file that `save` wrote.
-        model: check at once that it was fitted on this model; otherwise it is checked when put on a model.
+        model: check at once that it was fitted on this model, which may be one of transformers as in `on`; otherwise
+            it is checked when put on a model.
 
     Raises:
         FileFormatError: no such file, not one of ours, damaged, or of a newer version.
@@ -139,5 +146,5 @@ def load(path: str | os.PathLike[str], model: SteerableModel | None = None) -> A
     if not isinstance(steering, HookObject) or any(link.fingerprint is None for link in steering.links):
         raise FileFormatError(f"{path}", expected="a steering with a fingerprint", got=type(steering).__name__)
     if model is not None:
-        steering.session_on(model)
+        steering.session_on(steerable(model))
     return steering
