@@ -25,6 +25,7 @@ REQUIRED = (
     "torch",
     "transformer-lens",
     "transformers",
+    "huggingface-hub",
     "tokenizers",
     "safetensors",
     "numpy",

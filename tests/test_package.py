@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 IMPORTED_ON_USE = [
     "transformer_lens",
     "transformers",
+    "huggingface_hub",
     "sklearn",
     "plotly",
     "circuitsvis",
