@@ -310,7 +310,7 @@ def test_a_card_tells_what_is_known_and_that_the_rest_is_not(
     for number in report.clusters.unique().tolist():
         assert f"| {int((report.clusters == number).sum())} |" in text
     bare = card(fit_mean_shift(trained[LAYER]), "steering", "me/safe", unsaid)
-    assert "number of contrasts that it was fitted to is not known" in bare and "It has no gate" in bare
+    assert "number of contrasts that it was fitted to is not known" in bare and "It has none" in bare
     both = card(chain(steering, made_up.steering(3)), "steering", "me/both", unsaid)
     assert "Of the model itself nothing is known" in both and both.count("## Limits") == 1
     told = card(trained[LAYER], "activations", "me/acts", unsaid)

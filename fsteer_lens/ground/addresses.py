@@ -7,7 +7,6 @@ from pathlib import Path
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.foreign import told
 
-SCHEME = "hf:"
 NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 ADDRESS = re.compile(rf"hf://(?P<name>{NAME})(@(?P<revision>[A-Za-z0-9](?:(?!\.\.)[\w./-])*))?", re.ASCII)
 FILES = {
@@ -34,7 +33,7 @@ def local_path(path: str | os.PathLike[str], kind: str) -> Path:
         InputError: another address, or the hub, or its cache, does not give the file; says why.
     """
     text = os.fspath(path)
-    if not isinstance(text, str) or not text.startswith((f"{SCHEME}/", f"{SCHEME}\\")):
+    if not isinstance(text, str) or not text.startswith(("hf:/", "hf:\\")):
         return Path(path)
     match = ADDRESS.fullmatch(text)
     if match is None:

@@ -29,6 +29,7 @@ KINDS: Final = {
     " layer, token by token.",
 }
 UNKNOWN: Final = "Not known."
+UNGATED: Final = "It has none: what it does, it does on every prompt."
 MOST_LABELS: Final = 20
 USES: Final = {
     "steering": "model = fs.models.load({base_model})\n"
@@ -85,7 +86,7 @@ def card(value: HookObject | Activations | Trace, kind: str, name: str, told: To
     }
     if isinstance(value, HookObject):
         sections["How it was fitted"] = list(_fits(value)) or [UNKNOWN]
-        sections["What its gates do"] = [*_gates(value, told.gates)] or ["It has no gate: it acts on every prompt."]
+        sections["What its gates do"] = list(_gates(value, told.gates)) or [UNGATED]
     sections["Limits"] = ["\n".join(f"- {limit}" for limit in LIMITS[kind])]
     text = "\n\n".join(f"## {title}\n\n" + "\n\n".join(parts) for title, parts in sections.items())
     return f"---\n{metadata.to_yaml()}\n---\n\n# {name}\n\n{text}\n"
@@ -95,7 +96,7 @@ def _what(value: HookObject | Activations | Trace) -> list[str]:
     """The value in a line, of a chain one for each link with what its class does."""
     if not isinstance(value, HookObject):
         return [_code(repr(value))]
-    rows = [[_code(repr(link)), _code((type(link).__doc__ or "").splitlines()[0])] for link in value.links]
+    rows = [[_code(repr(link)), _code((type(link).__doc__ or "").partition("\n")[0])] for link in value.links]
     together = ["Its links act together: all of them read what enters the chain."] if len(rows) > 1 else []
     return [*together, markdown(["what", "does"], rows)]
 
@@ -191,7 +192,7 @@ def _gates(value: HookObject, measured: GateReport | None) -> Iterator[str]:
     if found:
         yield markdown(["layer", "gate, with what its fit came to"], found)
     if measured is not None:
-        yield "Measured on prompts that it was not fitted to, with 95 % Clopper-Pearson intervals, its author says:"
+        yield "Measured by its author with `gate_report`, with 95 % Clopper-Pearson intervals:"
         yield measured.to_markdown()
     elif found:
         yield "What it misses, and where it opens wrongly, under typing errors, suffixes and the like is not known."
