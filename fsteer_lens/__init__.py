@@ -2,7 +2,7 @@
 
 What the flow of work needs is here: read, fit, steer, look, measure. The rest is in public modules, one for each step:
 `prompts`, `reading`, `method`, `steering`, `hooks`, `run`, `trace`, `effects`, `figures`, `selection`, `evaluation`,
-`explorer`, `report`, `demo`, and beside them `models`, `tutor`, `errors`, `harness`, `serving`.
+`explorer`, `report`, `hub`, `demo`, and beside them `models`, `tutor`, `errors`, `harness`, `serving`.
 """
 
 import warnings
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from fsteer_lens import demo as demo
 from fsteer_lens import effects, errors, evaluation, figures, hooks, models, tutor
 from fsteer_lens import explorer as explorer
+from fsteer_lens import hub as hub
 from fsteer_lens import method as method
 from fsteer_lens import prompts as prompts
 from fsteer_lens import reading as reading
@@ -28,6 +29,7 @@ from fsteer_lens.explorer.watching import watch
 from fsteer_lens.hooks.chains import chain
 from fsteer_lens.hooks.probes import ExpertProbe, SubspaceAblation, SubspaceProbe
 from fsteer_lens.hooks.scopes import Schedule, Window
+from fsteer_lens.hub.pushing import push
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.fitting_experts import fit_experts
 from fsteer_lens.method.fitting_gates import fit_gate
@@ -90,6 +92,7 @@ __all__ = [
     "hooks",
     "load",
     "models",
+    "push",
     "recipe",
     "save",
     "search",
@@ -98,7 +101,20 @@ __all__ = [
     "watch",
 ]
 
-_ROOMS = ("demo", "explorer", "method", "prompts", "reading", "report", "run", "selection", "serving", "steering", "trace")
+_ROOMS = (
+    "demo",
+    "explorer",
+    "hub",
+    "method",
+    "prompts",
+    "reading",
+    "report",
+    "run",
+    "selection",
+    "serving",
+    "steering",
+    "trace",
+)
 
 # Where to find what 0.1 had at the top. These addresses work for a while, with a warning.
 _MOVED = {

@@ -25,6 +25,7 @@ REQUIRED = (
     "torch",
     "transformer-lens",
     "transformers",
+    "huggingface-hub",
     "tokenizers",
     "safetensors",
     "numpy",
@@ -35,6 +36,7 @@ REQUIRED += ("scikit-learn", "plotly", "circuitsvis", "rich")
 OPTIONAL = ("pandas", "ipykernel", "jupyterlab", "anywidget")
 PARTS = ("prompt", "preferred", "undesired", "label", "context", "group")
 """What a row of data holds, each in a column of that name unless another is named."""
+STEERING = "a file that 'fit' wrote, or hf://owner/name@revision"
 DTYPES = ("float32", "bfloat16", "float16")
 SUITES = {
     "truthfulqa": "mc_task.json of TruthfulQA",
@@ -124,7 +126,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
     option = generate.add_argument
     option("prompts", nargs="+", metavar="prompt")
-    option("--steering", type=Path, required=True, help="a file that 'fit' wrote")
+    option("--steering", required=True, help=STEERING)
     option("--answer-start", metavar="TEXT", help="the beginning of each answer, in a chat, which goes on from there")
     option("--compare", action="store_true", help="beside the text without steering, and how far apart")
     option("--max-new-tokens", type=int, default=64)
@@ -136,14 +138,14 @@ def _parser() -> argparse.ArgumentParser:
     watch.set_defaults(run=_watch)
     option = watch.add_argument
     option("prompts", nargs="+", metavar="prompt")
-    option("--steering", type=Path, required=True, help="a file that 'fit' wrote")
+    option("--steering", required=True, help=STEERING)
     option("--out", type=Path, default=Path("watch.html"), help="the page (default: %(default)s)")
     option("--max-new-tokens", type=int, default=32)
 
     evaluate = commands.add_parser("evaluate", parents=[model], help="measure a saved steering on public data")
     evaluate.set_defaults(run=_evaluate)
     option = evaluate.add_argument
-    option("--steering", type=Path, required=True, help="a file that 'fit' wrote")
+    option("--steering", required=True, help=STEERING)
     for name, file in SUITES.items():
         option(f"--{name}", type=Path, metavar="FILE", help=f"{file}, as its authors publish it")
     option("--limit", type=int, help="take at most so many items of each file, evenly spread")
@@ -153,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     gate.set_defaults(run=_gate)
     option = gate.add_argument
-    option("--steering", type=Path, required=True, help="a file that 'fit' wrote")
+    option("--steering", required=True, help=STEERING)
     option("--data", type=Path, required=True, help=".jsonl or .csv as for 'fit', best of prompts that it did not see")
     option("--general", type=Path, required=True, help="prompts to leave alone; every second one sets a threshold")
     option("--false-alarms", type=float, default=0.05, help="the rate of that threshold (default: %(default)s)")
@@ -162,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", parents=[model, columns], help="write a page on what a saved steering does")
     report.set_defaults(run=_report)
     option = report.add_argument
-    option("--steering", type=Path, required=True, help="a file that 'fit' wrote")
+    option("--steering", required=True, help=STEERING)
     option("--data", type=Path, required=True, help=".jsonl or .csv as for 'fit', best of prompts that it did not see")
     option("--general", type=Path, help="prompts to leave alone: .txt, .jsonl or .csv")
     option("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
@@ -324,7 +326,7 @@ def _report(args: argparse.Namespace) -> int:
         load(args.steering, model=model),
         contrasts,
         general,
-        title=f"What {args.steering.stem} did",
+        title=f"What {Path(args.steering).stem} did",
         max_new_tokens=args.max_new_tokens,
         **_passes(args),
         seed=args.seed,

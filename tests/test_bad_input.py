@@ -192,6 +192,12 @@ cases = {
     "scree with a tensor": lambda: figures.scree(steer.gate_at(4).subspace, torch.ones(4)),
     "strength figure of a tensor": lambda: figures.strength_sweep(h),
     "layer figure of tensors": lambda: figures.layer_sweep({"a": h}),
+    "loading from half an address": lambda: fl.load("hf://safe"),
+    "pushing a gate": lambda: fl.push(steer.gate, "me/safe"),
+    "pushing to no name": lambda: fl.push(steer, "safe"),
+    "pushing with a report that is a text": lambda: fl.push(steer, "me/safe", gates="good"),
+    "control vector of a mixture": lambda: fl.steering.save_control_vector(steer, "x.pt"),
+    "control vector of a chain": lambda: fl.steering.save_control_vector(fl.chain(steer, steer), "x.pt"),
     "saving what is no steering": lambda: fl.save("steering", "x.safetensors"),
 }
 found = {}

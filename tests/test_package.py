@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 IMPORTED_ON_USE = [
     "transformer_lens",
     "transformers",
+    "huggingface_hub",
     "sklearn",
     "plotly",
     "circuitsvis",
@@ -29,7 +30,7 @@ IMPORTED_ON_USE = [
 # `ground` is what the other rooms stand on, and no room for users.
 ROOMS = sorted(path.parent.name for path in Path(fsteer_lens.__file__).parent.glob("*/__init__.py"))
 ROOMS.remove("ground")
-MAX_NAMES = 45
+MAX_NAMES = 46
 TOP_OF_0_1 = """
     Activations AttackReport Calibration Chain Contrast ContrastSet EnergyGate Evaluation ExpertProbe Experts Explorer
     FineSteer FitReport Gate GateReport Generation Generations LogisticGate MeanShift NearestCentroid NullSpaceSteering

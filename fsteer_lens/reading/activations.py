@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import DataError, InputError, MismatchError, ShapeError
+from fsteer_lens.ground.addresses import local_path
 from fsteer_lens.ground.checks import choice, instance, normalised, optional, whole
 from fsteer_lens.method.gates import Reading, require_reading
 from fsteer_lens.method.linalg import move, require_shapes
@@ -173,9 +174,13 @@ class Activations:
     def load(cls, path: str | os.PathLike[str]) -> "Activations":
         """Read what `save` wrote; a file is trusted no more than that of a steering: no code, no pickle, checked bytes.
 
+        `path` may be "hf://owner/name@revision" too, as in `load`.
+
         Raises:
             FileFormatError: no such file, not one of ours, damaged, or of a newer version.
+            InputError: an address on the hub that is none, or that gives no activations.
         """
+        path = local_path(path, "activations")
         found = stored.read(path)
         try:
             return cls(**found)

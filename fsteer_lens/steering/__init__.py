@@ -13,6 +13,7 @@ from fsteer_lens.steering.baselines import (
     fit_pca_direction,
     fit_ridge,
 )
+from fsteer_lens.steering.control_vectors import save_control_vector
 from fsteer_lens.steering.fitting import fit
 from fsteer_lens.steering.steering import FineSteer, Steering
 from fsteer_lens.steering.storage import load, save
@@ -34,4 +35,5 @@ __all__ = [
     "fit_ridge",
     "load",
     "save",
+    "save_control_vector",
 ]

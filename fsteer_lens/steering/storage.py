@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fsteer_lens.errors import FileFormatError, InputError
+from fsteer_lens.ground.addresses import local_path
 from fsteer_lens.ground.checks import instance
 from fsteer_lens.ground.sealed import Format
 from fsteer_lens.hooks.chains import Chain
@@ -128,14 +129,17 @@ def load(path: str | os.PathLike[str], model: SteerableModel | torch.nn.Module |
     """Read what `save` wrote: a FineSteer, a baseline, a probe, an ablation or a chain.
 
     Args:
-        path: a file that `save` wrote.
+        path: a file that `save` wrote, or "hf://owner/name@revision", what `push` put on the hub there: without
+            "@revision" the newest. The commit that it came from is printed.
         model: check at once that it was fitted on this model, which may be one of transformers as in `on`; otherwise
             it is checked when put on a model.
 
     Raises:
         FileFormatError: no such file, not one of ours, damaged, or of a newer version.
         MismatchError: fitted on another model; names the differences.
+        InputError: an address on the hub that is none, or that gives no steering.
     """
+    path = local_path(path, "steering")
     tree, tensors = FORMAT.read(path)
     try:
         steering = FORMAT.decode(tree, tensors)

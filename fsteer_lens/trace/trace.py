@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from fsteer_lens.errors import DataError
+from fsteer_lens.ground.addresses import local_path
 from fsteer_lens.ground.checks import choice, several, whole
 from fsteer_lens.method.gates import Reading, require_reading
 from fsteer_lens.trace import records
@@ -370,11 +371,13 @@ class Trace:
 
     @classmethod
     def from_jsonl(cls, path: str | os.PathLike[str]) -> "Trace":
-        """Read what `to_jsonl` wrote; no model is needed.
+        """Read what `to_jsonl` wrote; no model is needed. `path` may be "hf://owner/name@revision" too, as in `load`.
 
         Raises:
             DataError: no such file, or no trace in it.
+            InputError: an address on the hub that is none, or that gives no trace.
         """
+        path = local_path(path, "trace")
         try:
             return cls.from_records(records.read(path))
         except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
