@@ -249,8 +249,9 @@ def test_a_cache_from_elsewhere_and_other_masks_are_refused(network: Any, steeri
 
 
 def test_models_that_are_no_decoders_and_other_weights_are_refused(network: Any, steering: FineSteer) -> None:
-    with pytest.raises(InputError, match="encoder"), replace(steering, fingerprint=None).on(hf_model("t5")):
-        pass
+    for other, what in {"t5": "encoder", "bert": "encoder", "mamba2": "running state"}.items():
+        with pytest.raises(InputError, match=what):
+            replace(steering, fingerprint=None).attach(hf_model(other))
     with pytest.raises(SiteError, match="layer"), steering.on(hf_model("gpt2")):
         pass
     altered = AutoModelForCausalLM.from_pretrained(tutor.loading.FOLDER).eval()
