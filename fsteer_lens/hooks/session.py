@@ -67,6 +67,7 @@ class State:
         steps: what was decided at the latest positions, likewise, where a link decides at every step.
         queries: query activations, {way of reading: {layer: [b d]}}, where they are not to be read from the running
             stream; else None.
+        shut: layers at which nothing is added to any of the prompts, which the host knows without asking the device.
         scanned: for gates that scan, of each prompt the window that comes nearest to opening them, {layer: [b d]}; None
             where nobody knows the prompts' windows.
         tails: how many tokens of each prompt come after the one that ends the user's turn, [b] or [1]; None is unknown.
@@ -77,6 +78,7 @@ class State:
         self.trace = Trace()
         self.decisions: dict[int, Any] = {}
         self.steps: dict[int, Any] = {}
+        self.shut: set[int] = set()
         self.queries: dict[Reading, dict[int, Tensor]] | None = None
         self.scanned: dict[int, Tensor] | None = None
 
@@ -102,6 +104,7 @@ class State:
     def fork(self, rows: Int[Tensor, " n"], into: "State") -> None:
         """Hand the decisions of these rows to another session's state of the same link."""
         into.decisions = {layer: _rows_of(one, rows) for layer, one in self.decisions.items()}
+        into.shut = set(self.shut)
         into.steps = {layer: _rows_of(one, rows) for layer, one in self.steps.items()}
 
     def record(self, layer: int, **values: Tensor | None) -> None:

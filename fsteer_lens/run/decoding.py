@@ -58,13 +58,16 @@ def decode(
     generators = rules.sampling.generators(numbers)
     tokens, mask = batch.tokens, batch.mask
     alive = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)
+    running = [True] * len(tokens)  # `alive` on the host
     generated: list[list[int]] = [[] for _ in range(len(tokens))]
     for number in range(rules.max_new_tokens):
         with torch.no_grad(), lock_of(model) if session is None else session.step(model, fresh=number == 0):
             logits = forward(tokens, mask)[:, -1].float()
         chosen = rules.sampling.choose(logits, generators)
         wrong = undefined(logits) & alive
-        picked, bad = torch.stack([chosen, wrong.long()]).tolist()  # both at once: every transfer waits for the device
+        ends = rules.stop.by_ids(chosen)
+        # all at once: every transfer waits for the device
+        picked, bad, ended = torch.stack([chosen, wrong.long(), ends.long()]).tolist()
         if any(bad):
             row = bad.index(1)
             what = f"logits at step {number} of row {numbers[row]},"
@@ -73,7 +76,11 @@ def decode(
         yield Step(chosen, logits.log_softmax(dim=-1), alive)
         for row, token in zip(generated, picked, strict=True):
             row.append(token)
-        alive = alive & ~rules.stop.rows(chosen, generated)
-        if not bool(alive.any()):
+        by_texts = rules.stop.by_texts(generated)
+        alive = alive & ~ends
+        if any(by_texts):
+            alive = alive & ~torch.tensor(by_texts, dtype=torch.bool, device=alive.device)
+        running = [run and not (end or hit) for run, end, hit in zip(running, ended, by_texts, strict=True)]
+        if not any(running):
             return
         tokens, mask = chosen.unsqueeze(1), mask.new_ones(len(chosen), 1)

@@ -32,14 +32,16 @@ class Stop:
         self.ids = torch.tensor(sorted({*ids, *stop_ids(model)}), dtype=torch.long, device=device_of(model))
         self._model = model
 
-    def rows(self, chosen: Int[Tensor, " b"], generated: Sequence[Sequence[int]]) -> Bool[Tensor, " b"]:
+    def by_ids(self, chosen: Int[Tensor, " b"]) -> Bool[Tensor, " b"]:
         """Which rows end with the tokens just chosen."""
-        ended = torch.isin(chosen, self.ids)
-        if self.texts:
-            texts = ["".join(token_texts(self._model, row)) for row in generated]
-            hits = [any(stop in text for stop in self.texts) for text in texts]
-            ended |= torch.tensor(hits, dtype=torch.bool, device=ended.device)
-        return ended
+        return torch.isin(chosen, self.ids)
+
+    def by_texts(self, generated: Sequence[Sequence[int]]) -> list[bool]:
+        """Which rows hold a stop text."""
+        if not self.texts:
+            return [False] * len(generated)
+        texts = ["".join(token_texts(self._model, row)) for row in generated]
+        return [any(stop in text for stop in self.texts) for text in texts]
 
     def cut(self, text: str) -> str:
         """The text up to the first stop text."""

@@ -294,11 +294,9 @@ class Steering(Link):
         gate, vector = decision.gate.unsqueeze(1), decision.vector.unsqueeze(1)  # [b 1], [b 1 d]
         if self.stepwise:
             gate, vector = self._refreshed(state, layer, activation, view)
-        if layer not in self.layers or self.monitor:
+        if layer not in self.layers or self.monitor or layer in state.shut:
             return None
         factor = self.strength * self._factors(view) * gate.to(activation.device)
-        if not bool(factor.any()):
-            return None
         return factor.unsqueeze(-1) * vector.to(activation.device)
 
     def open(self, state: State, layer: int, activation: Tensor, view: View) -> None:
@@ -307,6 +305,9 @@ class Steering(Link):
         asked = self._asked(state, layer, h, activation, view)
         decision = self.decide(layer, h, self._shared_gate(layer, state.decisions, h), asked)
         state.decisions[layer] = decision
+        state.shut.discard(layer)
+        if not (self.stepwise or self.strength and bool(decision.gate.any())):
+            state.shut.add(layer)
         kept = decision._asdict()
         del kept["vector"]
         state.record(layer, **kept)
