@@ -2,7 +2,7 @@
 
 What the flow of work needs is here: read, fit, steer, look, measure. The rest is in public modules, one for each step:
 `prompts`, `reading`, `method`, `steering`, `hooks`, `run`, `trace`, `effects`, `figures`, `selection`, `evaluation`,
-`explorer`, `report`, `demo`, and beside them `models`, `tutor`, `errors`, `harness`.
+`explorer`, `report`, `scale`, `demo`, and beside them `models`, `tutor`, `errors`, `harness`.
 """
 
 import warnings
@@ -17,6 +17,7 @@ from fsteer_lens import prompts as prompts
 from fsteer_lens import reading as reading
 from fsteer_lens import report as report
 from fsteer_lens import run as run
+from fsteer_lens import scale as scale
 from fsteer_lens import selection as selection
 from fsteer_lens import steering as steering
 from fsteer_lens import trace as trace
@@ -97,7 +98,19 @@ __all__ = [
     "watch",
 ]
 
-_ROOMS = ("demo", "explorer", "method", "prompts", "reading", "report", "run", "selection", "steering", "trace")
+_ROOMS = (
+    "demo",
+    "explorer",
+    "method",
+    "prompts",
+    "reading",
+    "report",
+    "run",
+    "scale",
+    "selection",
+    "steering",
+    "trace",
+)
 
 # Where to find what 0.1 had at the top. These addresses work for a while, with a warning.
 _MOVED = {
