@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from fsteer_lens.errors import FsteerError
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.scale.manifests import Shards
 
 
+@runtime_checkable
 class Work(Protocol):
     """What is done with every part: plain data itself, without a model, since it may be sent to another process."""
 
