@@ -12,7 +12,7 @@ from pathlib import Path
 from benchmarks import peers
 from benchmarks.measuring import Row, Section, Settings, page, section_text
 
-NAMES = ("decode", "collecting", "scoring", "fitting", "energies", "vocabulary", "smollm2")
+NAMES = ("decode", "collecting", "scoring", "fitting", "energies", "vocabulary", "scale", "smollm2")
 PEERS = Path(".venv-peers/bin/python")
 PAGE = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 INTRO = """

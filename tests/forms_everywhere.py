@@ -4,6 +4,7 @@ import collections
 import json
 import sys
 from collections.abc import Iterator
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,7 @@ takes_prompts = {
 takes_contrasts = {
     "ContrastSet": lambda c: fl.ContrastSet(c).labels,
     "collect": lambda c: fl.collect(model, c, layer=4, shift="last_prompt", **quiet).queries.tolist(),
+    "scale.collect": scaled,
     "answer_margin": lambda c: effects.answer_margin(model, steering, c).tolist(),
     "expert_knockout": lambda c: effects.expert_knockout(model, steering, c, **quiet).removed.nan_to_num().tolist(),
     "rank_sweep": lambda c: (
@@ -138,6 +140,22 @@ takes_texts = {
     "GeneralKL": lambda t: evaluation.GeneralKL(t, ("a", "b"), ("c", "d")).prompts,
     "refuses": lambda t: evaluation.refuses("a poison", phrases=t),
 }
+
+
+def scaled(contrasts: Any) -> Any:
+    """Queries that were read in shards."""
+    with TemporaryDirectory() as folder:
+        fl.scale.collect(
+            contrasts,
+            model=fl.scale.ModelSpec("tutor"),
+            layer=4,
+            shift="last_prompt",
+            out=folder,
+            shard_size=1,
+            batch_size=1,
+            **quiet,
+        )
+        return fl.scale.read(folder).queries.tolist()
 
 
 def mean_shift(activations: Any, general: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fsteer_lens.effects.answers import one_each
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.suites import Measure, Setting, Suite
-from fsteer_lens.ground.checks import choice, options_of, require_unset, seed_of, several
+from fsteer_lens.ground.checks import choice, instance, options_of, require_unset, seed_of, several
 from fsteer_lens.ground.estimates import Estimate, bootstrap, estimate_of, resampled_means
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.hooks.objects import HookObject, remembered
@@ -263,6 +263,7 @@ def seeds_of(methods: Mapping[str, Any], seeds: Iterable[int] | None) -> list[in
     Raises:
         InputError: no methods or seeds, something that is no method, or seeds that have no effect.
     """
+    instance("methods", methods, Mapping, "a mapping of names to methods")
     if all(map(is_method, methods.values())):
         require_unset("no method that is a function of a seed", seeds=seeds)
     found = [seed_of(seed) for seed in several("seeds", (0,) if seeds is None else seeds, "a list of ints")]

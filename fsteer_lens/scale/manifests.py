@@ -240,4 +240,4 @@ def folder_of(out: str | os.PathLike[str]) -> Path:
     try:
         return Path(out).absolute()
     except TypeError as error:
-        raise InputError("folder", expected="a path", got=brief(out)) from error
+        raise InputError("folder", expected="the path of a folder", got=brief(out)) from error

@@ -44,7 +44,7 @@ class ModelSpec:
             self,
             name=clean_text("name of a model", given),
             kind=choice("kind", self.kind, (*CLASS_NAMES, None)),
-            device=clean_text("device", self.device),
+            device=instance("device", self.device, str, "a text such as 'cpu' or 'cuda:1'"),
             dtype=instance("dtype", self.dtype, torch.dtype, "a dtype of PyTorch, such as torch.bfloat16"),
             device_map=optional(_placement, "device_map", self.device_map),
         )
