@@ -170,8 +170,8 @@ def read_evaluation(folder: str | os.PathLike[str], *, wait: float = 0.0) -> Eva
         rounds = []
         for _ in told["seeds"] if is_function else [None]:
             found = [_read_block(shards, number) for number in islice(numbers, told["blocks"])]
-            seconds[name] = seconds.get(name, 0.0) + sum(block["seconds"] for block in found)
-            rounds.append([_joined(measure, found) for measure in measures])
+            seconds[name] = seconds.get(name, 0.0) + sum(taken for _, taken in found)
+            rounds.append([_joined(measure, [block for block, _ in found]) for measure in measures])
         values[name] = tuple(torch.stack(rows) for rows in zip(*rounds, strict=True))
     return Evaluation(told["suite"], measures, values, tuple(told["seeds"]), seconds)
 
@@ -193,12 +193,13 @@ def _blocks(suite: Suite, size: int | None) -> list[Suite]:
     return blocks
 
 
-def _read_block(shards: Shards, number: int) -> dict[str, Any]:
+def _read_block(shards: Shards, number: int) -> tuple[dict[str, Tensor], float]:
     """The numbers of one shard, by measure, and its seconds."""
     with shards.reading(number) as paths:
-        return FORMAT.decode(*FORMAT.read(paths[0]))
+        found = FORMAT.decode(*FORMAT.read(paths[0]))
+        return found["values"], found["seconds"]
 
 
-def _joined(measure: Measure, blocks: Sequence[Mapping[str, Any]]) -> Float[Tensor, " n"]:
-    """The numbers of a measure in all blocks; one of effects alone lacks what is measured of the others."""
-    return torch.cat([block["values"][measure.name] for block in blocks if measure.name in block["values"]])
+def _joined(measure: Measure, blocks: Sequence[Mapping[str, Tensor]]) -> Float[Tensor, " n"]:
+    """The numbers of a measure in all blocks; a block of effects alone lacks what is measured of the others."""
+    return torch.cat([block[measure.name] for block in blocks if measure.name in block])

@@ -64,8 +64,7 @@ class Plan:
     def compared(self) -> dict[str, Any]:
         """What must be the same in a manifest, by name."""
         told = {f"model {name}": value for name, value in self.spec.to_record().items()}
-        counted = {"shards": self.n_shards, "files": list(self.names)}
-        return {"holds": self.holds, **told, **json.loads(json.dumps(self.about)), **counted}
+        return {"holds": self.holds, **told, **json.loads(json.dumps(self.about)), "shards": self.n_shards}
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ class Shards:
         """The files of a shard; what is wrong with them says how to mend it."""
         try:
             yield self.paths(number)
-        except (FileFormatError, MismatchError) as error:
+        except Exception as error:  # whatever goes wrong in putting it together, the file is at fault
             raise FileFormatError(
                 f"shard {number} of {self.folder} cannot be used",
                 got=error,
@@ -142,7 +141,7 @@ def begin(folder: Path, plan: Plan, model: SteerableModel) -> Shards:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make {folder}", expected="a place that may be written to", got=str(error)) from error
-    content = {**plan.compared, "fingerprint": FORMAT.encode(here, "fingerprint", {})}
+    content = {**plan.compared, "files": list(plan.names), "fingerprint": FORMAT.encode(here, "fingerprint", {})}
     write_once(folder / MANIFEST, _sealed(content).encode())
     found = read_manifest(folder, plan.holds)
     _require_same(found, plan)

@@ -26,7 +26,7 @@ class Place(NamedTuple):
 
 
 def place_of(environment: Mapping[str, str]) -> Place:
-    """The place that a launcher such as torchrun or `accelerate launch` gave a process; without one it is the only one.
+    """The place that a launcher such as torchrun gave a process; without one it is the only one.
 
     Raises:
         InputError: one of RANK and WORLD_SIZE without the other, or no such place.
