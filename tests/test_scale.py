@@ -160,9 +160,12 @@ def test_how_prompts_became_tokens_is_told_as_collect_tells_it(
     forms = {"text": "hello", "messages": [{"role": "user", "content": "bake bread"}], "ids": [5, 9, 4]}
     contrasts = [Contrast(forms[kind], "a box", "a cake") for kind in (first, first, *forms)]
     for given in (contrasts, contrasts[:2], contrasts[:-2]):
-        out, options = tmp_path / f"{len(given)}", {"layer": 2, "chat": chat, "progress": False}
-        scale.collect(given, model=SPEC, out=out, shard_size=1, **options)
-        require_same(scale.read(out), collect(tutor_model, given, **options))
+        options = {"layer": 2, "chat": chat, "progress": False}
+        expected = collect(tutor_model, given, **options)
+        for shard_size in (1, 2):  # all of one shard alike, and some of it unlike others
+            out = tmp_path / f"{len(given)} by {shard_size}"
+            scale.collect(given, model=SPEC, out=out, shard_size=shard_size, **options)
+            require_same(scale.read(out), expected)
 
 
 # ------------------------------------------------------------------------------------------------------------- resuming
