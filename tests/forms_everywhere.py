@@ -70,6 +70,22 @@ def numbers(sweeps: Any) -> Any:
     return [one.to_records() for one in sweeps.values()]
 
 
+def scaled(contrasts: Any) -> Any:
+    """Queries that were read in shards."""
+    with TemporaryDirectory() as folder:
+        fl.scale.collect(
+            contrasts,
+            model=fl.scale.ModelSpec("tutor"),
+            layer=4,
+            shift="last_prompt",
+            out=folder,
+            shard_size=1,
+            batch_size=1,
+            **quiet,
+        )
+        return fl.scale.read(folder).queries.tolist()
+
+
 takes_prompts = {
     "generate": lambda p: fl.generate(model, p, steering, max_new_tokens=2, **quiet).texts,
     "collect_queries": lambda p: fl.collect_queries(model, p, layer=4, **quiet).queries.tolist(),
@@ -140,22 +156,6 @@ takes_texts = {
     "GeneralKL": lambda t: evaluation.GeneralKL(t, ("a", "b"), ("c", "d")).prompts,
     "refuses": lambda t: evaluation.refuses("a poison", phrases=t),
 }
-
-
-def scaled(contrasts: Any) -> Any:
-    """Queries that were read in shards."""
-    with TemporaryDirectory() as folder:
-        fl.scale.collect(
-            contrasts,
-            model=fl.scale.ModelSpec("tutor"),
-            layer=4,
-            shift="last_prompt",
-            out=folder,
-            shard_size=1,
-            batch_size=1,
-            **quiet,
-        )
-        return fl.scale.read(folder).queries.tolist()
 
 
 def mean_shift(activations: Any, general: Any) -> Any:
