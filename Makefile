@@ -35,7 +35,7 @@ test-slow: $(DEV) ## run the other tests: slow ones, notebooks, pages in a brows
 test-tl4: $(TL4)/.ready ## run the model tests with TransformerLens 4, which has TransformerBridge alone
 	$(TL4)/bin/python -m pytest -n 2 --dist loadfile -m "model and not slow and not browser" $(ARGS)
 
-test-peers: $(PEERS)/.ready ## run the tests beside other toolkits: SAELens, steering-vectors, repeng, lm-eval
+test-peers: $(PEERS)/.ready ## run the tests beside other toolkits: SAELens, steering-vectors, repeng, lm-eval, Ray
 	$(PEERS)/bin/python -m pytest -n 2 --dist loadfile tests/peers $(ARGS)
 
 test-vllm: $(VLLM)/.ready ## run the tests inside vLLM, on the CPU with a chat model
@@ -160,7 +160,7 @@ lock: ## make the requirement locks anew from pyproject.toml, with the newest ve
 	$(LOCK_PIP) install --quiet -c build/constraints.txt transformer-lens==4.3.0 . peft gguf $(TESTING)
 	{ echo "# The model tests with TransformerLens 4. Made by 'make lock'; do not edit."; $(FREEZE); } > requirements-tl4.lock
 	$(FRESH)
-	$(LOCK_PIP) install --quiet -c build/constraints.txt $(PINS) '.[eval]' sae-lens gguf $(TESTING)
+	$(LOCK_PIP) install --quiet -c build/constraints.txt $(PINS) '.[eval,ray]' sae-lens gguf $(TESTING)
 	{ echo "# The tests beside other toolkits. Made by 'make lock'; do not edit."; echo "# Without dependencies: $(ALONE)"; $(FREEZE); } > requirements-peers.lock
 	$(FRESH)
 	$(LOCK_PIP) install --quiet packaging

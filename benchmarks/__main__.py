@@ -11,7 +11,7 @@ from pathlib import Path
 from benchmarks.elsewhere import section_of
 from benchmarks.measuring import Section, Settings, page, section_text
 
-NAMES = ("decode", "collecting", "scoring", "fitting", "energies", "vocabulary", "smollm2")
+NAMES = ("decode", "collecting", "scoring", "fitting", "energies", "vocabulary", "scale", "smollm2")
 ELSEWHERE = {
     "engines": (".venv-vllm", "Engines"),
     "peers": (".venv-peers", "Beside other toolkits"),

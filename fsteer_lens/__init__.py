@@ -2,7 +2,7 @@
 
 What the flow of work needs is here: read, fit, steer, look, measure. The rest is in public modules, one for each step:
 `prompts`, `reading`, `method`, `steering`, `hooks`, `run`, `trace`, `effects`, `figures`, `selection`, `evaluation`,
-`explorer`, `report`, `hub`, `demo`, and beside them `models`, `tutor`, `errors`, `harness`, `serving`.
+`explorer`, `report`, `hub`, `scale`, `serving`, `demo`, and beside them `models`, `tutor`, `errors`, `harness`.
 """
 
 import warnings
@@ -18,6 +18,7 @@ from fsteer_lens import prompts as prompts
 from fsteer_lens import reading as reading
 from fsteer_lens import report as report
 from fsteer_lens import run as run
+from fsteer_lens import scale as scale
 from fsteer_lens import selection as selection
 from fsteer_lens import serving as serving
 from fsteer_lens import steering as steering
@@ -110,6 +111,7 @@ _ROOMS = (
     "reading",
     "report",
     "run",
+    "scale",
     "selection",
     "serving",
     "steering",

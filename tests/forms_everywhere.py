@@ -4,6 +4,7 @@ import collections
 import json
 import sys
 from collections.abc import Iterator
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -69,6 +70,22 @@ def numbers(sweeps: Any) -> Any:
     return [one.to_records() for one in sweeps.values()]
 
 
+def scaled(contrasts: Any) -> Any:
+    """Queries that were read in shards."""
+    with TemporaryDirectory() as folder:
+        fl.scale.collect(
+            contrasts,
+            model=fl.scale.ModelSpec("tutor"),
+            layer=4,
+            shift="last_prompt",
+            out=folder,
+            shard_size=1,
+            batch_size=1,
+            **quiet,
+        )
+        return fl.scale.read(folder).queries.tolist()
+
+
 takes_prompts = {
     "generate": lambda p: fl.generate(model, p, steering, max_new_tokens=2, **quiet).texts,
     "collect_queries": lambda p: fl.collect_queries(model, p, layer=4, **quiet).queries.tolist(),
@@ -109,6 +126,7 @@ takes_prompts = {
 takes_contrasts = {
     "ContrastSet": lambda c: fl.ContrastSet(c).labels,
     "collect": lambda c: fl.collect(model, c, layer=4, shift="last_prompt", **quiet).queries.tolist(),
+    "scale.collect": scaled,
     "answer_margin": lambda c: effects.answer_margin(model, steering, c).tolist(),
     "expert_knockout": lambda c: effects.expert_knockout(model, steering, c, **quiet).removed.nan_to_num().tolist(),
     "rank_sweep": lambda c: (

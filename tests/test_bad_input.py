@@ -13,7 +13,7 @@ SCRIPT = """
 import json, sys, torch
 from dataclasses import replace
 import fsteer_lens as fl
-from fsteer_lens import evaluation, figures, models, tutor
+from fsteer_lens import evaluation, figures, models, scale, tutor
 from fsteer_lens.report import steering_report
 from fsteer_lens.prompts.tokens import pad, prompt_ids
 
@@ -198,6 +198,37 @@ cases = {
     "pushing with a report that is a text": lambda: fl.push(steer, "me/safe", gates="good"),
     "control vector of a mixture": lambda: fl.steering.save_control_vector(steer, "x.pt"),
     "control vector of a chain": lambda: fl.steering.save_control_vector(fl.chain(steer, steer), "x.pt"),
+    "model of a number": lambda: scale.ModelSpec(3),
+    "model in a dtype by name": lambda: scale.ModelSpec("tutor", dtype="float32"),
+    "model on a numbered device": lambda: scale.ModelSpec("tutor", device=0),
+    "model mapped to nowhere": lambda: scale.ModelSpec("tutor", device_map={"lm_head": None}),
+    "model of kind x": lambda: scale.ModelSpec("tutor", kind="x"),
+    "model of half a record": lambda: scale.ModelSpec.from_record({"name": "tutor"}),
+    "model of a record of another dtype": lambda: scale.ModelSpec.from_record(
+        {**scale.ModelSpec("tutor").to_record(), "dtype": "float99"}),
+    "model of a record that is a text": lambda: scale.ModelSpec.from_record("tutor"),
+    "actors in words": lambda: scale.RayActors("two"),
+    "shards of a live model": lambda: scale.collect(train[:2], model=model, layer=4, out="x"),
+    "shards of a model by name": lambda: scale.collect(train[:2], model="tutor", layer=4, out="x"),
+    "shards to a number": lambda: scale.collect(train[:2], model=scale.ModelSpec("tutor"), layer=4, out=3),
+    "shards to no folder": lambda: scale.collect(train[:2], model=scale.ModelSpec("tutor"), layer=4, out="no/such/one"),
+    "shards of half a contrast": lambda: scale.collect(
+        train[:2], model=scale.ModelSpec("tutor"), layer=4, out="x", shard_size=0.5),
+    "shards shifted sideways": lambda: scale.collect(
+        train[:2], model=scale.ModelSpec("tutor"), layer=4, out="x", shift="sideways"),
+    "shards of a layer by name": lambda: scale.collect(train[:2], model=scale.ModelSpec("tutor"), layer="4", out="x"),
+    "shards by two actors": lambda: scale.collect(
+        train[:2], model=scale.ModelSpec("tutor"), layer=4, out="x", actors=2),
+    "shards of nowhere": lambda: scale.read("no/such/folder"),
+    "shards of a number": lambda: scale.read(3),
+    "shards after a while": lambda: scale.read("no/such/folder", wait="a while"),
+    "shards of methods in a list": lambda: scale.evaluate(
+        [None], tutor.TutorSuite(limit=4), model=scale.ModelSpec("tutor"), out="x"),
+    "shards of a number as a method": lambda: scale.evaluate(
+        {"x": 3}, tutor.TutorSuite(limit=4), model=scale.ModelSpec("tutor"), out="x"),
+    "shards of a suite by name": lambda: scale.evaluate(
+        {"x": None}, "tutor", model=scale.ModelSpec("tutor"), out="x"),
+    "evaluation of nowhere": lambda: scale.read_evaluation("no/such/folder"),
     "saving what is no steering": lambda: fl.save("steering", "x.safetensors"),
 }
 found = {}

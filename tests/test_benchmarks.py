@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import collecting, decode, energies, fitting, measuring, scoring, shapes, vocabulary
+from benchmarks import collecting, decode, energies, fitting, measuring, scale, scoring, shapes, vocabulary
 from benchmarks import smollm2 as chatting
 from benchmarks.__main__ import main
 from benchmarks.measuring import Aim, Ratio, Row, Section, Settings
@@ -17,7 +17,7 @@ KINDS = models.available_kinds()
 MIB = 2**20
 
 
-STARTS_PROCESSES = [pytest.param(one, marks=pytest.mark.slow) for one in (decode, collecting, vocabulary)]
+STARTS_PROCESSES = [pytest.param(one, marks=pytest.mark.slow) for one in (decode, collecting, vocabulary, scale)]
 ON_SMOLLM2 = pytest.param(chatting, marks=[pytest.mark.slow, pytest.mark.smollm2, needs_smollm2])
 
 

@@ -31,6 +31,7 @@ SLOW = {
     "measure.md",
     "hooks.md",
     "limits.md",
+    "many_machines.md",
     "big_models.md",
     "choose_a_layer.md",
     "gates.md",

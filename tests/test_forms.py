@@ -142,7 +142,7 @@ TAKEN = {"prompts", "contrasts", "general", "harmful", "harmless", "calibration"
 def test_no_public_function_that_takes_prompts_is_left_out() -> None:
     """A new function that takes prompts must be added to the cases above."""
     cases = EVERYWHERE.read_text(encoding="utf-8")
-    modules = (fsteer_lens, effects, evaluation, figures, models, tutor, fsteer_lens.selection)
+    modules = (fsteer_lens, effects, evaluation, figures, models, tutor, fsteer_lens.scale, fsteer_lens.selection)
     for module in modules:
         for name in module.__all__:
             function = getattr(module, name)

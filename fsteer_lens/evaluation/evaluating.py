@@ -13,7 +13,7 @@ from torch import Tensor
 from fsteer_lens.effects.answers import one_each
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.suites import Measure, Setting, Suite
-from fsteer_lens.ground.checks import choice, options_of, require_unset, seed_of, several
+from fsteer_lens.ground.checks import choice, instance, options_of, require_unset, seed_of, several
 from fsteer_lens.ground.estimates import Estimate, bootstrap, estimate_of, resampled_means
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.hooks.objects import HookObject, remembered
@@ -226,21 +226,13 @@ def evaluate(
         ContextLengthError: a prompt, or one with its answer, does not fit into the context.
     """
     passes = options_of("evaluate", Passes, options)
-    if all(isinstance(method, HookObject | Prompting | None) for method in methods.values()):
-        require_unset("no method that is a function of a seed", seeds=seeds)
-    seeds = [seed_of(seed) for seed in several("seeds", (0,) if seeds is None else seeds, "a list of ints")]
-    if not methods or not len(seeds):
-        raise InputError("evaluate", expected="at least one method and one seed", got=(len(methods), len(seeds)))
-    for name, method in methods.items():
-        if not isinstance(method, HookObject | Prompting | None) and not callable(method):
-            expected = "a hook object, Prompting, None or a function of a seed"
-            raise InputError(f"method {name!r}", expected=expected, got=type(method).__name__)
+    seeds = seeds_of(methods, seeds)
     rounds: dict[str, list[Any]] = {}
     values: dict[str, tuple[Tensor, ...]] = {}
     seconds: dict[str, float] = {}
     for name, method in methods.items():
         start = time.perf_counter()
-        make: Any = None if isinstance(method, HookObject | Prompting | None) else method
+        make: Any = None if is_method(method) else method
         rounds[name] = [method] if make is None else [make(seed) for seed in seeds]
         seconds[name] = time.perf_counter() - start
     every_one = [one for made in rounds.values() for one in made]
@@ -260,6 +252,30 @@ def evaluate(
     return Evaluation(suite.name, suite.measures, values, tuple(seeds), seconds)
 
 
+def is_method(given: Any) -> bool:
+    """Whether this is a method itself, no function that makes one."""
+    return isinstance(given, HookObject | Prompting | None)
+
+
+def seeds_of(methods: Mapping[str, Any], seeds: Iterable[int] | None) -> list[int]:
+    """Seeds for the methods that are functions of one, (0,) where None are given; checks the methods, too.
+
+    Raises:
+        InputError: no methods or seeds, something that is no method, or seeds that have no effect.
+    """
+    instance("methods", methods, Mapping, "a mapping of names to methods")
+    if all(map(is_method, methods.values())):
+        require_unset("no method that is a function of a seed", seeds=seeds)
+    found = [seed_of(seed) for seed in several("seeds", (0,) if seeds is None else seeds, "a list of ints")]
+    if not methods or not found:
+        raise InputError("evaluate", expected="at least one method and one seed", got=(len(methods), len(found)))
+    for name, method in methods.items():
+        if not is_method(method) and not callable(method):
+            expected = "a hook object, Prompting, None or a function of a seed"
+            raise InputError(f"method {name!r}", expected=expected, got=type(method).__name__)
+    return found
+
+
 def _groups(named: Sequence[tuple[str, Any]], suite: Suite) -> list[list[int]]:
     """Numbers of the methods that are measured together: all without words where the suite shares, else each alone."""
     shared = [number for number, (_, one) in enumerate(named) if suite.shares and not isinstance(one, Prompting)]
@@ -272,7 +288,7 @@ def _measure(
 ) -> list[tuple[Float[Tensor, " _"], ...]]:
     """What the suite measures of methods that are put to the model in one setting."""
     for name, method in named:
-        if not isinstance(method, HookObject | Prompting | None):
+        if not is_method(method):
             expected = "a hook object, Prompting or None"
             raise InputError(f"what method {name!r} made", expected=expected, got=type(method).__name__)
     (_, first), *_ = named

@@ -37,6 +37,30 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def write_once(path: str | os.PathLike[str], data: bytes) -> bool:
+    """Write `data` to a file that does not exist yet; whether it was this call that did.
+
+    Of several processes that do it at the same moment one wins, and nobody ever sees a part of the file.
+
+    Raises:
+        InputError: writing there is not allowed, or the file system has no hard links, by which it is done.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{uuid4().hex}")
+    try:
+        write_atomically(temporary, data)
+        os.link(temporary, target)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        raise InputError(
+            f"cannot write {target}", expected="a folder that may be written to and takes hard links", got=str(error)
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return True
+
+
 def read_text(path: str | os.PathLike[str]) -> str:
     """Read UTF-8 text, with or without a byte order mark.
 

@@ -98,19 +98,13 @@ def collect(
     require_reading(read)
     passes = Passes(chat, batch_size, progress, chat_template_kwargs, prepend_bos)
     tokenisation = passes.tokenisation(model)
-    _require_some(contrasts, "contrast set")
+    require_readable(contrasts, shift)
     prompts: list[list[int]] = []
     sides: list[list[list[int]]] = []
     for number, contrast in enumerate(contrasts):
         prompt = tokenisation.ids(contrast.prompt)
-        where = f"contrast {number}, prompt {prompt_text(contrast.prompt)[:40]!r}"
+        where = _where(number, contrast)
         if shift == "last_prompt":
-            if contrast.context is None:
-                raise DataError(
-                    f"{where} has no context",
-                    expected="context= text that switches the preferred behaviour on",
-                    fix="Give every contrast a context, or use shift='response_mean'.",
-                )
             pair = [tokenisation.ids(contrast.prompt, contrast.context), prompt]
         else:
             pair = [answer_ids(model, text) for text in (contrast.preferred, contrast.undesired)]
@@ -194,6 +188,22 @@ def collect_queries(
     known = format_of(passes.tokenisation(model), prompts)
     result = _package(model, queries, read, None, names, [None] * len(prompts), prompts, None, known)
     return result if is_several(layer) else next(iter(result.values()))
+
+
+def require_readable(contrasts: ContrastSet, shift: Shift) -> None:
+    """Raise `DataError` where there are no contrasts, or one lacks the context that the shift is taken with."""
+    _require_some(contrasts, "contrast set")
+    for number, contrast in enumerate(contrasts if shift == "last_prompt" else ()):
+        if contrast.context is None:
+            raise DataError(
+                f"{_where(number, contrast)} has no context",
+                expected="context= text that switches the preferred behaviour on",
+                fix="Give every contrast a context, or use shift='response_mean'.",
+            )
+
+
+def _where(number: int, contrast: Contrast) -> str:
+    return f"contrast {number}, prompt {prompt_text(contrast.prompt)[:40]!r}"
 
 
 def _require_some(items: Sequence[Any], what: str) -> None:
