@@ -305,8 +305,9 @@ class Steering(Link):
         asked = self._asked(state, layer, h, activation, view)
         decision = self.decide(layer, h, self._shared_gate(layer, state.decisions, h), asked)
         state.decisions[layer] = decision
-        state.shut.discard(layer)
-        if not (self.stepwise or self.strength and bool(decision.gate.any())):
+        if self.stepwise or (self.strength and bool(decision.gate.any())):
+            state.shut.discard(layer)
+        else:
             state.shut.add(layer)
         kept = decision._asdict()
         del kept["vector"]
