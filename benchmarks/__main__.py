@@ -1,4 +1,7 @@
-"""`python -m benchmarks [NAME ...]`: run some benchmarks, or all of them and write docs/benchmarks.md."""
+"""`python -m benchmarks [NAME ...]`: run some benchmarks, or all of them and write docs/benchmarks.md.
+
+`--write NAME ...` puts some into that page, each in the place of its last figures.
+"""
 
 import argparse
 import os
@@ -9,7 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 from benchmarks.elsewhere import section_of
-from benchmarks.measuring import Section, Settings, page, section_text
+from benchmarks.measuring import Section, Settings, page, section_text, with_section
 
 NAMES = ("decode", "collecting", "scoring", "fitting", "energies", "vocabulary", "scale", "smollm2")
 ELSEWHERE = {
@@ -33,6 +36,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run what was asked for."""
     parser = argparse.ArgumentParser(prog="benchmarks", description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join((*NAMES, *ELSEWHERE))}; none is all")
+    parser.add_argument("--write", action="store_true", help="put the ones that are named into the page")
     parser.add_argument("--rounds", type=int, help="pairs of runs per figure")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; only a CPU run writes the page")
@@ -55,8 +59,15 @@ def main(arguments: list[str] | None = None) -> None:
             sections.append(run(settings))
         sys.stdout.write(section_text(sections[-1]) + "\n\n")
         sys.stdout.flush()
-    if not given.names and not given.quick and given.device == "cpu":
+    if given.quick or given.device != "cpu":
+        return
+    if not given.names:
         PAGE.write_text(page(INTRO, sections), encoding="utf-8")
+    elif given.write:
+        text = PAGE.read_text(encoding="utf-8")
+        for section in sections:
+            text = with_section(text, section)
+        PAGE.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

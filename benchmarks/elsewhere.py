@@ -20,7 +20,8 @@ def section_of(name: str, environment: str, title: str, settings: Settings) -> S
     command = [str(python), "-W", "ignore", "-m", f"benchmarks.{name}", "--json", "--device", settings.device]
     command += ["--quick"] * settings.quick + (["--rounds", str(settings.rounds)] if settings.rounds else [])
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return from_json(done.stdout.splitlines()[-1])
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]  # engines have more to say
+    return from_json(lines[-1])
 
 
 def main(run: Callable[[Settings], Section], description: str | None) -> None:

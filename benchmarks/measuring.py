@@ -325,5 +325,17 @@ def page(intro: str, sections: Sequence[Section]) -> str:
     return "\n\n".join([intro, facts, *map(section_text, sections)]) + "\n"
 
 
+def with_section(text: str, section: Section) -> str:
+    """A page with this section in the place of the one of its title, or at the end."""
+    heading, *parts = re.split(r"^(?=## )", text, flags=re.MULTILINE)
+    titles = [part.splitlines()[0].removeprefix("## ") for part in parts]
+    own = section_text(section) + "\n"
+    if section.title not in titles:
+        return f"{text}\n{own}"
+    place = titles.index(section.title)
+    parts[place] = own + ("\n" if place < len(parts) - 1 else "")
+    return heading + "".join(parts)
+
+
 def _short(value: float) -> str:
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"

@@ -143,6 +143,8 @@ def test_the_page_tells_versions_and_no_names(capsys: pytest.CaptureFixture[str]
     import platform
 
     text = measuring.page("# Title", [Section("T", "told", ())])
+    more = measuring.with_section(measuring.with_section(text, Section("U", "also", ())), Section("T", "anew", ()))
+    assert more == measuring.page("# Title", [Section("T", "anew", ()), Section("U", "also", ())])
     assert torch.__version__.split("+")[0] in text and "transformer-lens" in text
     assert platform.node() not in text.split() and "/home" not in text
     main(["energies", "--quick"])
