@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -16,6 +15,11 @@ from fsteer_lens.method.subspace import Subspace, fit_subspace
 from fsteer_lens.method.subspace_gates import CalibrationRange, EnergyGate, LogisticGate, QuantileGate, SubspaceGate
 
 MAX_RANK: Final = 64
+NEWTON_STEPS: Final = 100
+HALVINGS: Final = 40
+ROUNDING: Final = 1e-12
+NEGLIGIBLE_STEP: Final = 1e-9
+"""A step of Newton's, in standard deviations, after which no other is taken."""
 QUANTILE: Final = {"epsilon": 0.003, "gamma": 4.0, "cdf": "linear"}
 
 
@@ -105,16 +109,37 @@ def _folds(n: int, folding: _Folding) -> list[Fold]:
 def _fit_logistic(
     positive: Float[Tensor, "n r"], negative: Float[Tensor, "m r"]
 ) -> tuple[Float[Tensor, " r"], Float[Tensor, " r"]]:
-    from sklearn.linear_model import LogisticRegression
+    """Slope and intercept of a logistic regression on the energy ratio at each rank, standardised, classes balanced.
 
-    ratios = torch.cat([positive, negative]).double().cpu()
+    Each minimises ½ w² + Σ c (log(1 + exp(z)) − y z) with z = w x + b, as scikit-learn's LogisticRegression does with
+    C = 1; all ranks at once, by Newton steps that are halved where they would not go down.
+    """
+    ratios = torch.cat([positive, negative]).double()
     location, scale = ratios.mean(dim=0), ratios.std(dim=0).clamp(min=1e-12)
-    labels = [1] * len(positive) + [0] * len(negative)
-    slopes, intercepts = [], []
-    for column, centre, width in zip(ratios.T, location, scale, strict=True):
-        model = LogisticRegression(C=1.0, class_weight="balanced")
-        model.fit(((column - centre) / width)[:, None].numpy(), labels)
-        slope = float(model.coef_[0, 0] / width)
-        slopes.append(slope)
-        intercepts.append(float(np.ravel(model.intercept_)[0] - slope * centre))
-    return positive.new_tensor(slopes), positive.new_tensor(intercepts)
+    x = (ratios - location) / scale
+    y = torch.cat([x.new_ones(len(positive), 1), x.new_zeros(len(negative), 1)])
+    share = len(x) / (2 * torch.where(y > 0, len(positive), len(negative)))
+
+    def loss(w: Tensor, b: Tensor) -> Float[Tensor, " r"]:
+        z = w * x + b
+        return w.square() / 2 + (share * (torch.nn.functional.softplus(z) - y * z)).sum(dim=0)
+
+    w, b = x.new_zeros(x.shape[1]), x.new_zeros(x.shape[1])
+    for _ in range(NEWTON_STEPS):
+        p = torch.sigmoid(w * x + b)
+        off, bend = share * (p - y), share * p * (1 - p)
+        slope_w, slope_b = w + (off * x).sum(dim=0), off.sum(dim=0)
+        ww, wb, bb = 1 + (bend * x.square()).sum(dim=0), (bend * x).sum(dim=0), bend.sum(dim=0)
+        area = (ww * bb - wb.square()).clamp(min=1e-300)
+        step_w, step_b = (bb * slope_w - wb * slope_b) / area, (ww * slope_b - wb * slope_w) / area
+        if float(torch.stack([step_w, step_b]).abs().max()) < NEGLIGIBLE_STEP:
+            break
+        before, size = loss(w, b), torch.ones_like(w)
+        for _ in range(HALVINGS):
+            rises = ~(loss(w - size * step_w, b - size * step_b) <= before + ROUNDING * before)  # true of NaN as well
+            if not bool(rises.any()):
+                break
+            size = torch.where(rises, size / 2, size)
+        w, b = w - size * step_w, b - size * step_b
+    slope = w / scale
+    return slope.to(positive.dtype), (b - slope * location).to(positive.dtype)
