@@ -109,7 +109,7 @@ def _rows(folder: Path, counts: tuple[int, ...], n_new: int, rounds: int) -> lis
             assert max(map(len, steered.value)) == n_new, "a model that ends earlier is no measure"
             speed = count * n_new / ratio.ours
             note = f"{speed:.0f} tokens/s steered."
-            rows.append(Row(f"{name}, {count} requests", "steered / unsteered", ratio, note=note))
+            rows.append(Row(f"{name}, {count} request{'s' * (count > 1)}", "steered / unsteered", ratio, note=note))
     for count in counts[-2:]:
         theirs, ours = Kept(in_bridge(asked[:count], True)), Kept(in_vllm(asked[:count], True))
         ratio = compare(theirs, ours, rounds=rounds).inverse

@@ -225,6 +225,23 @@ def test_what_was_read_from_gguf_is_an_ordinary_model(tmp_path: Path) -> None:
     torch.testing.assert_close(says(models.load(tmp_path / "again")), said(hf_model("llama")), atol=1e-4, rtol=0)
 
 
+def test_a_gguf_file_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf", reason="GGUF files need it")
+    write_gguf(tmp_path / "small.gguf", hf_model("llama"))
+    parsed = []
+
+    class Reader(gguf.GGUFReader):
+        def __init__(self, path: Any) -> None:
+            parsed.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Reader)
+    gguf_files.read_gguf(tmp_path / "small.gguf", torch.float32)
+    gguf_files.read_gguf(tmp_path / "small.gguf", torch.float32)
+    assert len(parsed) == 2
+    assert gguf.GGUFReader is Reader
+
+
 def test_gguf_files_that_cannot_be_read_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gguf", reason="GGUF files need it")
     with pytest.raises(InputError, match="no such file"):

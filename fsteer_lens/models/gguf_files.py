@@ -1,5 +1,8 @@
 """Models in GGUF files, llama.cpp's format: read by transformers, with the package gguf."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,7 +34,9 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name}
-    read = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+    with _parsed_once():
+        read = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+        tokenizer = AutoTokenizer.from_pretrained(**where)
     settings = read.config.to_dict()
     settings.pop("quantization_config", None)
     with torch.device("meta"):  # no weights are drawn that would only be replaced
@@ -43,4 +48,23 @@ def read_gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
         setattr(model.get_submodule(holder), own, buffer)
     model.tie_weights()
     model.generation_config = read.generation_config
-    return model.eval(), AutoTokenizer.from_pretrained(**where)
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Let gguf parse a file once, and make the names of an architecture's tensors once.
+
+    transformers asks for the one three times, for configuration, weights and tokenizer, and for the other at every
+    module of the model: together more than half of the time that reading takes.
+    """
+    import gguf
+
+    made = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    for name, make in made.items():
+        setattr(gguf, name, cache(make))
+    try:
+        yield
+    finally:
+        for name, make in made.items():
+            setattr(gguf, name, make)
