@@ -57,8 +57,9 @@ def run(settings: Settings) -> Section:
     rows = tuple(row for name in ways if name != ONE for row in rows_of(name, rounds, count))
     text = f"""
 {count} contrasts of the tutor, `shift="last_prompt"` at one layer, {SHARD} to a shard, by one process, two under
-torchrun, and two of Ray's actors with half a CPU each, in turn, from the start of Python to its end, one thread each. Start-up is a run that finds everything done: imports, the model, its fingerprint, and what launches it. Memory is
-the most that one worker had resident, libraries and model included; Ray's own processes come on top.
+torchrun, and two of Ray's actors with half a CPU each, in turn, from the start of Python to its end, one thread each.
+Start-up is a run that finds everything done: imports, the model, its fingerprint, and what launches it. Memory is the
+most that one worker had resident, libraries and model included; Ray's own processes come on top.
 """.strip()
     after = "" if len(ways) > 2 else "Ray was not measured: it is in the environment of `make test-peers`."
     return Section("Many processes", text, rows, after)

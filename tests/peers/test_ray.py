@@ -28,7 +28,11 @@ out, marker = Path(sys.argv[1]), Path(sys.argv[2])
 model, actors = scale.ModelSpec("tutor"), scale.RayActors(2, cpus=0.5)
 contrasts = tutor.data("safe").train[::24]
 options = {"layer": 4, "shift": "last_prompt", "shard_size": 13, "progress": False}
-suite = Repetition(tuple(str(prompt) for prompt in contrasts.prompts[:4]), max_new_tokens=4)
+
+class Mine(Repetition):
+    pass  # no module that an actor could import has it
+
+suite = Mine(tuple(str(prompt) for prompt in contrasts.prompts[:4]), max_new_tokens=4)
 
 def dies(seed):
     if seed == 1 and not marker.exists():
