@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,9 +239,8 @@ def folder_of(out: str | os.PathLike[str]) -> Path:
     """A folder by its full path, so that it is the same in every process."""
     try:
         path = Path(out).absolute()
-        path.stat()  # a name that is too long, or holds what no name may, is told here
-    except FileNotFoundError:
-        return Path(out).absolute()
+        with suppress(FileNotFoundError):
+            path.stat()  # a name that is too long, or holds what no name may, is told here
     except (TypeError, ValueError, OSError) as error:
         raise InputError("folder", expected="the path of a folder", got=f"{brief(out)}: {error}") from error
     return path
