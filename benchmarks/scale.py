@@ -1,15 +1,17 @@
 """Collecting in shards by several processes: start-up, time and memory of one process, of two, and of Ray's actors.
 
-Run as a program it is what each of the processes does: `python -m benchmarks.scale FOLDER COUNT [ACTORS]`.
+Run as a program it is what each of the processes does: `python -m benchmarks.scale FOLDER COUNT ACTORS`.
 """
 
+import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
 from threading import Event, Thread
 from typing import NamedTuple
@@ -31,45 +33,56 @@ class Spent(NamedTuple):
     peak: float
 
 
+class Way(NamedTuple):
+    """How the work is done: by which Python, launched how, with how many actors."""
+
+    python: str = sys.executable
+    launched: tuple[str, ...] = ()
+    actors: int = 0
+
+
+ONE = "one process"
+
+
 def run(settings: Settings) -> Section:
     """One process against two, and against two of Ray's actors where Ray is."""
-    count = 6 if settings.quick else COUNT
-    one = spent(sys.executable, (), count)
-    others = {"two processes": spent(sys.executable, LAUNCHED, count)}
-    ray = python_with_ray()
+    count, ray = 6 if settings.quick else COUNT, python_with_ray()
+    ways = {ONE: Way(), "two processes": Way(launched=LAUNCHED)}
     if ray is not None and not settings.quick:
-        others["two of Ray's actors"] = spent(ray, (), count, actors=2)
-    rows = tuple(row for name, found in others.items() for row in rows_of(name, one, found, count))
+        ways["two of Ray's actors"] = Way(ray, actors=2)
+    rounds = []
+    for number in range(settings.rounds_or(2)):
+        order = list(ways)[:: -1 if number % 2 else 1]
+        rounds.append({name: spent(ways[name], count) for name in order})
+    rows = tuple(row for name in ways if name != ONE for row in rows_of(name, rounds, count))
     text = f"""
-{count} contrasts of the tutor, `shift="last_prompt"` at one layer, {SHARD} to a shard, on all cores of this machine:
-one process, two under torchrun, and two of Ray's actors with half a CPU each. One run each, from the start of Python to
-its end. Start-up is a run that finds everything done: imports, the model, its fingerprint, and what launches it. Memory
-is the most that one worker had resident, libraries and model included; Ray's own processes come on top.
+{count} contrasts of the tutor, `shift="last_prompt"` at one layer, {SHARD} to a shard, by one process, two under
+torchrun, and two of Ray's actors with half a CPU each, in turn, from the start of Python to its end, one thread each.
+Start-up is a run that finds everything done: imports, the model, its fingerprint, and what launches it. Memory is the
+most that one worker had resident, libraries and model included; Ray's own processes come on top.
 """.strip()
-    after = (
-        ""
-        if "two of Ray's actors" in others
-        else "Ray was not measured: it is in the environment of `make test-peers`."
-    )
+    after = "" if len(ways) > 2 else "Ray was not measured: it is in the environment of `make test-peers`."
     return Section("Many processes", text, rows, after)
 
 
-def rows_of(name: str, one: Spent, several: Spent, count: int) -> Iterator[Row]:
+def rows_of(name: str, rounds: Sequence[Mapping[str, Spent]], count: int) -> Iterator[Row]:
     """Start-up, time and memory of several workers against one."""
-    for what, reference, ours, unit in zip(
-        ("start-up", f"{count} contrasts", "memory of a worker"), one, several, ("s", "s", "MiB"), strict=True
-    ):
-        yield Row(f"{name}, {what}", f"{name} / one process", Ratio((ours / reference,), reference, ours, unit))
+    for what, field in (("start-up", "start"), (f"{count} contrasts", "whole"), ("memory of a worker", "peak")):
+        pairs = [(getattr(one[ONE], field), getattr(one[name], field)) for one in rounds]
+        references, ours = zip(*pairs, strict=True)
+        ratios, unit = tuple(mine / other for other, mine in pairs), "MiB" if field == "peak" else "s"
+        yield Row(f"{name}, {what}", f"{name} / {ONE}", Ratio(ratios, median(references), median(ours), unit))
 
 
-def spent(python: str, launched: Sequence[str], count: int, actors: int = 0) -> Spent:
+def spent(way: Way, count: int) -> Spent:
     """What it takes to collect, and then to find that all is done."""
     with TemporaryDirectory() as folder:
-        command = [python, "-W", "ignore", *launched, "-m", "benchmarks.scale", folder, str(count), str(actors)]
-        times, peaks = [], []
+        given = [folder, str(count), str(way.actors)]
+        command = [way.python, "-W", "ignore", *way.launched, "-m", "benchmarks.scale", *given]
+        times, peaks, env = [], [], {**os.environ, "OMP_NUM_THREADS": "1"}
         for _ in range(2):
             start = time.perf_counter()
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
             times.append(time.perf_counter() - start)
             peaks += [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("MiB ")]
     return Spent(times[1], times[0], max(peaks))

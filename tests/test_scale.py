@@ -349,6 +349,8 @@ def test_what_is_wrong_is_told_before_anything_is_made(tmp_path: Path, loads: li
         ({"layer": []}, "layer"),
         ({"layer": -1}, "layer"),
         ({"out": tmp_path / "a" / "b"}, "expected an existing folder"),
+        ({"out": tmp_path / ("a" * 300)}, "expected the path of a folder, got .*too long"),
+        ({"out": tmp_path / "a\0b"}, "expected the path of a folder, got .*null"),
         ({"batch_size": 0}, "batch_size"),
     ):
         with pytest.raises(InputError, match=words):

@@ -26,7 +26,7 @@ class RayActors:
     Attributes:
         count: how many.
         cpus: CPUs of each, a fraction where several are to share one; one CPU of the cluster must be left.
-        gpus: GPUs of each, a fraction likewise; with any, the model's `device` is "cuda".
+        gpus: GPUs of each, a fraction likewise; the model's spec then says `device="cuda"`.
 
     Raises:
         InputError: no actors, no CPU, or less than no GPU.
@@ -75,10 +75,10 @@ def run_in_actors(
     Raises:
         MissingDependencyError: Ray is not installed.
         InputError: the cluster has too few CPUs or GPUs for the actors and for reading.
-        Whatever an actor raised, after which no further shard is begun.
+        Whatever an actor raised.
     """
     ray = _ray()
-    rows = [{"number": number, "part": pickle.dumps(part)} for number, part in enumerate(parts)]
+    rows = [{"number": number, "part": ray.cloudpickle.dumps(part)} for number, part in enumerate(parts)]
     with _cluster(ray), _quiet(ray), progress_bar(len(rows), f"shards of {plan.holds}", progress) as advance:
         _require_room(actors, ray.cluster_resources())
         done = ray.data.from_items(rows, override_num_blocks=len(rows)).map(

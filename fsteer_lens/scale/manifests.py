@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,8 +141,9 @@ def begin(folder: Path, plan: Plan, model: SteerableModel) -> Shards:
         folder.mkdir(exist_ok=True)
     except OSError as error:
         raise InputError(f"cannot make {folder}", expected="a place that may be written to", got=str(error)) from error
-    content = {**plan.compared, "files": list(plan.names), "fingerprint": FORMAT.encode(here, "fingerprint", {})}
-    write_once(folder / MANIFEST, _sealed(content).encode())
+    if not (folder / MANIFEST).exists():
+        content = {**plan.compared, "files": list(plan.names), "fingerprint": FORMAT.encode(here, "fingerprint", {})}
+        write_once(folder / MANIFEST, _sealed(content).encode())
     found = read_manifest(folder, plan.holds)
     _require_same(found, plan)
     try:
@@ -237,6 +238,9 @@ def _digest(content: Mapping[str, Any]) -> str:
 def folder_of(out: str | os.PathLike[str]) -> Path:
     """A folder by its full path, so that it is the same in every process."""
     try:
-        return Path(out).absolute()
-    except TypeError as error:
-        raise InputError("folder", expected="the path of a folder", got=brief(out)) from error
+        path = Path(out).absolute()
+        with suppress(FileNotFoundError):
+            path.stat()  # a name that is too long, or holds what no name may, is told here
+    except (TypeError, ValueError, OSError) as error:
+        raise InputError("folder", expected="the path of a folder", got=f"{brief(out)}: {error}") from error
+    return path

@@ -28,14 +28,23 @@ out, marker = Path(sys.argv[1]), Path(sys.argv[2])
 model, actors = scale.ModelSpec("tutor"), scale.RayActors(2, cpus=0.5)
 contrasts = tutor.data("safe").train[::24]
 options = {"layer": 4, "shift": "last_prompt", "shard_size": 13, "progress": False}
-suite = Repetition(tuple(str(prompt) for prompt in contrasts.prompts[:4]), max_new_tokens=4)
+
+class Mine(Repetition):
+    pass  # no module that an actor could import has it
+
+suite = Mine(tuple(str(prompt) for prompt in contrasts.prompts[:4]), max_new_tokens=4)
 
 def dies(seed):
     if seed == 1 and not marker.exists():
         marker.write_text(str(os.getpid()))
         os.kill(os.getpid(), signal.SIGKILL)
 
-ray.init(num_cpus=2, log_to_driver=False)
+for attempt in range(3):
+    try:
+        ray.init(num_cpus=2, log_to_driver=False)
+        break
+    except Exception:  # on a busy machine it takes more than the 30 seconds that Ray gives itself
+        ray.shutdown()
 print("collected", *scale.collect(contrasts, model=model, out=out / "a", actors=actors, **options))
 print("evaluated", *scale.evaluate({"dies": dies}, suite, model=model, out=out / "b", seeds=[0, 1, 2], actors=actors))
 for name, given in {
