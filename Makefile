@@ -41,7 +41,9 @@ test-peers: $(PEERS)/.ready ## run the tests beside other toolkits: SAELens, ste
 test-vllm: $(VLLM)/.ready ## run the tests inside vLLM, on the CPU with a chat model
 	$(VLLM)/bin/python -m pytest tests/vllm $(ARGS)
 
-check: lint types imports package test test-slow test-tl4 test-peers test-vllm ## everything that CI runs
+# The last three install much and start engines, which leaves cores idle: two of them at a time.
+check: lint types imports package test test-slow ## everything that CI runs
+	$(MAKE) --jobs=2 --output-sync=target test-tl4 test-peers test-vllm
 
 package: $(DEV) ## build source distribution and wheel into dist/ and check them
 	rm -rf dist && mkdir -p build
