@@ -98,7 +98,19 @@ __all__ = [
     "watch",
 ]
 
-_ROOMS = ("demo", "explorer", "method", "prompts", "reading", "report", "run", "selection", "serving", "steering", "trace")
+_ROOMS = (
+    "demo",
+    "explorer",
+    "method",
+    "prompts",
+    "reading",
+    "report",
+    "run",
+    "selection",
+    "serving",
+    "steering",
+    "trace",
+)
 
 # Where to find what 0.1 had at the top. These addresses work for a while, with a warning.
 _MOVED = {

@@ -1,6 +1,5 @@
 """Loading a model by name, from a folder, or from a GGUF file."""
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,7 +10,9 @@ from typing import Any
 import torch
 
 from fsteer_lens.errors import FsteerError, InputError, MissingDependencyError
+from fsteer_lens.ground.files import read_text
 from fsteer_lens.ground.foreign import told
+from fsteer_lens.ground.tables import parse_json
 from fsteer_lens.models.classes import Kind, SteerableModel, available_kinds
 from fsteer_lens.models.conversion import from_hf
 from fsteer_lens.models.gguf_files import read_gguf
@@ -136,7 +137,7 @@ def _tokenizer(path: str | Path) -> Any:
 
     adapter = Path(path) / ADAPTER
     if adapter.is_file() and not any(Path(path).glob("tokenizer*")):
-        path = json.loads(adapter.read_text())["base_model_name_or_path"]
+        path = parse_json(read_text(adapter), f"{adapter}")["base_model_name_or_path"]
     return AutoTokenizer.from_pretrained(path)
 
 

@@ -6,7 +6,6 @@ that the way of running could not know is None.
 """
 
 import os
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -377,7 +376,7 @@ class Trace:
         """
         try:
             return cls.from_records(records.read(path))
-        except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        except DataError as error:
             raise DataError(f"{path}", expected="a trace that to_jsonl wrote", got=str(error)) from error
 
     def to_frame(self) -> Any:
