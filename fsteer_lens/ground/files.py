@@ -57,6 +57,25 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
             temporary.unlink()
 
 
+def make_folder(path: Path) -> None:
+    """Make a folder and those it lies in where they are missing, or raise `InputError`."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"cannot make the folder {path}", expected="a place where one can be", got=str(error)
+        ) from error
+
+
+def require_writable(path: str | os.PathLike[str]) -> None:
+    """Raise `InputError` where a file cannot be written, so that this is found out before there is one to write."""
+    target = Path(os.path.realpath(path_of(path)))
+    try:
+        mode_of(target)
+    except OSError as error:
+        raise unwritable(target, error) from error
+
+
 def mode_of(target: Path) -> int | None:
     """Permissions of a file that may be written to, None where there is none yet.
 

