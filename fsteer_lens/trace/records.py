@@ -29,9 +29,24 @@ def tensor(values: Any, kind: torch.dtype = torch.float32) -> Tensor:
     """Nested lists as a tensor, with NaN for None."""
 
     def filled(item: Any) -> Any:
-        return [filled(part) for part in item] if isinstance(item, list) else math.nan if item is None else item
+        if isinstance(item, list):
+            return [filled(part) for part in item]
+        if kind.is_floating_point and item is None:
+            return math.nan
+        if (kind == torch.bool) != isinstance(item, bool) or (kind == torch.long and not isinstance(item, int)):
+            raise TypeError(f"{item!r} is no {kind}")
+        if kind.is_floating_point and not abs(item) <= torch.finfo(kind).max:  # None stands for what is not finite
+            raise ValueError(f"{item!r} is no finite {kind}")
+        return item
 
     return torch.tensor(filled(values), dtype=kind, device="cpu")
+
+
+def listed(value: Any) -> list[Any]:
+    """A list as it is, or `TypeError`: a text could be gone through as well."""
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is no list")
+    return value
 
 
 def json_lines(records: Sequence[Record]) -> str:
