@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 from fsteer_lens.errors import FsteerError, InputError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
+    from fsteer_lens.ground.terminal import Terminal
     from fsteer_lens.prompts.contrasts import ContrastSet
     from fsteer_lens.trace.trace import Trace
 
@@ -43,6 +42,7 @@ SUITES = {
     "harmbench": "harmbench_behaviors_text_all.csv",
     "xstest": "xstest_prompts.csv",
 }
+INPUTS = ("data", "general", "near_misses", "steering", "resume")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 
 
@@ -55,9 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand and return the exit code: 0 done, 1 doctor misses something, 2 unusable input."""
     args = _parser().parse_args(argv)
     try:
-        return args.run(args)
+        from fsteer_lens.ground.terminal import warnings_said
+
+        with warnings_said(_console(stderr=True)):
+            _require_numbers(args)
+            return args.run(args)
     except FsteerError as error:
-        _console(stderr=True).print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
+        _console(stderr=True).say(f"error: {error}", style="red")
         return 2
     except KeyboardInterrupt:
         return 130
@@ -175,10 +179,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _console(stderr: bool = False) -> "Console":
-    from rich.console import Console
+def _console(stderr: bool = False) -> "Terminal":
+    from fsteer_lens.ground.terminal import Terminal
 
-    return Console(stderr=stderr)
+    return Terminal(stderr=stderr)
+
+
+def _require_numbers(args: argparse.Namespace) -> None:
+    """Raise `InputError` where a number is out of range: found out now, not after minutes of work."""
+    from fsteer_lens.ground.checks import LARGEST_SEED, finite, whole
+
+    ranges = {"seed": (0, LARGEST_SEED), "layer": (0,), **dict.fromkeys(("rank", "batch_size", "limit"), (1,))}
+    for name, bounds in {**ranges, "max_new_tokens": (1,)}.items():
+        if getattr(args, name, None) is not None:
+            whole(_option(name), getattr(args, name), *bounds)
+    if getattr(args, "strength", None) is not None:
+        finite(_option("strength"), args.strength)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -209,7 +229,7 @@ def _fit(args: argparse.Namespace) -> int:
     given = (args.rank, args.general, args.near_misses)
     if args.gate == "none" and any(one is not None for one in given):
         raise InputError("--rank, --general and --near-misses have no effect with --gate none", fix="Leave them out.")
-    _require_folder(args.out)
+    _require_out(args)
     if args.auto:
         return _fit_auto(args)
     for name in ("kl", "resume"):
@@ -223,9 +243,7 @@ def _fit(args: argparse.Namespace) -> int:
     options = {"seed": args.seed, **_given(args, "strength", "scope", "preset", "rank", "gate")}
     steering = fit(activations, **others, **options)
     save(steering, args.out, model=model)
-    _console().print(
-        f"{steering}\nfitted to {len(contrasts)} contrasts, saved as {args.out}", markup=False, soft_wrap=True
-    )
+    _console().say(f"{steering}\nfitted to {len(contrasts)} contrasts, saved as {args.out}")
     return 0
 
 
@@ -244,7 +262,7 @@ def _fit_auto(args: argparse.Namespace) -> int:
     options = {"shift": args.shift, "seed": args.seed, **_given(args, "kl", "resume"), **_passes(args)}
     found = recipe(model, contrasts, **told, layers=layers, **options)
     save(found.steering, args.out, model=model)
-    _console().print(f"{found}\nsaved as {args.out}", markup=False, highlight=False, soft_wrap=True)
+    _console().say(f"{found}\nsaved as {args.out}")
     return 0
 
 
@@ -275,7 +293,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     methods = {"unsteered": None, "steered": load(args.steering, model=model)}
     for suite in suites:
         found = evaluate(model, methods, suite, **_passes(args))
-        _console().print(f"{suite.name}\n{found.to_markdown()}", markup=False, highlight=False, soft_wrap=True)
+        _console().say(f"{suite.name}\n{found.to_markdown()}")
     return 0
 
 
@@ -306,7 +324,7 @@ def _gate(args: argparse.Namespace) -> int:
         "false alarms",
         *(f"{name}, {args.false_alarms:g}" for name in ("missed", "false alarms")),
     ]
-    _console().print(markdown(titles, rows), markup=False, highlight=False, soft_wrap=True)
+    _console().say(markdown(titles, rows))
     return 0
 
 
@@ -316,7 +334,7 @@ def _report(args: argparse.Namespace) -> int:
     from fsteer_lens.prompts.files import read_contrasts, read_prompts
     from fsteer_lens.report import steering_report
 
-    _require_folder(args.out)
+    _require_out(args)
     columns = _columns(args)
     contrasts = every(read_contrasts(args.data, columns), args.limit)
     general = [] if args.general is None else every(read_prompts(args.general, columns.get("prompt")), args.limit)
@@ -333,14 +351,22 @@ def _report(args: argparse.Namespace) -> int:
         sweep=not args.no_sweep,
     )
     path = report.write(args.out)
-    _console().print(f"the report, {path.stat().st_size / 2**20:.1f} MB: {path}", markup=False, soft_wrap=True)
+    _console().say(f"the report, {path.stat().st_size / 2**20:.1f} MB: {path}")
     return 0
 
 
-def _require_folder(path: Path) -> None:
-    """Raise `InputError` where a file cannot be written: found out now, not after minutes of work."""
-    if not path.parent.is_dir():
-        raise InputError(f"cannot write {path}", expected="an existing folder", got=path.parent)
+def _require_out(args: argparse.Namespace) -> None:
+    """Raise `InputError` where --out cannot be written or is an input: found out now, not after minutes of work.
+
+    Another file of that name is replaced, as by other programs with --out: a second run writes what the first one did.
+    """
+    from fsteer_lens.ground.files import require_writable
+
+    require_writable(args.out)
+    for name in INPUTS:
+        given = getattr(args, name, None)
+        if given is not None and args.out.exists() and given.exists() and given.samefile(args.out):
+            raise InputError("--out", expected="another file than the inputs", got=f"{args.out}, which is --{name}")
 
 
 def _columns(args: argparse.Namespace) -> dict[str, str]:
@@ -399,13 +425,13 @@ def _generate(args: argparse.Namespace) -> int:
 def _watch(args: argparse.Namespace) -> int:
     from fsteer_lens import figures, generate, load
 
-    _require_folder(args.out)
+    _require_out(args)
     model = _load_model(args)
     steering = load(args.steering, model=model)
     options = {"max_new_tokens": args.max_new_tokens, **_passes(args)}
     made = generate(model, args.prompts, steering, compare=True, replay=True, **options)
     figures.save(figures.replay(made, titles=args.prompts), args.out)
-    _console().print(f"the page: {args.out}", markup=False, soft_wrap=True)
+    _console().say(f"the page: {args.out}")
     return 0
 
 
@@ -438,7 +464,7 @@ def _doctor(args: argparse.Namespace) -> int:
             healthy &= good is not False
             mark = {True: ("✓", "green"), None: ("–", "dim"), False: ("✗", "red")}[good]
             table.add_row(Text(*mark), name, Text(finding))
-    _console().print(table)
+    _console().tabulate(table)
     return 0 if healthy else 1
 
 

@@ -299,7 +299,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: py
         raise OSError("no space left on device")
 
     monkeypatch.setattr("os.fsync", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(InputError, match="no space"):
         made(1).save(path)
     assert path.read_bytes() == before and [item.name for item in tmp_path.iterdir()] == ["a"]
     with pytest.raises(InputError, match="existing folder"):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import jaxtyping
 import numpy as np
 import pytest
 import torch
@@ -340,6 +341,35 @@ def test_functions_of_ones_own_are_used_instead(steering, tutor_model, groups):
     if explorer.widget is not None:
         explorer.widget._handle_custom_msg({"kind": "mark", "text": "a Bomb"}, [])
         assert explorer.widget.words["parts"] == [("a ", None), ("Bomb", [])]
+
+
+@pytest.mark.parametrize(
+    "message",
+    [None, 3, [], "mark", {}, {"kind": None}, {"kind": ["mark"]}, {"kind": "sing"}, {"kind": "mark"},
+     {"kind": "mark", "text": 3}, {"kind": "mark", "text": "x" * 20_001}],
+)  # fmt: skip
+def test_a_message_that_is_none_is_kept_as_an_error_and_does_nothing(made, message):
+    before = made.widget.words, made.widget.answer
+    made._take_message(None, message, [])
+    assert isinstance(made.error, InputError) and (made.widget.words, made.widget.answer) == before
+
+
+@pytest.mark.parametrize("prompt", [None, [1], {"a": 1}, 1.5, True, 10**12, "x" * 20_001])
+def test_a_prompt_of_a_message_that_is_none_is_refused_in_words(made, prompt, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # the tests' type checker would refuse them first
+    (_, failed) = click(made, prompt)
+    assert failed["status"] == "failed" and failed["error"].startswith("prompt: expected")
+
+
+def test_words_of_a_long_text_are_not_looked_up(steering, tutor_model, groups):
+    pytest.importorskip("anywidget", reason="anywidget is not installed")
+    asked = []
+    explorer = explore(
+        steering, tutor_model, groups, max_new_tokens=2, unknown=lambda text: asked.append(text) or {}, progress=False
+    )
+    for length in (2000, 2001):
+        explorer._take_message(None, {"kind": "mark", "text": "w " * (length // 2) + "w" * (length % 2)}, [])
+    assert [len(text) for text in asked] == [2000] and explorer.error is None
 
 
 def test_words_are_marked_whole_and_the_parts_are_the_text():

@@ -147,7 +147,7 @@ def test_saving_never_leaves_half_a_file(steering: FineSteer, tmp_path: Path, mo
         raise OSError("no space left on device")
 
     monkeypatch.setattr(os, "fsync", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(InputError, match="no space"):
         save(steering.with_strength(3.0), path)
     assert path.read_bytes() == before
     assert [item.name for item in tmp_path.iterdir()] == [path.name]

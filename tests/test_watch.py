@@ -60,11 +60,23 @@ def test_it_stops_after_the_next_token_and_shows_what_there_is(watched: Watch, p
     assert len(made.tokens) == 1 and made.trace.replay is not None
 
 
+@pytest.mark.parametrize("message", [None, 3, [], {}, {"kind": None}, {"kind": ["stop"]}, {"kind": "sing"}])
+def test_a_message_that_is_none_is_kept_as_an_error_and_does_nothing(watched: Watch, message: Any) -> None:
+    before = watched.widget.view
+    watched._take_message(None, message, [])
+    assert isinstance(watched.error, InputError) and watched.widget.view == before
+
+
 def test_what_fails_is_shown_and_the_last_view_stays(
     watched: Watch, tutor_model: SteerableModel, prompts: list[str]
 ) -> None:
     before = watched.widget.view
-    for wrong, says in (({"strength": "much"}, "strength"), ({"rank": 10_000}, "rank"), ({"prompt": ""}, "")):
+    for wrong, says in (
+        ({"strength": "much"}, "strength"),
+        ({"rank": 10_000}, "rank"),
+        ({"prompt": ""}, ""),
+        ({"prompt": [1]}, "prompt: expected text"),
+    ):
         watched._take_message(None, {"kind": "generate", "prompt": prompts[0], "strength": 1.0, **wrong}, [])
         wait_for(lambda: watched.widget.live["status"] in ("failed", "done") and not watched._thread.is_alive())  # type: ignore[union-attr]
         if watched.widget.live["status"] == "failed":

@@ -23,7 +23,7 @@ from fsteer_lens.steering.fitting import fit
 from fsteer_lens.steering.steering import FineSteer
 
 if TYPE_CHECKING:
-    import rich.console
+    from fsteer_lens.ground.terminal import Terminal
 
 FITTED: Final = 0.75
 """Share of each list that is fitted to; the rest is what is shown and measured."""
@@ -163,7 +163,7 @@ def show(model: SteerableModel) -> Shown:
     )
 
 
-def print_shown(console: "rich.console.Console", shown: Shown) -> None:
+def print_shown(console: "Terminal", shown: Shown) -> None:
     """Print six prompts side by side, and what became of each kind of prompt."""
     from rich import box
     from rich.table import Table
@@ -178,7 +178,7 @@ def print_shown(console: "rich.console.Console", shown: Shown) -> None:
         prompt = Text(f"{title}\n", style="dim").append(str(one.prompt), style="not dim")
         prompt.append(f"\n{decided(shown, one)}", style="dim")
         table.add_row(prompt, Text(one.baseline.text), Text(one.text, style=changed))
-    console.print(table)
+    console.tabulate(table)
     table = Table(
         title="What became of prompts that nothing was fitted to", title_justify="left", box=box.SIMPLE_HEAD,
         padding=(0, 1, 0, 0),
@@ -187,10 +187,10 @@ def print_shown(console: "rich.console.Console", shown: Shown) -> None:
         table.add_column(name, justify="right" if place else "left")
     for name in shown.made:
         table.add_row(*shown.row(name))
-    console.print(table)
+    console.tabulate(table)
     report = shown.steering.experts_at(shown.layer).report
     assert report is not None
-    console.print(f"The fit, held out: {report.held_out}\n", markup=False, highlight=False)
+    console.say(f"The fit, held out: {report.held_out}\n")
 
 
 def decided(shown: Shown, one: Generation) -> str:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from fsteer_lens.demo.chat import add_chapter, print_shown, show
 from fsteer_lens.errors import MissingDependencyError
+from fsteer_lens.ground.files import make_folder, path_of
 from fsteer_lens.models.loading import load
 from fsteer_lens.report.page import Report
 from fsteer_lens.report.settings import add_settings, machine_rows, steering_rows
@@ -40,24 +41,26 @@ def demo(
         MissingDependencyError: SmolLM2 was asked for by name and its package is not installed.
         As `models.load`.
     """
-    from rich.console import Console
+    from rich.text import Text
 
-    console = Console()
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
+    from fsteer_lens.ground.terminal import Terminal
+
+    console = Terminal()
+    make_folder(path_of(out).parent)
     report, settings = Report("What FineSteer did"), machine_rows()
     if model != TUTOR:
         name = model or USUAL
         try:
-            with console.status(f"loading {name}"):
+            with console.status(Text(f"loading {name}")):
                 loaded = load(name)
         except MissingDependencyError as error:
             if model is not None:
                 raise
-            console.print(f"Without a real chat model: {error}\n", style="yellow", markup=False, soft_wrap=True)
+            console.say(f"Without a real chat model: {error}\n", style="yellow")
         else:
-            with console.status(f"steering {name}"):
+            with console.status(Text(f"steering {name}")):
                 shown = show(loaded)
-            console.rule(f"A chat model: {name}", align="left")
+            console.rule(Text(f"A chat model: {name}"), align="left")
             print_shown(console, shown)
             add_chapter(report, shown, name)
             settings += steering_rows(shown.steering, name)
@@ -65,7 +68,7 @@ def demo(
     settings += add_tutor(report, console, seed=seed, full=full)
     add_settings(report, settings)
     path = report.write(out).resolve()
-    console.print(f"\nThe report, with pictures; it opens without network:\n{path}", markup=False, soft_wrap=True)
+    console.say(f"\nThe report, with pictures; it opens without network:\n{path}")
     if open_browser:
         webbrowser.open(path.as_uri())
     return path

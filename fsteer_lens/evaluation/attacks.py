@@ -34,6 +34,7 @@ from fsteer_lens.reading.scanning import scan_prompts
 from fsteer_lens.steering.steering import Steering
 
 WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
+MOST_STEPS = 1000
 CHECKED_AT_ONCE = 8
 """How many texts of each prompt are looked at together, best first, for one that keeps its meaning."""
 
@@ -181,7 +182,7 @@ def attack_gate(
         format: from what a person types to model input; None takes the text itself, or the user's turn of a chat.
         layer: where the gate reads; None where it knows that itself.
         keeps: whether changed texts still mean the same, such as `gives_same_answer`; None takes every text.
-        budget: steps for each prompt, each of which replaces at most one word.
+        budget: steps for each prompt, at most 1000, each of which replaces at most one word.
         options: `constrained` (True), let the search take only texts that `keeps` accepts; otherwise they are judged at
             the end. `candidates` (32), words to try in each place at each step, drawn anew; `seed` (0) of these draws.
             `chat`, `chat_template_kwargs` and `prepend_bos` as in `gate_report`; `batch_size` (64), prompts per forward
@@ -195,7 +196,7 @@ def attack_gate(
     if keeps is None:
         require_unset("no keeps=", constrained=options.get("constrained"))
     gates, where = read_by({"attacked": gate}, layer)
-    attacked, budget = gates["attacked"], whole("budget", budget, 1)
+    attacked, budget = gates["attacked"], whole("budget", budget, 1, MOST_STEPS)
     prompts, words = texts_of(prompts, "prompt"), texts_of(words, "word")
 
     def put(text: str) -> Prompt:
@@ -227,8 +228,9 @@ def attack_gate(
                 if not attack.shut
                 for change, text in _proposals(attack.attacked, words, run.candidates, f"{run.seed} {step} {number}")
             ]
-            if tried:
-                _take_best(attacks, tried, *judged(read([one.text for one in tried])), passes)
+            if not tried:
+                break
+            _take_best(attacks, tried, *judged(read([one.text for one in tried])), passes)
             advance(1)
     if keeps is not None:
         kept = keeps(prompts, [put(attack.attacked) for attack in attacks])

@@ -9,6 +9,7 @@ import torch
 
 from fsteer_lens import figures
 from fsteer_lens.errors import InputError
+from fsteer_lens.explorer.messages import MARKED, kind_of, text_of
 from fsteer_lens.explorer.pictured import Pictured, grouped, read, shown
 from fsteer_lens.explorer.settings import Settings, Subject
 from fsteer_lens.explorer.widget import EXPLORER, in_words, make_widget, tell
@@ -172,14 +173,20 @@ class Explorer:
 
     def _take_message(self, _: Any, message: Any, buffers: Any) -> None:
         """Do what the browser asks for: mark the words of a text, or generate."""
-        if message.get("kind") == "mark":
-            self._mark(str(message.get("text", "")))
-        elif message.get("kind") == "generate":
+        try:
+            kind = kind_of(message, ("mark", "generate"))
+            text = text_of(message.get("text")) if kind == "mark" else ""
+        except InputError as error:
+            self.error = error
+            return
+        if kind == "mark":
+            self._mark(text)
+        else:
             self._generate_for(message)
 
     def _mark(self, text: str) -> None:
         try:
-            unknown = self._unknown(text) if self._unknown else {}
+            unknown = self._unknown(text) if self._unknown and len(text) <= MARKED else {}
         except Exception as error:  # of the caller's function, and no reason not to generate
             self.error, unknown = error, {}
         tell(self._widget, words={"text": shown(text), "parts": parts(shown(text), unknown)})
@@ -187,9 +194,11 @@ class Explorer:
     def _generate_for(self, message: Mapping[str, Any]) -> None:
         """Generate for the browser: what fails is shown there, and kept in `error`."""
         prompt = message.get("prompt")
+        prompt = prompt if isinstance(prompt, str | int) else None
         self.error = None
         self._answer("running", prompt)
         try:
+            prompt = text_of(prompt) if isinstance(prompt, str) else prompt
             self._settings = self._subject.checked(message.get("settings"))
             tell(self._widget, settings=self._settings.message())
             self.generate(prompt)  # pyright: ignore[reportArgumentType]
@@ -260,7 +269,7 @@ def explore(
     passes = options_of("explore", Passes, options)
     instance("explore", steering, FineSteer, "a FineSteer", fix="Other methods have no experts to explore.")
     instance("explore", model, SteerableModel, "a model of TransformerLens")
-    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1)
+    max_new_tokens = whole("max_new_tokens", max_new_tokens, 1, model.cfg.n_ctx, why="the model's context")
     for name, function in (("unknown", unknown), ("wrap", wrap)):
         if function is not None and not callable(function):
             raise InputError(name, expected="a function or None", got=repr(function))

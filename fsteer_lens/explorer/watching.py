@@ -5,6 +5,8 @@ from typing import Any, Unpack
 
 from fsteer_lens import figures
 from fsteer_lens.effects.answers import passes_of
+from fsteer_lens.errors import InputError
+from fsteer_lens.explorer.messages import kind_of, text_of
 from fsteer_lens.explorer.pictured import shown
 from fsteer_lens.explorer.widget import WATCH, in_words, make_widget, tell
 from fsteer_lens.figures import Html
@@ -113,9 +115,14 @@ class Watch:
 
     def _take_message(self, _: Any, message: Any, buffers: Any) -> None:
         """Do what the browser asks for; it goes on in a thread, so that the kernel can hear "stop"."""
-        if message.get("kind") == "stop":
+        try:
+            kind = kind_of(message, ("stop", "generate"))
+        except InputError as error:
+            self.error = error
+            return
+        if kind == "stop":
             self.stop()
-        elif message.get("kind") == "generate" and (self._thread is None or not self._thread.is_alive()):
+        elif self._thread is None or not self._thread.is_alive():
             self._thread = Thread(target=self._generate_for, args=(message,), name="fsteer_lens watch", daemon=True)
             self._thread.start()
 
@@ -123,7 +130,7 @@ class Watch:
         self.error = None
         try:
             rank = message.get("rank")
-            self.generate(str(message.get("prompt", "")), strength=message.get("strength"), rank=rank or None)
+            self.generate(text_of(message.get("prompt")), strength=message.get("strength"), rank=rank or None)
         except Exception as error:
             self.error = error
             tell(self._widget, live={"status": "failed", "text": shown(in_words(error))})

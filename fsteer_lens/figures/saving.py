@@ -3,14 +3,13 @@
 import copy
 import os
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fsteer_lens.errors import InputError, MissingDependencyError
 from fsteer_lens.figures.html import Html, escape
 from fsteer_lens.figures.printing import printed
 from fsteer_lens.figures.style import CONFIG, INK
-from fsteer_lens.ground.files import write_atomically
+from fsteer_lens.ground.files import path_of, write_atomically
 
 if TYPE_CHECKING:
     import plotly.graph_objects
@@ -32,7 +31,7 @@ def save(figure: "plotly.graph_objects.Figure | Html", path: str | os.PathLike[s
         InputError: another ending, an `Html` view as `.json`, or a folder that does not exist.
         MissingDependencyError: a picture without kaleido.
     """
-    target = Path(path)
+    target = path_of(path)
     kind = target.suffix.lower()
     allowed = (".html", *PICTURES) if isinstance(figure, Html) else (".html", ".json", *PICTURES)
     if kind not in allowed:

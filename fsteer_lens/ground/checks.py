@@ -97,6 +97,14 @@ def finite(
     return number
 
 
+def number(name: str, value: Any) -> float:
+    """A number, NaN and infinity among them, or `InputError`."""
+    found = _float(value)
+    if found is None:
+        raise InputError(name, expected="a number", got=brief(value))
+    return found
+
+
 def choice(
     name: str, value: Any, options: Iterable[Option], told: str | None = None, *, fix: str | None = None
 ) -> Option:

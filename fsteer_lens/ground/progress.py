@@ -11,9 +11,9 @@ def progress_bar(total: int, description: str, shown: bool) -> Iterator[Callable
     Draws nothing where `shown` is false, where there are no steps, or where the output is neither a terminal nor a
     notebook.
     """
-    from rich.console import Console
+    from fsteer_lens.ground.terminal import Terminal
 
-    console = Console()
+    console = Terminal()
     if not shown or total == 0 or not (console.is_terminal or console.is_jupyter):
         yield lambda steps: None
         return

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fsteer_lens.errors import FileFormatError, InputError
-from fsteer_lens.ground.files import write_atomically
+from fsteer_lens.ground.files import path_of, read_bytes, write_atomically
 
 MAX_HEADER = 2**20
 """Bytes that the header of a file may have: enough for some thousand tensors."""
@@ -72,11 +72,12 @@ class Format:
         from safetensors import SafetensorError
         from safetensors.torch import load as from_bytes
 
-        path, ours = Path(path), f"a file written by {self.writer}"
+        path, ours = path_of(path), f"a file written by {self.writer}"
         if not path.is_file():
-            raise FileFormatError(f"{path}", expected=ours, got="no such file")
+            got = "a folder, a device or a pipe" if path.exists() else "no such file"
+            raise FileFormatError(f"{path}", expected=ours, got=got)
         try:
-            content = path.read_bytes()
+            content = read_bytes(path)
             size = _require_modest(content, f"{path} is truncated, damaged or no safetensors file")
             metadata = json.loads(content[8 : 8 + size]).get("__metadata__") or {}
             text = metadata.get(self.name)

@@ -10,11 +10,14 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Final
 
 from fsteer_lens.errors import DataError
 from fsteer_lens.ground.checks import brief
 from fsteer_lens.ground.files import read_text
+
+MOST_JSON: Final = 2**27
+"""Characters of one value; what is read from them may take twenty times as many bytes."""
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -86,8 +89,11 @@ def parse_json(text: str, where: str, expected: str = "JSON") -> Any:
     """The value of a JSON text from a file, NaN included; an error begins with `where` it stands.
 
     Raises:
-        DataError: no JSON, nested more deeply or with longer numbers than Python reads, or a name that stands twice.
+        DataError: no JSON, nested more deeply or with longer numbers than Python reads, more than `MOST_JSON`
+            characters, or a name that stands twice.
     """
+    if len(text) > MOST_JSON:
+        raise DataError(where, expected=f"{expected}, of at most {MOST_JSON:,} characters", got=f"{len(text):,}")
     try:
         return json.loads(text, object_pairs_hook=_without_twins)
     except RecursionError as error:

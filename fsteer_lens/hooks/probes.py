@@ -121,4 +121,5 @@ def _require_parts(link: _TokenHook, **parts: type) -> None:
     normalised(link, layer=whole(f"{owner} layer", link.layer))
     for name, kind in parts.items():
         instance(f"{owner} {name}", getattr(link, name), kind, kind.__name__)
+    instance(f"{owner} site", link.site, str, "text")
     optional(instance, f"{owner} fingerprint", link.fingerprint, Fingerprint, "a fingerprint or None")

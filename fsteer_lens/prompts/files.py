@@ -1,4 +1,4 @@
-"""Prompts and contrasts out of files, each kind of file known by its ending."""
+"""Prompts and contrasts out of files, each kind of file known by its ending; .gz after it is unpacked."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,7 +24,7 @@ def read_contrasts(path: Path, columns: Mapping[str, str]) -> ContrastSet:
     Raises:
         DataError: as in `ContrastSet.from_csv` and `from_jsonl`.
     """
-    if path.suffix.lower() != ".csv":
+    if _ending(path) != ".csv":
         return ContrastSet.from_jsonl(path, **columns)
     heading = set(next(iter(read_csv(path)), ()))
     if set(TRUTHFULQA.values()) <= heading and "prompt" not in heading and not columns:
@@ -44,9 +44,10 @@ def read_prompts(path: Path, column: str | None = None) -> list[Prompt]:
         InputError: something that is no prompt; both name the line or the row.
     """
     column = column or "prompt"
-    if path.suffix.lower() == ".csv":
+    kind = _ending(path)
+    if kind == ".csv":
         found: list[tuple[str, Any]] = [(f"{path}, row {number}", row) for number, row in enumerate(read_csv(path), 1)]
-    elif path.suffix.lower() == ".jsonl":
+    elif kind == ".jsonl":
         found = read_jsonl(path, f'a JSON string, or an object with "{column}"')
     else:
         lines = enumerate(read_text(path).split("\n"), 1)
@@ -60,3 +61,8 @@ def read_prompts(path: Path, column: str | None = None) -> list[Prompt]:
     if not prompts:
         raise DataError(f"{path}", expected="at least one prompt", got="none", fix="Is the file empty?")
     return prompts
+
+
+def _ending(path: Path) -> str:
+    """Of the file's name, or of the name before .gz."""
+    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix.lower()

@@ -253,7 +253,7 @@ def _reference(
 
 def _largest(curve: Mapping[float, float], kl: float) -> tuple[float, float]:
     """The largest strength up to which all are within the budget, and the smallest that is not."""
-    beyond = min((strength for strength, cost in curve.items() if cost > kl), default=math.inf)
+    beyond = min((strength for strength, cost in curve.items() if not cost <= kl), default=math.inf)
     return max(strength for strength in curve if strength < beyond), beyond
 
 

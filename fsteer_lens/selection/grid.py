@@ -1,5 +1,6 @@
 """`search`: layer, rank and strength chosen on a validation split, and tested once."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, is_dataclass
 from functools import cache
@@ -7,7 +8,7 @@ from itertools import product
 from typing import Any, Unpack
 
 from fsteer_lens.effects.answers import name_of
-from fsteer_lens.errors import DataError, InputError
+from fsteer_lens.errors import DataError, InputError, NonFiniteError
 from fsteer_lens.ground.checks import finite, instance, optional, options_of, several, whole
 from fsteer_lens.ground.estimates import Estimate, bootstrap
 from fsteer_lens.hooks.scopes import Schedule, Scope, require_scope
@@ -16,9 +17,10 @@ from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.models.points import layers_of
 from fsteer_lens.reading.activations import Activations
 from fsteer_lens.reading.collecting import collect, collect_queries
+from fsteer_lens.selection.journals import Journal
 from fsteer_lens.selection.measuring import Searching, SearchOptions, prompt_of
 from fsteer_lens.selection.splits import Measured, SplitData
-from fsteer_lens.selection.trials import Journal, Settings, Trial, identity_of, trial_of
+from fsteer_lens.selection.trials import Settings, Trial, finite_ones, identity_of, trial_of
 from fsteer_lens.steering.fitting import put_together
 from fsteer_lens.steering.lengths import added_lengths, mean_shift_length
 from fsteer_lens.steering.steering import FineSteer, Steering
@@ -83,7 +85,8 @@ def search(
 
     Every setting of the grid is tried. Activations of all layers come from one set of passes, a method is fitted once
     per layer, and its ranks, strengths, scopes and schedules are variants of that fit. Of equal effects the smaller
-    strength wins, then the larger utility. The test split is measured for the chosen setting alone, after the choice.
+    strength wins, then the larger utility. A setting whose effect or utility is no finite number is never
+    chosen, which a warning tells. The test split is measured for the chosen setting alone, after the choice.
 
     What is chosen on may be a suite instead of contrasts, and another instead of general prompts, such as
     `Splits(train, valid=suite[:50], test=suite[50:], ...)`: then a measure of it is the effect, or the utility.
@@ -107,6 +110,8 @@ def search(
             `prepend_bos` and `batch_size` (16) as in `collect`; `progress` (True), show a progress bar.
 
     Raises:
+        NonFiniteError: no setting has an effect and a utility that are finite numbers, or the unsteered model's utility
+            is none.
         InputError: an empty grid, a negative budget, data that are no splits, no setting within the budget, a method
             that cannot be set to a rank, a measure that a suite does not have, or a function without a name, or a
             suite that is no dataclass, together with `resume`.
@@ -156,7 +161,10 @@ def search(
     trained = collect(model, data.train, layer=chosen_layers, shift=run.shift, **run.options)
     prompts = [] if method is None else [prompt_of(item) for item in data.general_train]
     general = collect_queries(model, prompts, layer=chosen_layers, **run.options) if prompts else {}
-    floor = float(run.measured("utility", model, None, data.general_valid).double().mean()) - budget
+    unsteered = float(run.measured("utility", model, None, data.general_valid).double().mean())
+    if not math.isfinite(unsteered):
+        raise NonFiniteError("search", expected="a finite utility of the unsteered model", got=unsteered)
+    floor = unsteered - budget
     trials: list[Trial] = []
 
     @cache
@@ -179,9 +187,10 @@ def search(
                 journal.add(Trial(layer, one.rank, one.strength, effect, utility, one.scope, one.schedule, length))
                 advance(1)
             trials += [journal.known[one] for one in own]
-    within = [trial for trial in trials if trial.utility >= floor - ROUNDING]
+    known = finite_ones("search", trials, "effect", "utility")
+    within = [trial for trial in known if trial.utility >= floor - ROUNDING]
     if not within:
-        closest = max(trials, key=lambda trial: trial.utility)
+        closest = max(known, key=lambda trial: trial.utility)
         raise InputError(
             "search found no setting within the budget",
             expected=f"a utility of at least {floor:.4g}",

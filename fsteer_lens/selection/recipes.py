@@ -3,12 +3,12 @@
 import os
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final, Unpack
 
 from fsteer_lens.effects.answers import preferences_of_each
 from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.ground.checks import finite, normalised, options_of, whole
+from fsteer_lens.ground.checks import finite, normalised, number, options_of, whole
 from fsteer_lens.ground.estimates import bootstrap
 from fsteer_lens.ground.spread import every
 from fsteer_lens.method.experts import FitReport
@@ -20,7 +20,8 @@ from fsteer_lens.prompts.passes import Passes, PassOptions
 from fsteer_lens.reading.activations import Activations, Shift
 from fsteer_lens.reading.collecting import collect, collect_queries
 from fsteer_lens.selection.calibration import calibrate
-from fsteer_lens.selection.trials import Journal, identity_of
+from fsteer_lens.selection.journals import Journal
+from fsteer_lens.selection.trials import finite_ones, identity_of
 from fsteer_lens.steering.fitting import fit
 from fsteer_lens.steering.steering import FineSteer
 
@@ -63,6 +64,10 @@ class RecipeTrial:
     opened: float
     spared: float
     explained: float
+
+    def __post_init__(self) -> None:
+        numbers = {item.name: number(item.name, getattr(self, item.name)) for item in fields(self)}
+        normalised(self, **{**numbers, "layer": whole("layer", self.layer, 0)})
 
     @property
     def settings(self) -> int:
@@ -166,7 +171,8 @@ def recipe(
     Raises:
         DataError: too few contrasts or prompts, or a file to resume from that belongs to another recipe.
         InputError: options out of range, or no layer at which any strength is within the budgets.
-        SiteError, ContextLengthError, NonFiniteError: as in `collect`.
+        NonFiniteError: as in `collect`, or no layer has an effect that is a finite number.
+        SiteError, ContextLengthError: as in `collect`.
     """
     run, kl = options_of("recipe", _Cooking, options), finite("kl", kl, above=0)
     if run.chat is None:
@@ -209,7 +215,7 @@ def recipe(
             opened, shut = (_opened(steering, one[layer]) for one in asked)
             journal.add(_tried(model, steering, valid, spared, kl, run, opened, 1 - shut))
     trials = tuple(journal.known[layer] for layer in where)
-    chosen = max(trials, key=lambda one: (one.strength > 0, one.effect))
+    chosen = max(finite_ones("recipe", trials, "effect"), key=lambda one: (one.strength > 0, one.effect))
     if chosen.strength == 0:
         raise InputError(
             "recipe",

@@ -1,18 +1,20 @@
-"""One setting of a search with its numbers, and the file that keeps finished ones."""
+"""One setting of a search with its numbers, and what these depend on."""
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Hashable, Mapping, Sequence
+import math
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, ClassVar, Generic, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, NamedTuple, TypeVar
 
-from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.ground.files import read_text, write_atomically
-from fsteer_lens.hooks.scopes import Schedule, Scope, Window
+from fsteer_lens.errors import NonFiniteError
+from fsteer_lens.ground.checks import finite, instance, normalised, number, optional, whole
+from fsteer_lens.hooks.scopes import Schedule, Scope, Window, require_scope
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.reading.fingerprints import fingerprint
+
+One = TypeVar("One")
 
 
 class Settings(NamedTuple):
@@ -48,6 +50,19 @@ class Trial:
     schedule: Schedule | None = None
     length: float | None = None
 
+    def __post_init__(self) -> None:
+        optional(lambda _, scope: require_scope(scope), "scope", self.scope)
+        optional(instance, "schedule", self.schedule, Schedule, "a Schedule or None")
+        normalised(
+            self,
+            layer=whole("layer", self.layer, 0),
+            rank=optional(whole, "rank", self.rank, 1),
+            strength=finite("strength", self.strength),
+            effect=number("effect", self.effect),
+            utility=number("utility", self.utility),
+            length=optional(number, "length", self.length),
+        )
+
     @property
     def settings(self) -> Settings:
         """What it was tried at."""
@@ -70,72 +85,22 @@ def trial_of(row: Mapping[str, Any]) -> Trial:
     return Trial(**{**row, "scope": scope, "schedule": schedule})
 
 
-@runtime_checkable
-class Tried(Protocol):
-    """What a journal keeps: a dataclass that knows what it was tried at."""
+def finite_ones(owner: str, trials: Sequence[One], *names: str) -> list[One]:
+    """The trials whose numbers of these names are finite; a warning tells of the others.
 
-    __dataclass_fields__: ClassVar[dict[str, Any]]
-
-    @property
-    def settings(self) -> Hashable:
-        """What it was tried at."""
-        ...
-
-
-One = TypeVar("One", bound=Tried)
+    Raises:
+        NonFiniteError: there are none.
+    """
+    found = [one for one in trials if all(math.isfinite(getattr(one, name)) for name in names)]
+    others = [one for one in trials if one not in found]
+    told = f"expected a finite {' and '.join(names)}, got {others[:1]}"
+    if not found:
+        raise NonFiniteError(f"{owner}: not one of {len(trials)} settings can be chosen, {told}")
+    if others:
+        warnings.warn(f"{owner}: {len(others)} of {len(trials)} settings cannot be chosen, {told}", stacklevel=3)
+    return found
 
 
 def identity_of(model: SteerableModel, layers: Sequence[int], known: Sequence[Any]) -> str:
     """SHA-256 of a model at these layers and of all else that a trial's numbers depend on, as JSON shows it."""
     return hashlib.sha256(json.dumps([asdict(fingerprint(model, layers)), *known], default=str).encode()).hexdigest()
-
-
-class Journal(Generic[One]):
-    """Finished trials in a file of JSON lines, the first of which tells which search they belong to.
-
-    `owner` is what ran them, "search" say, and `made_of` makes a trial of its line.
-    """
-
-    def __init__(
-        self,
-        path: str | os.PathLike[str] | None,
-        owner: str,
-        identity: str,
-        made_of: Callable[[Mapping[str, Any]], One],
-    ) -> None:
-        self.known: dict[Hashable, One] = {}
-        self._path = None if path is None else Path(path)
-        if self._path is None:
-            return
-        if not self._path.exists():
-            self._write({owner: identity}, "x")
-            return
-        whole = read_text(self._path).split("\n")[:-1]  # a line that was cut off in writing has no end
-        try:
-            header, *rows = [json.loads(line) for line in whole]
-            found, trials = header[owner], [made_of(row) for row in rows]
-        except (ValueError, TypeError, KeyError, AttributeError, InputError, RecursionError) as error:
-            raise DataError(f"{path}", expected=f"the file of an earlier {owner}", got=str(error)) from error
-        if found != identity:
-            raise DataError(
-                f"{path} belongs to another {owner}",
-                expected="the same model, data and options",
-                got="others",
-                fix="Name another file, or delete this one.",
-            )
-        write_atomically(self._path, "".join(line + "\n" for line in whole).encode())
-        for trial in trials:
-            self.add(trial, write=False)
-
-    def add(self, trial: One, *, write: bool = True) -> None:
-        """Remember a finished trial."""
-        self.known[trial.settings] = trial
-        if write and self._path is not None:
-            self._write(asdict(trial), "a")
-
-    def _write(self, row: Mapping[str, Any], mode: str) -> None:
-        assert self._path is not None
-        if not self._path.parent.is_dir():
-            raise InputError(f"cannot write {self._path}", expected="an existing folder", got=str(self._path.parent))
-        with self._path.open(mode, encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")

@@ -8,11 +8,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from fsteer_lens.errors import FsteerError, MissingDependencyError
+from fsteer_lens.ground.files import read_text
 from fsteer_lens.ground.tables import markdown
+from fsteer_lens.ground.terminal import printable
 from fsteer_lens.serving.artefacts import FOLDER, Artefact, read_artefacts
 from fsteer_lens.serving.client import arguments, record_of
 from fsteer_lens.serving.patches import WORKER
@@ -45,10 +46,10 @@ def main(given: Sequence[str] | None = None) -> int:
     """Run the command; 0 where all is the same, 1 where something differs, 2 where it cannot be run."""
     args = _parser().parse_args(given)
     try:
-        prompts = Path(args.prompts).read_text(encoding="utf-8").splitlines() if args.prompts else list(PROMPTS)
+        prompts = read_text(args.prompts).splitlines() if args.prompts else list(PROMPTS)
         found = check(args.model, args.folder, [line for line in prompts if line.strip()], args.tokens, args.dtype)
     except (FsteerError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(printable(f"error: {error}\n"))
         return 2
     head = ["steering", f"same tokens, of {len(prompts)}", "largest distance of gates"]
     rows = [[one.name or "none", str(one.same), "" if one.distance is None else f"{one.distance:.1e}"] for one in found]

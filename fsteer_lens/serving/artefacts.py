@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from fsteer_lens.errors import InputError, SiteError
 from fsteer_lens.ground.checks import finite
+from fsteer_lens.ground.files import path_of, read_bytes
 from fsteer_lens.hooks.chains import Chain
 from fsteer_lens.hooks.objects import HookObject, Link
 from fsteer_lens.hooks.scopes import Window
@@ -79,7 +80,7 @@ def read_artefacts(folder: str | os.PathLike[str]) -> dict[str, Artefact]:
         SiteError: one acts on what enters the first layer.
         FileFormatError: a file that cannot be read.
     """
-    if not Path(folder).is_dir():
+    if not path_of(folder).is_dir():
         raise InputError(FOLDER, expected="a folder of steerings", got=f"{folder}, which is none")
     found = {path.stem: _artefact(path) for path in sorted(Path(folder).glob("*.safetensors"))}
     if not found:
@@ -139,7 +140,7 @@ def _artefact(path: Path) -> Artefact:
                 got="windows of it" if link.scanning else 'read="turn_end"',
                 fix="An engine sees tokens alone: fit on activations.reading('last').",
             )
-    return Artefact(path.stem, steering, hashlib.sha256(path.read_bytes()).hexdigest()[:32])
+    return Artefact(path.stem, steering, hashlib.sha256(read_bytes(path)).hexdigest()[:32])
 
 
 def _steerings(steering: HookObject) -> list[Steering]:

@@ -5,14 +5,14 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fsteer_lens.errors import MissingDependencyError
-from fsteer_lens.ground.files import read_text, write_atomically
+from fsteer_lens.ground.files import path_of, write_atomically
+from fsteer_lens.ground.tables import read_jsonl
 
 Record = Mapping[str, Any]
 
@@ -29,9 +29,24 @@ def tensor(values: Any, kind: torch.dtype = torch.float32) -> Tensor:
     """Nested lists as a tensor, with NaN for None."""
 
     def filled(item: Any) -> Any:
-        return [filled(part) for part in item] if isinstance(item, list) else math.nan if item is None else item
+        if isinstance(item, list):
+            return [filled(part) for part in item]
+        if kind.is_floating_point and item is None:
+            return math.nan
+        if (kind == torch.bool) != isinstance(item, bool) or (kind == torch.long and not isinstance(item, int)):
+            raise TypeError(f"{item!r} is no {kind}")
+        if kind.is_floating_point and not abs(item) <= torch.finfo(kind).max:  # None stands for what is not finite
+            raise ValueError(f"{item!r} is no finite {kind}")
+        return item
 
     return torch.tensor(filled(values), dtype=kind, device="cpu")
+
+
+def listed(value: Any) -> list[Any]:
+    """A list as it is, or `TypeError`: a text could be gone through as well."""
+    if not isinstance(value, list):
+        raise TypeError(f"{value!r} is no list")
+    return value
 
 
 def json_lines(records: Sequence[Record]) -> str:
@@ -42,17 +57,12 @@ def json_lines(records: Sequence[Record]) -> str:
 def write(path: str | os.PathLike[str], lines: str) -> None:
     """Write lines atomically, compressed where the name ends in .gz."""
     data = lines.encode()
-    write_atomically(path, gzip.compress(data) if _is_zipped(path) else data)
+    write_atomically(path, gzip.compress(data) if path_of(path).suffix == ".gz" else data)
 
 
 def read(path: str | os.PathLike[str]) -> list[Any]:
-    """The records in a file that `write` wrote; raises what reading, unpacking and JSON raise."""
-    text = gzip.decompress(Path(path).read_bytes()).decode() if _is_zipped(path) else read_text(path)
-    return [json.loads(line) for line in text.split("\n") if line.strip()]
-
-
-def _is_zipped(path: str | os.PathLike[str]) -> bool:
-    return Path(path).suffix == ".gz"
+    """The records in a file that `write` wrote, or `DataError`."""
+    return [record for _, record in read_jsonl(path, "a trace that to_jsonl wrote")]
 
 
 def frame(records: Sequence[Record]) -> Any:

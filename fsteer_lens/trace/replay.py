@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.method.gates import Reading
-from fsteer_lens.trace.records import jsonable, tensor
+from fsteer_lens.trace.records import jsonable, listed, tensor
 
 SIZES = ("size", "carried", "edit", "attention", "mlp")
 """Fields of a `Replay` that are [layers s]."""
@@ -92,8 +92,8 @@ class Replay:
     def from_record(cls, record: Mapping[str, Any]) -> "Replay":
         """The replay that `to_record` came from."""
         values: dict[str, Any] = {name: tensor(record[name]) for name in (*SIZES, "lens")}
-        values |= {name: tuple(record[name]) for name in ("layers", "edited", "displaced")}
-        values["released"] = {int(key): tuple(texts) for key, texts in record["released"].items()}
+        values |= {name: tuple(listed(record[name])) for name in ("layers", "edited", "displaced")}
+        values["released"] = {int(key): tuple(listed(texts)) for key, texts in record["released"].items()}
         return cls(**values, scores=tuple(Scored(**{**one, "score": tensor(one["score"])}) for one in record["scores"]))
 
 

@@ -108,7 +108,7 @@ class Steps:
         """Steps of one row from what `to_records` gave."""
 
         def numbers(name: str, kind: torch.dtype = torch.float32) -> Tensor | None:
-            if records and name not in records[0]:
+            if records and name not in records[0] and name not in ("token", "logprob"):
                 return None
             return tensor([record[name] for record in records], kind).reshape(1, len(records))
 

@@ -6,7 +6,6 @@ that the way of running could not know is None.
 """
 
 import os
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -21,11 +20,14 @@ from fsteer_lens.ground.addresses import local_path
 from fsteer_lens.ground.checks import choice, several, whole
 from fsteer_lens.method.gates import Reading, require_reading
 from fsteer_lens.trace import records
-from fsteer_lens.trace.records import jsonable, tensor
+from fsteer_lens.trace.consistency import require_consistent
+from fsteer_lens.trace.records import jsonable, listed, tensor
 from fsteer_lens.trace.replay import Replay
 from fsteer_lens.trace.steps import Steps, stack
 
 PerLayer = dict[int, Tensor]
+LONGEST = 2**31 - 1
+"""Tokens of a prompt."""
 
 
 class Marks(NamedTuple):
@@ -319,7 +321,10 @@ class Trace:
         if not known:
             raise DataError("records of a trace", expected="at least one", got="none")
         try:
-            return join([cls._of_record(record) for record in known])
+            rows = [cls._of_record(record) for record in known]
+            for row in rows:
+                require_consistent(row, PER_LAYER)
+            return join(rows)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError, RuntimeError) as error:
             raise DataError(
                 "records of a trace",
@@ -338,19 +343,19 @@ class Trace:
                         fields_of[name].setdefault(key, {})[int(layer)] = tensor(one).unsqueeze(0)
                     continue
                 if name in TOLD:
-                    fields_of[name][int(layer)] = tuple(value) if name == "names" else require_reading(value)
+                    fields_of[name][int(layer)] = tuple(listed(value)) if name == "names" else require_reading(value)
                     continue
                 kind = torch.bool if name in ("distance_outside", "energy_outside") else torch.float32
                 fields_of[name][int(layer)] = tensor(value, kind).unsqueeze(0)
-        length = record["prompt_length"] if length is None else length
+        length = whole("prompt_length", record["prompt_length"], 1, LONGEST) if length is None else length
         return cls(
             **fields_of,
             prompt_lengths=torch.tensor([length], dtype=torch.long, device="cpu"),
             first=torch.zeros(1, dtype=torch.long, device="cpu"),
-            bos=torch.tensor([record["bos"]], dtype=torch.bool, device="cpu") if "bos" in record else None,
-            prompts=(tuple(record["prompt"]),) if "prompt" in record else None,
+            bos=tensor([record["bos"]], torch.bool) if "bos" in record else None,
+            prompts=(tuple(listed(record["prompt"])),) if "prompt" in record else None,
             steps=Steps.from_records(record["steps"]) if "steps" in record else None,
-            unsteered=(tuple(record["unsteered"]),) if "unsteered" in record else None,
+            unsteered=(tuple(listed(record["unsteered"])),) if "unsteered" in record else None,
             replay=(Replay.from_record(record["replay"]),) if "replay" in record else None,
             parts=tuple(cls._of_record(part, length) for part in record.get("parts", ())),
         )
@@ -380,7 +385,7 @@ class Trace:
         path = local_path(path, "trace")
         try:
             return cls.from_records(records.read(path))
-        except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
+        except DataError as error:
             raise DataError(f"{path}", expected="a trace that to_jsonl wrote", got=str(error)) from error
 
     def to_frame(self) -> Any:

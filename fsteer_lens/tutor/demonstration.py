@@ -14,15 +14,16 @@ from fsteer_lens.tutor.suite import TutorSuite
 from fsteer_lens.tutor.world import user_text
 
 if TYPE_CHECKING:
-    import rich.console
     import rich.text
+
+    from fsteer_lens.ground.terminal import Terminal
 
 SAMPLE: Final = 40
 """Test prompts of each kind that the demonstration measures on, unless it is told to take all."""
 MAX_NEW_TOKENS: Final = 32
 
 
-def add_tutor(report: Report, console: "rich.console.Console", *, seed: int, full: bool) -> list[list[str]]:
+def add_tutor(report: Report, console: "Terminal", *, seed: int, full: bool) -> list[list[str]]:
     """Steer the tutor, compare methods on its test prompts, print the tables, and add them to a report.
 
     Args:
@@ -64,9 +65,7 @@ def examples_of(suite: TutorSuite) -> tuple[list[str], list[str]]:
     return titles, [str(contrast.prompt) for contrast in chosen] + tasks
 
 
-def print_measured(
-    console: "rich.console.Console", measured: Measured, titles: Sequence[str], examples: Generations
-) -> None:
+def print_measured(console: "Terminal", measured: Measured, titles: Sequence[str], examples: Generations) -> None:
     """Print two tables that fit into 80 columns, the main numbers in words, and the example prompts side by side."""
     from rich import box
     from rich.table import Table
@@ -83,7 +82,7 @@ def print_measured(
         for row in rows:
             style = "bold" if row[0] == DEFAULT else ""
             table.add_row(Text(row[0]), *[_numbers(row[index]) for index in chosen], style=style)
-        console.print(table)
+        console.tabulate(table)
     console.print(Text(findings(measured)))
     table = Table(title="Six prompts", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1), show_lines=True)
     for name in ("prompt", "without steering", "steered"):
@@ -96,7 +95,7 @@ def print_measured(
             Text(item.baseline.text),
             Text(item.text, style=changed),
         )
-    console.print(table)
+    console.tabulate(table)
 
 
 def _numbers(cell: str) -> "rich.text.Text":

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Final
 
-from fsteer_lens.ground.checks import choice
+from fsteer_lens.ground.checks import choice, whole
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
 from fsteer_lens.tutor import lexicon, world
 
@@ -77,9 +77,10 @@ def data(behaviour: str = "safe", *, split_seed: int = SPLIT_SEED) -> TutorData:
     have seen test questions in training.
 
     Raises:
-        InputError: an unknown behaviour.
+        InputError: an unknown behaviour, or a seed that is no whole number.
     """
     choice("behaviour", behaviour, BEHAVIOURS)
+    split_seed = whole("split_seed", split_seed)
     tag, near_kind = BEHAVIOURS[behaviour], _NEAR_MISS[behaviour]
     sets: dict[str, ContrastSet] = {}
     general: dict[str, list[Task]] = {}
