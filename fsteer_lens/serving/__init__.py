@@ -7,7 +7,7 @@ An engine takes a folder of steerings that `fsteer_lens.save` wrote, each known 
 and a request names one with `arguments`, whose answer brings the `Record` of what was decided. What the plugin cannot
 do is refused: a request that nobody has decided upon ends in an error, never in an answer without steering.
 
-1. `register`, the entry point in "vllm.general_plugins", changes four functions of vLLM in each of its processes.
+1. `patches.register`, the entry point in "vllm.general_plugins", changes functions of vLLM in each of its processes.
 2. A `Worker` puts hooks on the decoder layers, and compares them with the steerings' fingerprints.
 3. In each step the hooks find every steered request's tokens in the flat batch, decide, add, and record.
 4. The scheduler sends the records along with the tokens, and ends requests that failed.
@@ -16,9 +16,8 @@ do is refused: a request that nobody has decided upon ends in an error, never in
 from typing import Any
 
 from fsteer_lens.serving.client import Record, arguments, record_of
-from fsteer_lens.serving.patches import register
 
-__all__ = ["Record", "arguments", "record_of", "register"]
+__all__ = ["Record", "arguments", "record_of"]
 
 
 def __getattr__(name: str) -> Any:

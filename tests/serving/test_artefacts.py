@@ -10,8 +10,9 @@ import torch
 from fsteer_lens import FineSteer, SubspaceAblation, SubspaceProbe, Window, chain, save
 from fsteer_lens.errors import FsteerError, HookError, InputError, SiteError
 from fsteer_lens.hooks import HookObject
-from fsteer_lens.serving import arguments, record_of, register
+from fsteer_lens.serving import arguments, record_of
 from fsteer_lens.serving.artefacts import Artefact, read_artefacts, require_artefact
+from fsteer_lens.serving.patches import register
 from fsteer_lens.steering import MeanShift
 from tests.running import LAYER
 

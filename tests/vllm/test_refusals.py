@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fsteer_lens.errors import HookError
-from fsteer_lens.serving import patches, register
+from fsteer_lens.serving import patches
 from fsteer_lens.serving.artefacts import catalogue
 from fsteer_lens.serving.engines import require_engine, require_runner
 from tests.vllm.engines import WORKER, Served, engine
@@ -111,14 +111,14 @@ def test_another_version_of_vllm_is_refused(served: Served, monkeypatch: pytest.
 
     monkeypatch.setattr(vllm, "__version__", "0.33.0")
     with pytest.raises(HookError, match=r"0\.32"):
-        register()
+        patches.register()
 
 
 def test_beam_search_is_refused(served: Served) -> None:
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.exceptions import VLLMValidationError
 
-    register()
+    patches.register()
     body = {"model": "m", "prompt": "a", "use_beam_search": True, "n": 2}
     CompletionRequest(**body).to_beam_search_params(4, {})
     with pytest.raises(VLLMValidationError, match="beam search"):
