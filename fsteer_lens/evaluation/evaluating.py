@@ -13,11 +13,11 @@ from torch import Tensor
 from fsteer_lens.effects.answers import one_each
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.suites import Measure, Setting, Suite
-from fsteer_lens.ground.checks import choice, options_of, require_unset, seed_of, several
+from fsteer_lens.ground.checks import choice, instance, options_of, require_unset, seed_of, several
 from fsteer_lens.ground.estimates import Estimate, bootstrap, estimate_of, resampled_means
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.hooks.objects import HookObject, remembered
-from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.classes import SteerableModel, require_steerable
 from fsteer_lens.prompts.passes import Passes, PassOptions
 
 
@@ -226,6 +226,9 @@ def evaluate(
         ContextLengthError: a prompt, or one with its answer, does not fit into the context.
     """
     passes = options_of("evaluate", Passes, options)
+    require_steerable(model)
+    instance("methods", methods, Mapping, "{name: method}")
+    instance("suite", suite, Suite, "a suite")
     if all(isinstance(method, HookObject | Prompting | None) for method in methods.values()):
         require_unset("no method that is a function of a seed", seeds=seeds)
     seeds = [seed_of(seed) for seed in several("seeds", (0,) if seeds is None else seeds, "a list of ints")]

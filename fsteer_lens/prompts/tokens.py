@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import ContextLengthError, InputError, TokenizerError
 from fsteer_lens.ground.checks import clean_text, optional
-from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.classes import SteerableModel, require_steerable
 from fsteer_lens.models.conversion import prepends_bos
 from fsteer_lens.models.devices import device_of
 from fsteer_lens.prompts.chat import NO_ARGUMENTS, ChatTemplate, canonical_arguments
@@ -24,6 +24,7 @@ from fsteer_lens.prompts.forms import GivenPrompt, Prompt, as_prompt, prompt_tex
 
 def require_tokenizer(model: SteerableModel) -> Any:
     """The model's tokenizer; raises `TokenizerError` where it has none."""
+    require_steerable(model)
     if model.tokenizer is None:
         raise TokenizerError(
             "the model has no tokenizer", fix="Load it with fsteer_lens.models.from_hf(hf_model, tokenizer)."

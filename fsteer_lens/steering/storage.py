@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fsteer_lens.errors import FileFormatError, InputError
-from fsteer_lens.ground.checks import instance
+from fsteer_lens.ground.checks import instance, optional
 from fsteer_lens.ground.sealed import Format
 from fsteer_lens.hooks.chains import Chain
 from fsteer_lens.hooks.objects import HookObject, Link
@@ -23,7 +23,7 @@ from fsteer_lens.method.residual_gates import ResidualRatioGate
 from fsteer_lens.method.scan_gates import ScanGate
 from fsteer_lens.method.subspace import Subspace
 from fsteer_lens.method.subspace_gates import CalibrationRange, EnergyGate, LogisticGate, QuantileGate, ThresholdGate
-from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.classes import SteerableModel, require_steerable
 from fsteer_lens.prompts.formats import PromptFormat
 from fsteer_lens.reading.fingerprints import Fingerprint, fingerprint, require_model
 from fsteer_lens.steering.baselines import MeanShift, NearestCentroid, NullSpaceSteering, PcaDirection, RidgeSteering
@@ -91,6 +91,7 @@ def save(steering: HookObject, path: str | os.PathLike[str], model: SteerableMod
         FileFormatError: more parts than a file may have: hundreds of layers.
         MismatchError: fitted on another model than the given one.
     """
+    optional(lambda _, given: require_steerable(given), "model", model)
     instance("save", steering, HookObject, "a steering, probe, ablation or chain")
     for value in (steering, *steering.links):
         FORMAT.require_known(value)
