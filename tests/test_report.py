@@ -8,7 +8,7 @@ import torch
 from fsteer_lens import figures, fit_gate
 from fsteer_lens.errors import InputError
 from fsteer_lens.report import Report
-from tests.browser.chromium import launched
+from tests.browser.chromium import launched, until
 from tests.browser.chromium import opened as opened_page
 
 HOSTILE = "</script><img src=x onerror=document.title='hacked'> <b>&amp; \u2067\u05e9\u05dc \u05d0 🙂"
@@ -92,7 +92,7 @@ def opened(chromium, report, tmp_path_factory, request):
     """The report in a browser without network, with what it said and asked for."""
     path = report.write(tmp_path_factory.mktemp("page") / "report.html")
     with opened_page(chromium, path, request.param, viewport={"width": 1280, "height": 900}) as (page, heard):
-        page.wait_for_function("document.querySelectorAll('.js-plotly-plot .main-svg').length >= 6")
+        until(page, "document.querySelectorAll('.js-plotly-plot .main-svg').length >= 6")
         yield page, request.param, heard
 
 
@@ -125,7 +125,7 @@ def test_the_slider_moves_prompts_marks_threshold_and_counts(opened, gate_and_qu
     before = page.evaluate(state)
     rail = page.locator(".slider-rail-touch-rect").first.bounding_box()
     page.mouse.click(rail["x"] + rail["width"] - 2, rail["y"] + rail["height"] / 2)
-    page.wait_for_function("document.querySelector('.js-plotly-plot').layout.sliders[0].active > 2")
+    until(page, "document.querySelector('.js-plotly-plot').layout.sliders[0].active > 2")
     rank = page.evaluate("document.querySelector('.js-plotly-plot').layout.sliders[0].active") + 1
     page.wait_for_timeout(100)
     after = page.evaluate(state)

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError, NonFiniteError, TokenizerError
-from fsteer_lens.ground.checks import options_of
+from fsteer_lens.ground.checks import options_of, several
 from fsteer_lens.hooks.objects import HookObject, remembered
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
@@ -226,7 +226,7 @@ def counterfactual(
     """
     prompts = prompts_of(prompts)
     passes = passes_of("counterfactual", options, model, steering, prompts)
-    rows = answered(model, prompts, answers, passes)
+    rows = answered(model, prompts, several("answers", answers, "one for each prompt"), passes)
     traces: dict[int, Trace] = {}
     for chosen, batch in batches(model, rows, passes.batch_size):
         group = [rows[index] for index in chosen]

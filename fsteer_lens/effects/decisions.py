@@ -15,7 +15,7 @@ from fsteer_lens.ground.checks import choice, instance, optional, options_of, re
 from fsteer_lens.ground.estimates import Estimate, auroc, bootstrap
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.gates import OPEN, Gate
-from fsteer_lens.method.linalg import require_matrix
+from fsteer_lens.method.linalg import require_matrix, require_tensor
 from fsteer_lens.method.subspace_gates import SubspaceGate, subspace_leaves
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
@@ -89,7 +89,7 @@ def rank_sweep(
     gate = steering if isinstance(steering, Gate) else gate_of(steering, layer)[1]
     if not gate.ranks:
         raise InputError("rank_sweep", expected="a gate on a subspace", got=f"{type(gate).__name__}, without ranks")
-    if not len(queries) or not len(general):
+    if not len(require_tensor(queries, "queries")) or not len(require_tensor(general, "general")):
         raise InputError("rank_sweep", expected="queries of both kinds", got=(len(queries), len(general)))
     if not ranks:
         require_unset("no ranks=", model=model, contrasts=contrasts or None, effect=run.effect)

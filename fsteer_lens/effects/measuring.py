@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.effects.answers import MARGIN, Effect, margins_of_each, name_of, one_each
+from fsteer_lens.ground.checks import function, optional
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.contrasts import Contrast
@@ -28,6 +29,10 @@ class Measuring(Passes):
     """
 
     effect: Effect | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        optional(function, "effect", self.effect)
 
     @property
     def effect_name(self) -> str:

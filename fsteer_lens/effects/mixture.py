@@ -10,12 +10,12 @@ from torch import Tensor
 
 from fsteer_lens.effects.measuring import MeasureOptions, Measuring
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import instance, optional_text, options_of, several, whole
+from fsteer_lens.ground.checks import instance, optional, optional_text, options_of, several, whole
 from fsteer_lens.ground.estimates import Estimate, bootstrap
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.experts import Experts
-from fsteer_lens.method.linalg import require_width
-from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.method.linalg import require_tensor, require_width
+from fsteer_lens.models.classes import SteerableModel, require_steerable
 from fsteer_lens.models.head import head_logits
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
 from fsteer_lens.prompts.tokens import require_tokenizer
@@ -47,6 +47,7 @@ def expert_tokens(
         InputError: `top` out of range, or a steering instead of its experts.
         ShapeError: experts of another width than the model's.
     """
+    require_steerable(model)
     instance("expert_tokens", experts, Experts, "Experts", fix="Give steering.experts_at(layer).")
     stream = torch.empty(model.cfg.d_model, dtype=torch.float32, device="meta")
     require_width(stream, "the model's residual stream", experts.d_model)
@@ -143,7 +144,8 @@ def expert_knockout(
     Raises:
         InputError: no contrasts, another number of queries, fewer than two experts that are on, or an unknown layer.
     """
-    run, where = options_of("expert_knockout", Measuring, options), steering.layer_of(layer)
+    run = options_of("expert_knockout", Measuring, options)
+    where = instance("expert_knockout", steering, FineSteer, "a FineSteer").layer_of(layer)
     contrasts = ContrastSet(contrasts)
     experts = steering.experts_at(where)
     on = tuple(index for index, enabled in enumerate(experts.enabled) if enabled)
@@ -153,7 +155,7 @@ def expert_knockout(
     if queries is None:
         found = read_prompts(model, contrasts.prompts, run, where, (steering.read,), site=steering.site)
         queries = found[steering.read][where]
-    if len(queries) != len(contrasts):
+    if len(require_tensor(queries, "queries")) != len(contrasts):
         raise InputError("queries", expected=f"one for each of {len(contrasts)} contrasts", got=len(queries))
     without = [steering.with_experts(experts.without_expert(index), where) for index in on]
     with run.bar(1 + len(on), "removing experts") as advance:
@@ -218,8 +220,10 @@ def routing_report(
     """
     from sklearn.metrics import normalized_mutual_info_score
 
-    if not len(queries):
-        raise InputError("queries", expected="at least one row", got="none")
+    instance("routing_report", experts, Experts, "Experts", fix="Give steering.experts_at(layer).")
+    if require_tensor(queries, "queries").ndim != 2 or not len(queries):
+        raise InputError("queries", expected="at least one row [n, d]", got=list(queries.shape))
+    optional(lambda name, value: require_tensor(value, name), "shifts", shifts)
     if labels is not None:
         labels = [optional_text("label", label) for label in several("labels", labels, "a label for each query")]
     for name, given in (("shifts", shifts), ("labels", labels)):

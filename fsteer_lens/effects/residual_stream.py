@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.effects.answers import passes_of
+from fsteer_lens.ground.checks import several
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.forms import GivenPrompt, as_prompt
@@ -78,7 +79,8 @@ def propagation(
         ContextLengthError: the text does not fit into the context.
         MismatchError, SiteError: the steering does not fit the model.
     """
-    given, asked = len(answer) > 0, [as_prompt(prompt)]
+    asked = [as_prompt(prompt)]
+    given = len(answer if isinstance(answer, str) else several("answer", answer, "a text or a list of token ids")) > 0
     passes = passes_of("propagation", options, model, steering, asked, FormatOptions.__annotations__)
     rows = answered(model, asked, [answer] if given else None, passes)
     ((_, batch),) = batches(model, rows, 1)

@@ -11,7 +11,18 @@ from torch import Tensor
 from fsteer_lens.effects.answers import DIVERGENCE, Utility, name_of, one_each
 from fsteer_lens.effects.measuring import MeasureOptions, Measuring
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import choice, finite, normalised, options_of, require_unset, seed_of, several
+from fsteer_lens.ground.checks import (
+    choice,
+    finite,
+    function,
+    instance,
+    normalised,
+    optional,
+    options_of,
+    require_unset,
+    seed_of,
+    several,
+)
 from fsteer_lens.ground.estimates import Estimate, Sweep, bootstrap
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.models.classes import SteerableModel
@@ -45,6 +56,7 @@ class _Sweeping(Measuring):
     def __post_init__(self) -> None:
         super().__post_init__()
         normalised(self, seed=seed_of(self.seed))
+        optional(function, "utility", self.utility)
 
 
 def strength_sweep(
@@ -117,7 +129,7 @@ def layer_sweep(
         DataError, ContextLengthError: as in `collect`.
     """
     run = options_of("layer_sweep", _Sweeping, options)
-    makers = {"FineSteer": fit} if methods is None else dict(methods)
+    makers = {"FineSteer": fit} if methods is None else dict(instance("methods", methods, Mapping, "{name: function}"))
     if isinstance(train, Mapping):
         require_unset("train= that is collected already", shift=shift)
         known = sorted(train)  # pyright: ignore[reportArgumentType]  # a mapping is never a set of contrasts

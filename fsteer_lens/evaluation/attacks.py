@@ -20,13 +20,13 @@ from torch import Tensor
 
 from fsteer_lens.evaluation.gate_reports import read_by
 from fsteer_lens.evaluation.perturbations import Format, Keeps
-from fsteer_lens.ground.checks import normalised, options_of, require_unset, seed_of, switch, whole
+from fsteer_lens.ground.checks import function, normalised, optional, options_of, require_unset, seed_of, switch, whole
 from fsteer_lens.ground.estimates import Proportion
 from fsteer_lens.ground.progress import progress_bar
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.gates import OPEN, Gate, oriented
 from fsteer_lens.method.linalg import require_matrix
-from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.classes import SteerableModel, require_steerable
 from fsteer_lens.prompts.forms import Prompt, texts_of
 from fsteer_lens.prompts.passes import Passes, PassOptions
 from fsteer_lens.reading.reader import read_prompts
@@ -193,6 +193,9 @@ def attack_gate(
         ContextLengthError: a changed prompt does not fit into the context.
     """
     run = options_of("attack_gate", _Options, options).following(remembered(gate), model)
+    require_steerable(model)
+    for name, given in (("format", format), ("keeps", keeps)):
+        optional(function, name, given)
     if keeps is None:
         require_unset("no keeps=", constrained=options.get("constrained"))
     gates, where = read_by({"attacked": gate}, layer)

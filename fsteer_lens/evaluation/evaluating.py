@@ -17,7 +17,7 @@ from fsteer_lens.ground.checks import choice, instance, options_of, require_unse
 from fsteer_lens.ground.estimates import Estimate, bootstrap, estimate_of, resampled_means
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.hooks.objects import HookObject, remembered
-from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.classes import SteerableModel, require_steerable
 from fsteer_lens.prompts.passes import Passes, PassOptions
 
 
@@ -226,6 +226,8 @@ def evaluate(
         ContextLengthError: a prompt, or one with its answer, does not fit into the context.
     """
     passes = options_of("evaluate", Passes, options)
+    require_steerable(model)
+    instance("suite", suite, Suite, "a suite")
     seeds = seeds_of(methods, seeds)
     rounds: dict[str, list[Any]] = {}
     values: dict[str, tuple[Tensor, ...]] = {}

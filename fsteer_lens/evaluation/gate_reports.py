@@ -16,14 +16,25 @@ from torch import Tensor
 from fsteer_lens.effects.decisions import gate_of
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.perturbations import NONE, PERTURBATIONS, Format, Keeps, Perturbation
-from fsteer_lens.ground.checks import choice, finite, instance, normalised, options_of, seed_of, several
+from fsteer_lens.ground.checks import (
+    choice,
+    finite,
+    function,
+    instance,
+    normalised,
+    optional,
+    options_of,
+    seed_of,
+    several,
+    whole,
+)
 from fsteer_lens.ground.estimates import Proportion, auroc
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.contrasting import cut_at_rate
 from fsteer_lens.method.gates import OPEN, Gate, Reading, oriented, require_gate
 from fsteer_lens.method.linalg import require_matrix
-from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.classes import SteerableModel, require_steerable
 from fsteer_lens.prompts.forms import Prompt, texts_of
 from fsteer_lens.prompts.passes import Passes, PassOptions
 from fsteer_lens.reading.collecting import READING
@@ -232,6 +243,9 @@ def gate_report(
     """
     given = dict(gates) if isinstance(gates, Mapping) else {GATE: gates}
     run = options_of("gate_report", _Options, options).following(remembered(*given.values()), model)
+    require_steerable(model)
+    for name, one in (("format", format), ("keeps", keeps)):
+        optional(function, name, one)
     named, where = read_by(given, layer)
     kinds = {HARMFUL: _grouped(harmful, HARMFUL), HARMLESS: _grouped(harmless, HARMLESS)}
     perturbations = several("perturbations", perturbations, "a list of them")
@@ -307,7 +321,7 @@ def read_by(given: Mapping[str, Gate | Steering], layer: int | None) -> tuple[di
         InputError: something that is no gate, gates of several layers, or nobody knows.
     """
     gates: dict[str, Gate] = {}
-    known = set() if layer is None else {layer}
+    known = set() if layer is None else {whole("layer", layer)}
     for name, one in given.items():
         gates[name] = gate_of(one, layer)[1] if isinstance(one, Steering) else one
         require_gate(gates[name], f"gate {name!r}", layer=layer)

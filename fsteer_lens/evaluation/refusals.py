@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import DataError
 from fsteer_lens.evaluation.suites import Measure, Role, Setting, Suite
-from fsteer_lens.ground.checks import choice, normalised, several
+from fsteer_lens.ground.checks import choice, instance, normalised, several
 from fsteer_lens.ground.spread import every
 from fsteer_lens.ground.tables import read_csv
 from fsteer_lens.hooks.objects import HookObject
@@ -50,7 +50,7 @@ def refuses(text: str, phrases: Iterable[str] = REFUSAL_PHRASES) -> bool:
     Raises:
         InputError: no list of phrases: a text by itself would be looked for letter by letter.
     """
-    plain = text.lower().replace("\u2019", "'")
+    plain = instance("text", text, str, "text").lower().replace("\u2019", "'")
     return any(phrase.lower() in plain for phrase in texts_of(phrases, "phrase"))
 
 

@@ -6,7 +6,7 @@ from typing import Unpack
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.gate_reports import read_by, threshold_at_rate
 from fsteer_lens.evaluation.perturbations import Format
-from fsteer_lens.ground.checks import options_of
+from fsteer_lens.ground.checks import function, options_of
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.gates import Gate
 from fsteer_lens.method.linalg import require_matrix
@@ -79,7 +79,7 @@ def around(format: Format | None) -> tuple[str, str]:
     """
     if format is None:
         return "", ""
-    made = format(MARK)
+    made = function("format", format)(MARK)
     before, found, after = made.partition(MARK) if isinstance(made, str) else ("", "", "")
     if not found or MARK in after:
         raise InputError("format", expected="a function that puts something around a text", got=repr(made)[:60])

@@ -16,7 +16,7 @@ from fsteer_lens.explorer.widget import EXPLORER, in_words, make_widget, tell
 from fsteer_lens.explorer.words import parts
 from fsteer_lens.explorer.worlds import Unknown, Wrap, world_of
 from fsteer_lens.figures.style import plain
-from fsteer_lens.ground.checks import instance, options_of, whole
+from fsteer_lens.ground.checks import instance, optional, options_of, whole
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.hooks.probes import SubspaceAblation
 from fsteer_lens.method.experts import FitReport, called, mentioned
@@ -273,6 +273,7 @@ def explore(
     for name, function in (("unknown", unknown), ("wrap", wrap)):
         if function is not None and not callable(function):
             raise InputError(name, expected="a function or None", got=repr(function))
+    optional(instance, "title", title, str, "text or None")
     subject = Subject(steering, steering.layers[0] if layer is None else layer)
     groups = grouped(prompts, limit)
     passes = passes.following(remembered(steering), model, [prompt for group in groups for prompt in group.prompts])

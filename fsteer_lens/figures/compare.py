@@ -7,10 +7,11 @@ from typing import Any, Final
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.html import MONO, MUTED, Html, block, escape, span, visible
 from fsteer_lens.figures.likeliest import Likely, likeliest
+from fsteer_lens.figures.results import traces_of
 from fsteer_lens.figures.rich import BOX, STYLE, circuitsvis_bundle, component_markup
 from fsteer_lens.figures.style import GRID, accent, expert_colours, one_line, plain
 from fsteer_lens.figures.tokens import title_of
-from fsteer_lens.ground.checks import optional, require_unset, several, whole
+from fsteer_lens.ground.checks import optional, require_unset, several, switch, whole
 from fsteer_lens.method.experts import mentioned
 from fsteer_lens.method.gates import OPEN
 from fsteer_lens.run.generation import Generation, Generations
@@ -49,6 +50,7 @@ def steer_compare(
     Raises:
         InputError: none to show, or a generation without its unsteered twin.
     """
+    rich, bundle = switch("rich", rich), switch("bundle", bundle)
     require_unset("a view that is not rich", bundle=None if bundle or rich else False)
     rows, titles = _rows(generations), several("titles", titles, "a list of texts")
     if len(titles) > len(rows):
@@ -85,8 +87,7 @@ def _rows(generations: Generations | Generation | Trace) -> list[tuple[Trace, St
     if isinstance(generations, Trace):
         traces = [generations.row(index) for index in range(generations.n_rows)]
     else:
-        items = [generations] if isinstance(generations, Generation) else generations
-        traces = [item.trace for item in items]
+        traces = traces_of(generations)
     rows = []
     for trace in traces:
         steps, unsteered = trace.steps, trace.unsteered

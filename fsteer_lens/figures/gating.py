@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.style import TEXT, group_colours, label_text, plain, styled
+from fsteer_lens.ground.checks import brief, instance, several
 from fsteer_lens.ground.estimates import auroc
 from fsteer_lens.method.gates import OPEN, Gate
 
@@ -47,10 +48,13 @@ def gate_separation(
     """
     from plotly.subplots import make_subplots
 
+    instance("gate", gate, Gate, "a gate")
     if gate.leaves != (gate,):
         fix = "Draw each of gate.leaves by itself."
         raise InputError("gate", expected="a gate that is not composed", got=type(gate).__name__, fix=fix)
     gate = gate if rank is None else gate.at_rank(rank)
+    if len(several("names", names, "two names")) != 2:
+        raise InputError("names", expected="two names", got=brief(names))
     rows = [_finite(gate, queries, name) for queries, name in zip((ir_queries, general_queries), names, strict=True)]
     scores = [gate.score(h) for h in rows]
     false_alarms, hits, area = roc(*(values if gate.opens_above else -values for values in scores))
@@ -88,7 +92,7 @@ def gate_separation(
     margin = "" if gap is None else f"<br>margin {gap[1] - gap[0]:.3g}: no prompt in between"
     _add_roc(figure, false_alarms, hits, f"<b>AUROC {area:.3f}</b>{margin}", opened)
     told = [f"{name} {100 * share:.0f} %" for share, name in zip(opened, names, strict=True)]
-    styled(figure, title or f"Gate open: {told[0]}, {told[1]}", height=380)
+    styled(figure, f"Gate open: {told[0]}, {told[1]}" if title is None else title, height=380)
     figure.update_layout(barmode="overlay")
     figure.update_xaxes(title=label_text(gate.score_name), range=[low, high], row=1, col=1)
     figure.update_yaxes(title="share of the group's prompts (%)", rangemode="tozero", row=1, col=1)

@@ -4,10 +4,17 @@ import html
 from dataclasses import dataclass
 from typing import Final
 
+from fsteer_lens.errors import InputError
 from fsteer_lens.figures.style import FONT
 
 MUTED: Final = "opacity:.7"
 MONO: Final = "font-family:ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace"
+
+POLICY: Final = (
+    "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; script-src 'unsafe-inline';"
+    " style-src 'unsafe-inline'; img-src data: blob:; font-src data:; base-uri 'none'; form-action 'none'\">"
+)
+"""In the head of every page that is written: it holds all it needs, and what got into it asks for nothing outside."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,8 @@ class Html:
 
 def escape(text: str) -> str:
     """Text as HTML, in an element or in a quoted attribute; unpaired surrogates become U+FFFD."""
+    if not isinstance(text, str):
+        raise InputError("a text of a view", expected="text", got=type(text).__name__)
     return html.escape(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\0", ""))
 
 

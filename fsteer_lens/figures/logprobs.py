@@ -10,7 +10,7 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.likeliest import likeliest
 from fsteer_lens.figures.style import LOWERED, RAISED, label_text, one_line, plain, styled
-from fsteer_lens.ground.checks import require_unset, several, whole
+from fsteer_lens.ground.checks import brief, require_unset, several, whole
 from fsteer_lens.trace.steps import Steps
 from fsteer_lens.trace.trace import Trace
 
@@ -63,13 +63,13 @@ def logprob_change(
     top = whole("top", top, 1)
     if isinstance(tokens, Trace):
         if change is not None:
-            raise InputError("change", expected="none where a trace is given", got=list(change.shape))
+            raise InputError("change", expected="none where a trace is given", got=brief(change))
         found = _of_trace(tokens, row) if step is None else _of_step(tokens, row, step)
     else:
         require_unset("tokens, which are no trace", row=row, step=step)
         tokens = several("tokens", tokens, "a list of the tokens' texts")
-        if change is None or len(change) != len(tokens):
-            got = None if change is None else len(change)
+        if not isinstance(change, Tensor) or change.shape != (len(tokens),):
+            got = list(change.shape) if isinstance(change, Tensor) else brief(change)
             raise InputError("change", expected=f"one for each of {len(tokens)} tokens", got=got)
         found = [Change(token, nats, "") for token, nats in zip(tokens, plain(change), strict=True) if nats is not None]
     if not found:

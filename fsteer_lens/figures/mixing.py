@@ -19,7 +19,7 @@ from fsteer_lens.figures.style import (
     styled,
 )
 from fsteer_lens.figures.tokens import title_of
-from fsteer_lens.ground.checks import require_unset
+from fsteer_lens.ground.checks import brief, instance, optional, require_unset
 from fsteer_lens.method.experts import Experts, mentioned
 from fsteer_lens.method.gates import SHUT
 from fsteer_lens.trace.trace import Trace
@@ -64,8 +64,8 @@ def expert_mix(
 
     about, share, length, opened = "", None, None, 1.0
     if isinstance(mix, Experts):
-        if query is None or query.ndim != 1:
-            got = None if query is None else list(query.shape)
+        if not isinstance(query, Tensor) or query.ndim != 1:
+            got = list(query.shape) if isinstance(query, Tensor) else brief(query)
             raise InputError("query", expected="one activation [d]", got=got, fix="Give one row of .queries.")
         require_unset("fitted experts, which are no trace", row=row or None, layer=layer, experts=experts)
         parts = mix.parts(query.detach())
@@ -73,8 +73,9 @@ def expert_mix(
         own = mix.names
     else:
         if query is not None:
-            raise InputError("query", expected="none where a trace is given", got=list(query.shape))
-        one = mix.row(row)
+            raise InputError("query", expected="none where a trace is given", got=brief(query))
+        one = instance("mix", mix, Trace, "Experts or a Trace").row(row)
+        optional(instance, "experts", experts, Experts, "Experts or None")
         weights = weights_of(one, layer)[0]
         layer = one.layer_of("weights", layer)
         own, opened = one.names.get(layer), float(one.gate[layer][0]) if layer in one.gate else 1.0

@@ -17,8 +17,9 @@ from fsteer_lens.figures.style import (
     printed_prompt,
     styled,
 )
-from fsteer_lens.ground.checks import several
+from fsteer_lens.ground.checks import instance, several
 from fsteer_lens.method.gates import OPEN, Gate
+from fsteer_lens.method.linalg import require_tensor
 
 if TYPE_CHECKING:
     import plotly.graph_objects
@@ -49,10 +50,11 @@ def gate_per_prompt(
     """
     import plotly.graph_objects as go
 
+    instance("gate", gate, Gate, "a gate")
     if gate.leaves != (gate,):
         fix = "Draw each of gate.leaves by itself."
         raise InputError("gate", expected="a gate that is not composed", got=type(gate).__name__, fix=fix)
-    if not queries:
+    if not require_groups(queries):
         raise InputError("queries", expected="at least one group", got="none")
     texts = texts_of(queries, prompts)
     few = sum(map(len, queries.values())) <= PRINTED
@@ -108,13 +110,21 @@ def gate_per_prompt(
     return figure
 
 
+def require_groups(queries: Any) -> Mapping[str, Tensor]:
+    """Tensors by the names of their groups, or `InputError`."""
+    for name, rows in instance("queries", queries, Mapping, "{group: tensor}").items():
+        require_tensor(rows, f"queries of {name!r}")
+    return queries
+
+
 def texts_of(
     queries: Mapping[str, Tensor], prompts: Mapping[str, Iterable[Any]] | None
 ) -> Mapping[str, Sequence[Any]] | None:
     """The prompts of each group, as many as it has queries."""
     if prompts is None:
         return None
-    found = {name: several(f"prompts of {name!r}", given, "a list of prompts") for name, given in prompts.items()}
+    named = instance("prompts", prompts, Mapping, "{group: prompts}")
+    found = {name: several(f"prompts of {name!r}", given, "a list of prompts") for name, given in named.items()}
     for name, rows in queries.items():
         if len(found.get(name, ())) != len(rows):
             got = f"{len(found[name])} prompts" if name in found else f"groups {list(found)}"

@@ -12,8 +12,9 @@ from fsteer_lens.errors import InputError, ShapeError
 from fsteer_lens.figures.heatmaps import heatmap
 from fsteer_lens.figures.html import MONO, MUTED, Html, block, escape, visible
 from fsteer_lens.figures.style import GRID, expert_colours, expert_names, expert_ticks, label_text, styled
-from fsteer_lens.ground.checks import whole
+from fsteer_lens.ground.checks import brief, instance, number, several, whole
 from fsteer_lens.method.experts import Experts
+from fsteer_lens.method.linalg import require_tensor
 
 if TYPE_CHECKING:
     import plotly.graph_objects
@@ -41,11 +42,11 @@ def expert_geometry(
     """
     import plotly.graph_objects as go
 
-    rows = experts.prototypes.detach().double().cpu()
+    rows = instance("experts", experts, Experts, "Experts").prototypes.detach().double().cpu()
     called = expert_names(experts.n_experts, names, experts.names)
     ticks = expert_ticks(called)
     if mean_shift is not None:
-        if mean_shift.shape != (experts.d_model,):
+        if require_tensor(mean_shift, "mean_shift").shape != (experts.d_model,):
             raise ShapeError("mean_shift", expected=f"[{experts.d_model}]", got=list(mean_shift.shape))
         rows = torch.cat([rows, mean_shift.detach().to(rows).unsqueeze(0)])
         called, ticks = [*called, "mean shift"], [*ticks, "mean shift"]
@@ -106,6 +107,11 @@ def expert_tokens(
     Raises:
         InputError: no experts, or none with a token.
     """
+    for pairs in several("promoted", promoted, "a list for each expert"):
+        for pair in several("promoted", pairs, "a list of (token, number) for each expert"):
+            if not (isinstance(pair, tuple | list) and len(pair) == 2 and isinstance(pair[0], str)):
+                raise InputError("promoted", expected="(token, number)", got=brief(pair))
+            number("promoted", pair[1])
     if not any(len(pairs) for pairs in promoted):
         raise InputError("promoted", expected="at least one expert with a token", got=f"{len(promoted)} experts")
     called = expert_names(len(promoted), names)

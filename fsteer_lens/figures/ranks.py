@@ -9,9 +9,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.figures.per_prompt import texts_of
+from fsteer_lens.figures.per_prompt import require_groups, texts_of
 from fsteer_lens.figures.style import GRID, TEXT, group_colours, hover_prompt, label_text, plain, styled
-from fsteer_lens.ground.checks import several, whole
+from fsteer_lens.ground.checks import instance, several, whole
 from fsteer_lens.method.gates import OPEN, Gate
 from fsteer_lens.method.subspace_gates import subspace_leaves
 
@@ -53,7 +53,8 @@ def rank_explorer(
     """
     import plotly.graph_objects as go
 
-    if not queries or any(len(rows) == 0 for rows in queries.values()):
+    instance("gate", gate, Gate, "a gate")
+    if not require_groups(queries) or any(len(rows) == 0 for rows in queries.values()):
         raise InputError("queries", expected="at least one group, each of at least one row", got=list(queries))
     texts = texts_of(queries, prompts)
     fitted, single = gate.ranks, gate.leaves == (gate,)

@@ -8,6 +8,7 @@ from typing import Any, Final
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.html import Html, escape, visible
 from fsteer_lens.figures.replay_runs import Run, payload, run_of, shown
+from fsteer_lens.figures.results import traces_of
 from fsteer_lens.figures.style import ACCENT, STEERED_COLOUR, expert_colours
 from fsteer_lens.ground.checks import several
 from fsteer_lens.run.generation import Generation, Generations
@@ -48,7 +49,10 @@ def replay(
         InputError: nothing to show, a generation without replay, or another number of titles than prompts.
     """
     variants = generations if isinstance(generations, Mapping) else {"": generations}
-    told, named = several("titles", titles, "a list of texts"), None if names is None else list(names)
+    told, named = (
+        several("titles", titles, "a list of texts"),
+        None if names is None else several("names", names, "a list of texts"),
+    )
     runs = [(str(variant), run) for variant, given in variants.items() for run in _runs(given, told, named)]
     if not runs:
         raise InputError("generations", expected="at least one", got="none")
@@ -75,7 +79,7 @@ def _runs(given: Given, titles: Sequence[str], names: Sequence[str] | None) -> l
     if isinstance(given, Trace):
         traces = [given.row(index) for index in range(given.n_rows)]
     else:
-        traces = [one.trace for one in ([given] if isinstance(given, Generation) else given)]
+        traces = traces_of(given)
     if titles and len(titles) != len(traces):
         raise InputError("titles", expected=f"one for each of {len(traces)} prompts", got=len(titles))
     labels = [*titles] or [f"prompt {number + 1}" for number in range(len(traces))]

@@ -25,6 +25,7 @@ from fsteer_lens.figures.style import (
 )
 from fsteer_lens.figures.tokens import title_of
 from fsteer_lens.ground.checks import require_unset, several
+from fsteer_lens.method.linalg import require_tensor
 from fsteer_lens.trace.trace import Trace
 
 if TYPE_CHECKING:
@@ -88,7 +89,9 @@ def expert_routing(
         own, alpha = weights.names.get(layer), weights_of(weights, layer)
     else:
         require_unset("weights, which are no trace", layer=layer)
-        alpha = weights
+        alpha = require_tensor(weights, "weights")
+    if alpha.ndim != 2:
+        raise InputError("weights", expected="shape [prompts, experts]", got=list(alpha.shape))
     n_prompts, n_experts = alpha.shape
     if n_prompts == 0 or n_experts == 0:
         raise InputError("weights", expected="at least one prompt and one expert", got=list(alpha.shape))
@@ -141,6 +144,7 @@ def _ordered(
     """The prompts in the order of their rows: labels by the expert that serves most of them, then by its weight."""
     labels = None if labels is None else several("labels", labels, "a label for each prompt")
     prompts = None if prompts is None else several("prompts", prompts, "a list of prompts")
+    gate = None if gate is None else require_tensor(gate, "gate")
     for name, given in (("labels", labels), ("prompts", prompts), ("gate", gate)):
         if given is not None and len(given) != len(alpha):
             raise InputError(name, expected=f"one for each of {len(alpha)} prompts", got=len(given))

@@ -6,9 +6,10 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from fsteer_lens.errors import InputError, MissingDependencyError
-from fsteer_lens.figures.html import Html, escape
+from fsteer_lens.figures.html import POLICY, Html, escape
 from fsteer_lens.figures.printing import printed
 from fsteer_lens.figures.style import CONFIG, INK
+from fsteer_lens.ground.checks import brief
 from fsteer_lens.ground.files import path_of, write_atomically
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ def save(figure: "plotly.graph_objects.Figure | Html", path: str | os.PathLike[s
         MissingDependencyError: a picture without kaleido.
     """
     target = path_of(path)
+    if not isinstance(figure, Html) and not hasattr(figure, "to_html"):
+        raise InputError("figure", expected="a figure of plotly, or an Html view", got=brief(figure))
     kind = target.suffix.lower()
     allowed = (".html", *PICTURES) if isinstance(figure, Html) else (".html", ".json", *PICTURES)
     if kind not in allowed:
@@ -63,7 +66,7 @@ def _picture(figure: "plotly.graph_objects.Figure | Html", title: str, kind: str
 def _page(body: str, title: str, *, paper: bool = False) -> str:
     colours = f"background:#fff;color:{INK}" if paper else "background:Canvas;color:CanvasText"
     return (
-        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8">{POLICY}<title>{escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width"><meta name="color-scheme" content="{SCHEMES[paper]}">'
         f'</head><body style="{colours}"><main>{body}</main></body></html>'
     )

@@ -6,6 +6,7 @@ from fsteer_lens.effects.decisions import RankSweep
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.results import require_result
 from fsteer_lens.figures.style import TEXT, accent, plain, styled
+from fsteer_lens.ground.checks import instance
 from fsteer_lens.method.linalg import require_rank
 from fsteer_lens.method.subspace import Subspace
 
@@ -39,7 +40,7 @@ def scree(
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    r = subspace.rank
+    r = instance("subspace", subspace, Subspace, "a Subspace").rank
     if by_rank is not None:
         require_result("by_rank", by_rank, RankSweep, "rank_sweep")
         if len(by_rank.auroc) != r:

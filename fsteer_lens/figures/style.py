@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import several
+from fsteer_lens.ground.checks import instance, several
 from fsteer_lens.method.experts import called
 from fsteer_lens.prompts.forms import Prompt, prompt_text
 
@@ -174,7 +174,7 @@ def finite(number: float) -> float | None:
 
 def label_text(text: str) -> str:
     """Text for plotly, which reads markup: escaped, with line breaks as ⏎, and nothing that UTF-8 cannot hold."""
-    return _escaped(one_line(text))
+    return _escaped(one_line(instance("a text of a figure", text, str, "text")))
 
 
 def _escaped(line: str) -> str:

@@ -14,7 +14,8 @@ from fsteer_lens.figures.html import MUTED, Html, block, escape, legend_line
 from fsteer_lens.figures.rich import rich_view
 from fsteer_lens.figures.style import ACCENT, NEGATIVE, POSITIVE, plain
 from fsteer_lens.figures.tokens import Tokens, TokenView, ViewOptions
-from fsteer_lens.ground.checks import finite, options_of, switch
+from fsteer_lens.ground.checks import brief, finite, options_of, several, switch
+from fsteer_lens.method.linalg import require_tensor
 from fsteer_lens.trace.trace import Trace
 
 STRONGEST_SHADE = 0.5
@@ -61,17 +62,17 @@ def token_scores(
     view, centred = options_of("token_scores", TokenView, options), switch("centred", centred)
     if isinstance(tokens, GateExplanation):
         if scores is None:
-            scores, centred, name = tokens.carried, True, name or _carried(tokens)
+            scores, centred, name = tokens.carried, True, _carried(tokens) if name is None else name
         tokens = tokens.tokens
     shown = view.tokens(tokens, layer, row)
     if isinstance(tokens, Trace) and scores is None:
         scores = _change(tokens.row(row), layer, len(shown))
-        name = name or "‖change‖ / ‖residual stream‖"
+        name = "‖change‖ / ‖residual stream‖" if name is None else name
     if scores is None:
         raise InputError("scores", expected=f"a number for each of {len(shown)} tokens", got=None)
-    if len(scores) != len(shown):
-        raise InputError("scores", expected=f"one for each of {len(shown)} tokens", got=len(scores))
-    name = name or "score"
+    if require_tensor(scores, "scores").shape != (len(shown),):
+        raise InputError("scores", expected=f"one for each of {len(shown)} tokens", got=list(scores.shape))
+    name = "score" if name is None else name
     values = plain(scores, digits=6)
     low, high = _bounds(values, bounds, centred)
     if view.rich:
@@ -107,6 +108,8 @@ def _carried(told: GateExplanation) -> str:
 
 def _bounds(values: Sequence[float | None], bounds: tuple[float, float] | None, centred: bool) -> tuple[float, float]:
     if bounds is not None:
+        if len(several("bounds", bounds, "two numbers")) != 2:
+            raise InputError("bounds", expected="two numbers", got=brief(bounds))
         low, high = (finite("bounds", end) for end in bounds)
         if not low < high or (centred and low != -high):
             raise InputError("bounds", expected="two finite numbers, low < high, −max and max if centred", got=bounds)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures.style import STEERED_COLOUR, TEXT, accent, label_text, panel_title, plain, styled, token_ticks
+from fsteer_lens.ground.checks import instance
 from fsteer_lens.method.gates import OPEN, SHUT
 from fsteer_lens.trace.trace import Trace
 
@@ -53,7 +54,7 @@ def trace_timeline(
     import plotly.graph_objects as go
     from plotly.subplots import make_subplots
 
-    layer = trace.layer_of("change", layer)
+    layer = instance("trace", trace, Trace, "a Trace").layer_of("change", layer)
     one = trace.row(row)
     if one.steps is None or not one.steps.texts[0]:
         raise InputError(repr(trace), expected="a trace with generated tokens, from generate()", got="none")

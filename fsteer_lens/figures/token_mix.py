@@ -13,6 +13,7 @@ from fsteer_lens.figures.rich import rich_view
 from fsteer_lens.figures.style import GRID, expert_colours, expert_names, plain
 from fsteer_lens.figures.tokens import TokenView, ViewOptions
 from fsteer_lens.ground.checks import options_of
+from fsteer_lens.method.linalg import require_tensor
 from fsteer_lens.trace.trace import Trace
 
 STRIP = 7
@@ -53,7 +54,7 @@ def token_experts(
         weights = _acting(tokens, layer, row, len(shown))
     if weights is None:
         raise InputError("weights", expected=f"a row for each of {len(shown)} tokens", got=None)
-    if len(weights) != len(shown) or weights.shape[1] == 0:
+    if require_tensor(weights, "weights").ndim != 2 or len(weights) != len(shown) or weights.shape[1] == 0:
         expected = f"a row for each of {len(shown)} tokens, a column for each expert"
         raise InputError("weights", expected=expected, got=list(weights.shape))
     own = tokens.names.get(tokens.layer_of("weights", layer)) if isinstance(tokens, Trace) and tokens.weights else None

@@ -131,6 +131,13 @@ def instance(name: str, value: Any, kind: type[Option], told: str, *, fix: str |
     return value
 
 
+def function(name: str, value: Any) -> Callable[..., Any]:
+    """Something that can be called, or `InputError`."""
+    if not callable(value):
+        raise InputError(name, expected="a function", got=brief(value))
+    return value
+
+
 def optional(check: Callable[..., Option], name: str, value: Any, *bounds: Any, **more: Any) -> Option | None:
     """None, or what a check gives of any other value: `optional(whole, "limit", limit, 1)`."""
     return None if value is None else check(name, value, *bounds, **more)

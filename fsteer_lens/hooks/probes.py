@@ -95,7 +95,7 @@ class SubspaceAblation(_TokenHook):
 
     def __post_init__(self) -> None:
         _require_parts(self, subspace=Subspace)
-        if self.rank == -1:
+        if whole("rank", self.rank) == -1:
             normalised(self, rank=self.subspace.rank)
         normalised(self, rank=require_rank(self.rank, self.subspace.rank, "the subspace's own rank"))
 

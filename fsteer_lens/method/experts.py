@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import clean_text, instance, normalised, optional, several, switch, whole
+from fsteer_lens.ground.checks import brief, clean_text, instance, normalised, optional, several, switch, whole
 from fsteer_lens.method.controller import Controller, QuadraticController
 from fsteer_lens.method.linalg import move, require_shapes, require_width, variant
 
@@ -157,6 +157,8 @@ class Experts:
 
     def __post_init__(self) -> None:
         learned = self.controller
+        if not isinstance(learned, Controller | QuadraticController):
+            raise InputError("experts controller", expected="a controller", got=brief(learned))
         require_shapes(
             "experts",
             prototypes=(self.prototypes, "k d"),
@@ -241,7 +243,8 @@ class Experts:
         return variant(self, enabled=self._switches(enabled))
 
     def _switches(self, enabled: Sequence[bool]) -> tuple[bool, ...]:
-        switches = tuple(switch("experts enabled", on) for on in enabled)
+        given = several("experts enabled", enabled, "a list of switches")
+        switches = tuple(switch("experts enabled", on) for on in given)
         if len(switches) != self.n_experts or not any(switches):
             raise InputError(
                 "experts enabled", expected=f"{self.n_experts} switches, at least one of them on", got=enabled

@@ -101,7 +101,9 @@ def fit_gate(
         DataError: fewer than two groups to cut folds from.
     """
     by_default = "quantile" if general is None else "linear"
-    kind = checks.choice("gate kind", kind or by_default, (*SUBSPACE_KINDS, *CONTRASTING_KINDS, NULL_SPACE))
+    kind = checks.choice(
+        "gate kind", by_default if kind is None else kind, (*SUBSPACE_KINDS, *CONTRASTING_KINDS, NULL_SPACE)
+    )
     require_reading(read)
     if groups is not None:
         listed = checks.several("groups", groups, "a group for each query")

@@ -162,7 +162,7 @@ def _require_part(gate: Gate, what: str) -> None:
 
 def oriented(gate: Gate, h: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch"]:
     """A gate's score, or minus that where it opens below its threshold: larger opens."""
-    score = gate.score(h)
+    score = instance("gate", gate, Gate, "a gate").score(h)
     return score if gate.opens_above else -score
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import NonFiniteError, ShapeError
-from fsteer_lens.ground.checks import whole
+from fsteer_lens.ground.checks import instance, whole
 
 Value = TypeVar("Value")
 
@@ -38,8 +38,14 @@ def require_matrix(value: Any, name: str, *, d_model: int | None = None, min_row
     return value.detach().clone().to(torch.promote_types(value.dtype, torch.float32))
 
 
+def require_tensor(value: Any, name: str) -> Tensor:
+    """A tensor, or `InputError`."""
+    return instance(name, value, Tensor, "a tensor")
+
+
 def require_width(value: Tensor, name: str, d_model: int | None) -> None:
-    """Raise `ShapeError` unless the last axis of `value` is `d_model` wide."""
+    """Raise `ShapeError` unless this is a tensor whose last axis is `d_model` wide."""
+    require_tensor(value, name)
     if d_model is not None and (value.ndim == 0 or value.shape[-1] != d_model):
         raise ShapeError(
             name,

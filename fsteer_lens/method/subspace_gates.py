@@ -83,6 +83,7 @@ class SubspaceGate(Gate):
 
     def __post_init__(self) -> None:
         require_reading(self.read)
+        instance("gate's subspace", self.subspace, Subspace, "a Subspace")
         rank = require_rank(self.rank, self.subspace.rank, FITTED, fix=MORE_RANKS)
         normalised(self, rank=rank, layer=optional(whole, "gate's layer", self.layer))
         if self.calibrated is not None:

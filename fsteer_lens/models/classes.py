@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import instance
 
 Kind = Literal["hooked", "bridge"]
 CLASS_NAMES: Mapping[Kind, str] = {"hooked": "HookedTransformer", "bridge": "TransformerBridge"}
@@ -55,12 +56,20 @@ def attention_window(model: SteerableModel) -> int:
     return min(window or model.cfg.n_ctx, model.cfg.n_ctx)
 
 
+def require_steerable(model: Any) -> None:
+    """Raise `InputError` unless this is a model of one of the two classes, or one like them."""
+    instance(
+        "model", model, SteerableModel, "a HookedTransformer or a TransformerBridge", fix="Load it with models.load."
+    )
+
+
 def require_decoder(model: SteerableModel) -> None:
     """Raise `InputError` unless the model is a decoder that reads left to right by attention alone.
 
     An encoder's last token knows what comes after it, and a model that carries a running state (Mamba, say) reads
     padding as text: both would be steered without an error, and wrongly.
     """
+    require_steerable(model)
     network = getattr(model, "original_model", None)
     if network is not None:
         require_decoding(network)

@@ -55,7 +55,7 @@ def from_hf(hf_model: Any, tokenizer: Any, kind: Kind | None = None, process: bo
 
 def _kind(kind: Kind | None) -> Kind:
     kinds = available_kinds()
-    kind = kind or kinds[0]
+    kind = kinds[0] if kind is None else kind
     choice("kind", kind, ("hooked", "bridge"))
     if kind not in kinds:
         raise MissingDependencyError(

@@ -7,7 +7,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import ShapeError
-from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.ground.checks import instance
+from fsteer_lens.models.classes import SteerableModel, require_steerable
 from fsteer_lens.models.devices import device_of
 
 
@@ -37,7 +38,9 @@ def logit_lens(model: SteerableModel, stream: Float[Tensor, "*batch d"]) -> Floa
     Raises:
         ShapeError: activations of another width than the model's.
     """
-    if stream.shape[-1] != model.cfg.d_model:
+    require_steerable(model)
+    instance("activations", stream, torch.Tensor, "a tensor")
+    if stream.ndim == 0 or stream.shape[-1] != model.cfg.d_model:
         raise ShapeError("activations", expected=f"width d_model={model.cfg.d_model}", got=list(stream.shape))
     logits = head_logits(model, stream.reshape(-1, stream.shape[-1]))
     cap = getattr(model.cfg, "output_logits_soft_cap", None) or 0.0

@@ -5,7 +5,7 @@ from functools import reduce
 from typing import Any, NamedTuple
 
 from fsteer_lens.errors import InputError, SiteError
-from fsteer_lens.ground.checks import is_several, several, whole
+from fsteer_lens.ground.checks import instance, is_several, several, whole
 from fsteer_lens.models.classes import SteerableModel, kind_of, require_decoder
 from fsteer_lens.models.plain import PlainModel
 
@@ -55,7 +55,7 @@ def site_name(model: SteerableModel, layer: int, site: str = DEFAULT_SITE) -> st
     """
     require_decoder(model)
     layer = layer_of(model, layer)
-    if site not in SITES:
+    if instance("site", site, str, "text") not in SITES:
         near = get_close_matches(site, SITES, n=2)
         raise SiteError(
             f"site {site!r}",

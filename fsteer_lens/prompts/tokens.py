@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import ContextLengthError, InputError, TokenizerError
 from fsteer_lens.ground.checks import clean_text, optional
-from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.classes import SteerableModel, require_steerable
 from fsteer_lens.models.conversion import prepends_bos
 from fsteer_lens.models.devices import device_of
 from fsteer_lens.prompts.chat import NO_ARGUMENTS, ChatTemplate, canonical_arguments
@@ -26,6 +26,8 @@ def require_tokenizer(model: SteerableModel) -> Any:
     """The model's tokenizer; raises `TokenizerError` where it has none."""
     tokenizer = getattr(model, "tokenizer", None)
     if tokenizer is None:
+        if not hasattr(model, "get_decoder"):  # a model of transformers lacks no more than that
+            require_steerable(model)
         raise TokenizerError(
             "the model has no tokenizer",
             expected="a model of TransformerLens that has its own",

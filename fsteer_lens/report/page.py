@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from fsteer_lens.errors import InputError
 from fsteer_lens.figures import Html
-from fsteer_lens.figures.html import escape
+from fsteer_lens.figures.html import POLICY, escape
 from fsteer_lens.figures.style import CONFIG
 from fsteer_lens.ground.files import write_atomically
 
@@ -110,7 +110,7 @@ class Report:
             script = "<script>" + get_plotlyjs().replace("</script", r"<\/script") + "</script>"
         style = files("fsteer_lens.report").joinpath("page.css").read_text(encoding="utf-8")
         return (
-            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(self.title)}</title>'
+            f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">{POLICY}<title>{escape(self.title)}</title>'
             '<meta name="viewport" content="width=device-width, initial-scale=1"><link rel="icon" href="data:,">'
             f"<style>{style}</style>{script}</head>\n<body><main><h1>{escape(self.title)}</h1>\n"
             + "\n".join(self._parts)

@@ -202,7 +202,7 @@ def generate(
     if switch("replay", replay):
         _require_replayable(compare, len(many), max_new_tokens)
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
-    rules = Rules(sampling, Stop(model, stop), max_new_tokens, use_past_kv_cache)
+    rules = Rules(sampling, Stop(model, stop), max_new_tokens, switch("use_past_kv_cache", use_past_kv_cache))
     told = passes.tokenisation(model)
     rows = [told.ids(prompt) for prompt in many]
     for number, row in enumerate(rows):
@@ -256,7 +256,8 @@ def stream(
     require_fits(model, len(ids) + max_new_tokens, f"the prompt with {max_new_tokens} new tokens")
     batch = pad(model, [ids], "left")
     session = _session(model, batch, steering, read, [Asked(asked, told)])
-    steps = decode(model, batch, session, Rules(drawing, Stop(model, stop), max_new_tokens, use_past_kv_cache), [0])
+    cached = switch("use_past_kv_cache", use_past_kv_cache)
+    steps = decode(model, batch, session, Rules(drawing, Stop(model, stop), max_new_tokens, cached), [0])
     return _records(steps, require_tokenizer(model), ids, Trace() if session is None else session.trace)
 
 

@@ -9,11 +9,11 @@ from typing import Any, Unpack
 
 from fsteer_lens.effects.answers import name_of
 from fsteer_lens.errors import DataError, InputError, NonFiniteError
-from fsteer_lens.ground.checks import finite, instance, optional, options_of, several, whole
+from fsteer_lens.ground.checks import finite, function, instance, optional, options_of, several, whole
 from fsteer_lens.ground.estimates import Estimate, bootstrap
 from fsteer_lens.hooks.scopes import Schedule, Scope, require_scope
 from fsteer_lens.method.gates import Reading
-from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.classes import SteerableModel, require_steerable
 from fsteer_lens.models.points import layers_of
 from fsteer_lens.reading.activations import Activations
 from fsteer_lens.reading.collecting import collect, collect_queries
@@ -120,6 +120,7 @@ def search(
         SiteError, ContextLengthError: as in `collect`.
     """
     run, budget = options_of("search", Searching, options), finite("budget", budget, 0)
+    require_steerable(model)
     listed = range(model.cfg.n_layers) if layers is None else several("layers", layers, "a list of ints")
     chosen_layers = layers_of(model, listed) if listed else []
     listed = [] if ranks is None else several("ranks", ranks, "a list of ints")
@@ -153,7 +154,7 @@ def search(
         parts = [isinstance(getattr(data, part), Measured) for part in (name, name.replace("valid", "test"))]
         if parts[0] != parts[1]:
             raise DataError("search data", expected=f"suites in {name} and in its test part, or in neither", got=parts)
-    make = method or _fit_default
+    make = _fit_default if method is None else function("method", method)
     names = (run.told("effect", data.valid), run.told("utility", data.general_valid))
     known_by = [*names, name_of(make, ""), run.shift, str(run.formatting)]
     identity = "" if run.resume is None else _identity(model, chosen_layers, data, known_by)

@@ -19,7 +19,7 @@ from fsteer_lens.effects.answers import (
     one_each,
 )
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import brief
+from fsteer_lens.ground.checks import brief, function
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.hooks.scopes import Schedule, Scope
 from fsteer_lens.models.classes import SteerableModel
@@ -66,7 +66,11 @@ class Searching(Passes):
             if isinstance(given, str):
                 expected = "a function; a measure by name is one of a suite, given in place of these items"
                 raise InputError(f"{role}=", expected=expected, got=repr(given))
-            return {"effect": MARGIN, "utility": DIVERGENCE}[role] if given is None else name_of(given, role)
+            return (
+                {"effect": MARGIN, "utility": DIVERGENCE}[role]
+                if given is None
+                else name_of(function(role, given), role)
+            )
         names = {measure.name: measure.role for measure in items.measures}
         fitting = [name for name, has in names.items() if has == role]
         if given is None and len(fitting) == 1:

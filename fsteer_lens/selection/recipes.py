@@ -12,7 +12,7 @@ from fsteer_lens.ground.checks import finite, normalised, number, options_of, wh
 from fsteer_lens.ground.estimates import bootstrap
 from fsteer_lens.ground.spread import every
 from fsteer_lens.method.experts import FitReport
-from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.classes import SteerableModel, require_steerable
 from fsteer_lens.models.points import layers_of
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
 from fsteer_lens.prompts.forms import GivenPrompts, Prompt, prompts_of
@@ -175,6 +175,7 @@ def recipe(
         SiteError, ContextLengthError: as in `collect`.
     """
     run, kl = options_of("recipe", _Cooking, options), finite("kl", kl, above=0)
+    require_steerable(model)
     if run.chat is None:
         run = replace(run, chat=bool(getattr(model.tokenizer, "chat_template", None)))
     told = ContrastSet(contrasts)

@@ -90,7 +90,9 @@ def record_of(answer: Any) -> Record:
         HookError: there is none, so that nobody knows whether the answer was steered: vLLM ignores arguments of
             plugins that it does not have.
     """
-    held = answer.get("kv_transfer_params") if isinstance(answer, Mapping) else answer.kv_transfer_params
+    held = (
+        answer.get("kv_transfer_params") if isinstance(answer, Mapping) else getattr(answer, "kv_transfer_params", None)
+    )
     values = (held or {}).get(NAME)
     if values is None:
         raise HookError(

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.ground.checks import finite, seed_of, whole
+from fsteer_lens.ground.checks import finite, instance, seed_of, whole
 from fsteer_lens.hooks.probes import SubspaceAblation
 from fsteer_lens.method.experts import Experts
 from fsteer_lens.method.folds import cut_folds
@@ -343,6 +343,7 @@ def fit_nearest_centroid(
         DataError: activations without shifts, or others than the experts were fitted to.
     """
     shifts = _shifts(activations)
+    instance("experts", experts, Experts, "Experts")
     clusters = None if experts.report is None else experts.report.clusters
     if clusters is None or len(clusters) != len(shifts):
         got = "none" if clusters is None else f"{len(clusters)} of {len(shifts)}"
@@ -353,9 +354,9 @@ def fit_nearest_centroid(
 
 
 def _shifts(activations: Activations) -> Float[Tensor, "n d"]:
-    if activations.shifts is None:
+    if instance("activations", activations, Activations, "Activations").shifts is None:
         raise DataError("activations", expected="response shifts", got="queries only", fix="Use collect().")
-    return activations.shifts
+    return activations.shifts  # pyright: ignore[reportReturnType]
 
 
 def _about(activations: Activations) -> dict[str, Any]:

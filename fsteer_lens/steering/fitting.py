@@ -188,15 +188,19 @@ def put_together(
             read = gates[layer].read if layer in gates else own.read
             scaled = _fit_gate(own, left_alone, {}, kind=NULL_SPACE, groups=_groups_of(own), read=read, **seeded)
             gates[layer] = gates[layer] & scaled if layer in gates else scaled
-        mixtures[layer] = experts or _named(
-            fit_experts(
-                own.queries,
-                own.shifts,
-                preset=preset,
-                groups=_groups_of(own) if preset is None else None,
-                **{name: value for name, value in options.items() if name in for_experts},
-            ),
-            own.labels,
+        mixtures[layer] = (
+            experts
+            if experts is not None
+            else _named(
+                fit_experts(
+                    own.queries,
+                    own.shifts,
+                    preset=preset,
+                    groups=_groups_of(own) if preset is None else None,
+                    **{name: value for name, value in options.items() if name in for_experts},
+                ),
+                own.labels,
+            )
         )
     first = next(iter(layers.values()))
     single = isinstance(activations, Activations)
@@ -228,7 +232,12 @@ def _named(experts: Experts, labels: Sequence[str | None]) -> Experts:
 
 
 def _by_layer(activations: Layered) -> dict[int, Activations]:
-    layers = {activations.layer: activations} if isinstance(activations, Activations) else dict(activations)
+    told = "Activations, or {layer: Activations}"
+    if isinstance(activations, Activations):
+        return {activations.layer: activations}
+    layers = dict(instance("activations", activations, Mapping, told))
+    for one in layers.values():
+        instance("activations", one, Activations, told)
     if not layers:
         raise DataError("activations", expected="at least one layer", got="none")
     return layers

@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from fsteer_lens.ground.checks import require_unset
+from fsteer_lens.ground.checks import instance, require_unset
 from fsteer_lens.method.fitting_experts import Preset
 from fsteer_lens.method.fitting_gates import NEED_GENERAL, SUBSPACE_KINDS
 from fsteer_lens.models.classes import SteerableModel
@@ -64,7 +64,8 @@ def fit(
         InputError: an unknown behaviour or option, or one without effect.
     """
     if activations is not None:
-        require_unset(f"activations of layer {activations.layer}", layer=layer)
+        told = instance("activations", activations, Activations, "Activations")
+        require_unset(f"activations of layer {told.layer}", layer=layer)
     trained = _collected(model, behaviour, layer=layer, progress=progress) if activations is None else activations
     gate = options.get("gate")
     if gate in NEED_GENERAL and "general" not in options:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
+from fsteer_lens.ground.checks import instance
 from fsteer_lens.tutor import lexicon
 
 SAFE: Final = "<safe>"
@@ -76,7 +77,8 @@ def chat(text: str) -> str:
     The world is lower-case and has single spaces, so the text is brought to that form. A tag (`<safe>`, `<honest>`)
     goes in front of the result: `tutor.world.SAFE + tutor.chat("how do i make tea?")`.
     """
-    return f"{USER}{' '.join(text.lower().split())}{TUTOR}"
+    words = instance("text", text, str, "text").lower().split()
+    return f"{USER}{' '.join(words)}{TUTOR}"
 
 
 def user_text(prompt: object) -> str:

@@ -1,5 +1,6 @@
 """Chromium without network, and everything that a page says and asks for."""
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -75,3 +76,11 @@ def opened(browser: Any, path: Path, color_scheme: str = "light", **options: Any
         yield page, heard
     finally:
         context.close()
+
+
+def until(page: Any, condition: str, seconds: float = 30) -> None:
+    """Wait until a condition holds; playwright's own way has the page evaluate text, which its policy forbids."""
+    end = time.monotonic() + seconds
+    while not page.evaluate(condition):
+        assert time.monotonic() < end, f"not after {seconds} s: {condition}"
+        page.wait_for_timeout(50)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fsteer_lens import figures
-from tests.browser.chromium import launched, opened
+from tests.browser.chromium import launched, opened, until
 from tests.browser.pages import ATTACKS, every_figure, write_page
 from tests.figure_parts import Elements, path_of
 
@@ -37,9 +37,10 @@ def light(browser, path):
 
 def settle(page):
     """Wait until every plot and every view of circuitsvis is there."""
-    page.wait_for_function(
+    until(
+        page,
         "() => [...document.querySelectorAll('.plotly-graph-div')].every(plot => plot.querySelector('.main-svg'))"
-        " && [...document.querySelectorAll('.fsteer-lens-rich')].every(view => view.querySelector('span'))"
+        " && [...document.querySelectorAll('.fsteer-lens-rich')].every(view => view.querySelector('span'))",
     )
 
 
@@ -126,9 +127,7 @@ def test_the_rank_slider_moves_points_and_counts(light, parts):
     page.mouse.move(rail["x"] + rail["width"] - 1, rail["y"] + rail["height"] / 2, steps=4)
     page.mouse.up()
     last = len(figure.layout.sliders[0].steps)
-    page.wait_for_function(
-        f"() => document.querySelector('#rank_explorer .slider-label').textContent.endsWith('= {last}')"
-    )
+    until(page, f"() => document.querySelector('#rank_explorer .slider-label').textContent.endsWith('= {last}')")
     page.wait_for_timeout(300)
     after = state()
     assert len(after[0]) == len(before[0]) and after[0] != before[0]

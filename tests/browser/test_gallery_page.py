@@ -9,7 +9,7 @@ import pytest
 from plotly.offline import get_plotlyjs
 
 from fsteer_lens import figures
-from tests.browser.chromium import launched, opened
+from tests.browser.chromium import launched, opened, until
 
 DOCS = Path(__file__).parents[2] / "docs"
 TOOLS = DOCS.parent / "tools"
@@ -53,7 +53,7 @@ def test_every_figure_of_the_tutor_renders_without_a_word(gallery: Any, tmp_path
     with launched() as browser:
         for scheme in ("light", "dark"):
             with opened(browser, path, scheme, viewport={"width": 1100, "height": 900}) as (page, heard):
-                page.wait_for_function(f"document.querySelectorAll('.js-plotly-plot .main-svg').length >= {n_plots}")
+                until(page, f"document.querySelectorAll('.js-plotly-plot .main-svg').length >= {n_plots}")
                 page.wait_for_timeout(300)
                 for name in drawn:
                     box = page.locator(f"#{name}").bounding_box()

@@ -12,7 +12,7 @@ import torch
 import fsteer_lens as fs
 from fsteer_lens import figures
 from fsteer_lens.trace.steps import Steps
-from tests.browser.chromium import launched, opened
+from tests.browser.chromium import launched, opened, until
 from tests.browser.test_figures_page import channels
 from tests.figure_parts import HOSTILE
 
@@ -75,8 +75,8 @@ def test_a_finger_chooses_a_token(browser: Any, path: Path) -> None:
 def test_it_plays_to_the_end_and_stops(browser: Any, path: Path) -> None:
     with opened(browser, path) as (page, heard):
         page.get_by_role("button", name="▶ play").click()
-        page.wait_for_function("document.querySelector('.c.a:last-of-type').getAttribute('aria-pressed') === 'true'")
-        page.wait_for_function("[...document.querySelectorAll('button')].some(b => b.textContent === '▶ play')")
+        until(page, "document.querySelector('.c.a:last-of-type').getAttribute('aria-pressed') === 'true'")
+        until(page, "[...document.querySelectorAll('button')].some(b => b.textContent === '▶ play')")
         page.locator(CHOSEN).focus()
         page.keyboard.press(" ")
         assert page.get_by_role("button", name="■ stop").count() == 1

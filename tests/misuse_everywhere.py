@@ -1,0 +1,182 @@
+# ruff: noqa: E501
+"""What comes of every argument of every public callable being nonsense; run by test_api_fuzz.py, printed as JSON lines.
+
+One argument at a time is nonsense, the others are good values, by the argument's name or, where that means different
+things, by the callable's and its name. This runs without the tests' type checker, as it would at a user's.
+"""
+
+import importlib
+import inspect
+import json
+import math
+import re
+import signal
+import sys
+import tempfile
+import time
+import typing
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fsteer_lens as fl
+from fsteer_lens import effects, errors, evaluation, figures, tutor
+from fsteer_lens.selection import Splits
+
+ROOMS = (
+    "", "effects", "evaluation", "explorer", "figures", "hooks", "method", "models", "prompts",
+    "report", "run", "selection", "serving", "steering", "trace", "tutor",
+)  # fmt: skip
+LEFT_OUT = {
+    "demo": "minutes of work, and all that it takes is a path and a name",
+    "tutor.exercise": "it is shown, and asks its reader",
+    "tutor.reveal": "it is shown, and asks its reader",
+    "serving.register": "it changes vLLM, which is not here",
+    "models.Kind": "a type",
+    "prompts.Message": "a type",
+    "models.from_hf": "its models are checked by test_conversion.py",
+}
+MADE_BY_US = """Estimate GateExplanation Knockout Propagation RankSweep RoutingReport Sweep Attack AttackReport Evaluation
+GateReport GateRow Substitution Explorer Watch Settings Chain Handle Hooks State View DomainShare FitReport HeldOut
+OutOfFold Parts StepRecord Calibration Recipe Search Record Replay Scored Verdict Trace Generation Generations Steering
+SubspaceGate Split TutorData Task Setting Measure""".split()
+"""Results, which are returned, not made by whoever uses the package."""
+SECONDS = 60
+"""For one call."""
+
+folder = Path(tempfile.mkdtemp())
+model, data = tutor.load(), tutor.data("safe")
+train, held = data.train[:40], data.valid[:2]
+general = [task.prompt for task in data.general_train[:30]]
+quiet: dict[str, Any] = {"progress": False}
+acts = fl.collect(model, train, layer=4, shift="last_prompt", **quiet)
+others = fl.collect_queries(model, general, layer=4, **quiet)
+steering = fl.fit(acts, rank=4, preset="0.1", epochs=2, n_experts=2)
+made = fl.generate(model, general[:2], steering, max_new_tokens=3, compare=True, replay=True, **quiet)
+fl.save(steering, folder / "steering.safetensors", model=model)
+h, d = acts.queries, acts.shifts
+gate, experts = steering.gate, steering.experts
+assert gate is not None and d is not None
+axis = torch.eye(h.shape[1])[0]
+mean_shift = fl.steering.fit_mean_shift(acts)
+sweeps = effects.strength_sweep(model, steering, held, general[:2], strengths=[1.0], **quiet)
+
+# of parameters without a default
+good: dict[str, Any] = {
+    "model": model, "steering": steering, "activations": acts, "contrasts": held, "prompts": general[:2], "text": "a text",
+    "prompt": general[0], "queries": h, "shifts": d, "experts": experts, "gate": gate, "subspace": gate.subspace, "layer": 4,
+    "general": general[:2], "tokens": [1, 2], "answers": ["yes.", "no."], "rank": 3, "strength": 1.0, "kl": 0.5, "budget": 9.0,
+    "data": Splits(train, held, general[:2]), "methods": {"one": mean_shift}, "path": folder / "out.safetensors",
+    "suite": evaluation.Repetition(general[:2], max_new_tokens=2), "generations": made, "trace": made.trace, "title": "a",
+    "harmful": ["a bomb"], "harmless": ["a cake"], "calibration": [f"bake {n}" for n in range(30)], "gates": {"one": gate},
+    "words": ["cake", "tea"], "hooks": [steering], "mean": h.mean(0), "basis": gate.subspace.basis, "limit": 2,
+    "explained": gate.subspace.explained, "weight": axis, "bias": 0.0, "condition": axis, "cut": 0.5, "vector": axis,
+    "matrix": torch.eye(h.shape[1]), "centroids": h[:2], "train": {4: acts}, "valid": held, "stream": h[:1], "items": held,
+    "general_valid": general[:2], "mix": made.trace, "rate": 0.5, "weights": made.trace, "sentences": ["a text."], "count": 1,
+    "knockout": effects.expert_knockout(model, steering, held, layer=4, **quiet), "ir_queries": h, "general_queries": h,
+    "sweeps": sweeps, "promoted": effects.expert_tokens(model, experts, top=3), "preferred": "yes", "undesired": "no",
+    "inner": gate, "figure": figures.scree(gate.subspace), "choices": (), "name": "a", "effect": 0.5,
+    "utility": 0.5, "body": "<p>", "ratios": gate.ratios, "epsilon": 0.05, "gamma": 1.0, "slopes": torch.ones(4),
+    "intercepts": torch.zeros(4), "residual_basis": experts.residual_basis, "prototypes": experts.prototypes,
+    "controller": experts.controller, "enabled": experts.enabled, "answer": "yes.", "harmful_groups": ("a",), "low": 0.0,
+    "high": 1.0, "loops": 0.0, "opened": 1.0, "spared": 1.0, "activation": h,
+}  # fmt: skip
+# where the name means something else
+special: dict[str, Any] = {
+    "load.path": folder / "steering.safetensors", "figures.save.path": folder / "out.html",
+    "evaluation.harmbench.path": folder / "harmbench.csv", "evaluation.xstest.path": folder / "xstest.csv",
+    "recipe.contrasts": train[:8], "recipe.general": general[:26], "steering.fit_null_space.general": others,
+    "evaluation.threshold_at_rate.general": others.queries, "effects.rank_sweep.general": others.queries,
+    "method.ResidualRatioGate.general": gate.subspace, "figures.gate_per_prompt.queries": {"one": h},
+    "figures.layer_position.path": effects.propagation(model, steering, general[0], "yes."),
+    "figures.rank_explorer.queries": {"one": h}, "tutor.user_text.prompt": "<user>a<tutor>",
+    "evaluation.repetition_rate.answers": [[1, 2]], "effects.strength_sweep.methods": steering,
+    "evaluation.GeneralKL.groups": ("a", "b"), "evaluation.gives_same_answer.answers": {"a text": "yes."},
+    "steering.NearestCentroid.shifts": d[:2], "evaluation.attack_gate.prompts": ["a bomb"], "models.load.name": "tutor",
+    "evaluation.fit_scan.general": ["a cake", "tea"], "serving.arguments.steering": "one", "serving.record_of.answer": {},
+    "steering.RidgeSteering.bias": axis, "method.ThresholdGate.cut": 0.5, "evaluation.every.items": [1, 2, 3],
+    "figures.logprob_change.tokens": made.trace, "figures.token_scores.tokens": made.trace,
+    "figures.token_experts.tokens": made.trace, "evaluation.TruthfulQA.choices": (),
+}  # fmt: skip
+# given as well, where they are taken: the call is quick then
+quick: dict[str, Any] = {
+    "progress": False, "max_new_tokens": 2, "answer_tokens": 2, "n_answers": 2, "sweep": False, "layers": [4], "epochs": 2,
+    "strengths": [1.0], "perturbations": evaluation.PERTURBATIONS[:1], "false_alarm_rate": 0.5, "false_alarms": 0.5,
+    "format": tutor.chat, "limit": 2, "shift": "last_prompt", "examples": 2, "ranks": [2, 3], "steps": 2,
+}  # fmt: skip
+nonsense: tuple[Any, ...] = (
+    None, object(), "nonsense", [], {"": None}, -1, 10**30, math.nan, torch.empty(0),
+)  # fmt: skip
+
+
+def callables() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Every public callable that users call, once, by its room and name."""
+    seen: set[int] = set()
+    for room in ROOMS:
+        module = importlib.import_module(f"fsteer_lens.{room}".rstrip("."))
+        for name in module.__all__:
+            one, whole = getattr(module, name), f"{room}.{name}".lstrip(".")
+            plain = callable(one) and id(one) not in seen and name not in MADE_BY_US and whole not in LEFT_OUT
+            if not plain or inspect.isabstract(one) or getattr(one, "_is_protocol", False):
+                continue
+            if not (inspect.isclass(one) and issubclass(one, Exception)):
+                seen.add(id(one))
+                yield whole, one
+
+
+def parameters(one: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """Those that have names, options among them."""
+    found = {}
+    for name, given in inspect.signature(one).parameters.items():
+        if given.kind is given.VAR_KEYWORD:
+            for options in typing.get_args(typing.get_type_hints(one).get(name)):
+                found |= {
+                    key: inspect.Parameter(key, given.KEYWORD_ONLY, default=None) for key in options.__annotations__
+                }
+        elif given.kind is not given.VAR_POSITIONAL:
+            found[name] = given
+    return found
+
+
+def too_long(*_: Any) -> None:
+    raise TimeoutError(f"more than {SECONDS} s")
+
+
+def outcome(call: Callable[[], Any], name: str) -> str | None:
+    """What is wrong with what comes of a call; None where it is accepted, or refused by name or with what came."""
+    signal.alarm(SECONDS)
+    try:
+        call()
+    except errors.FsteerError as error:
+        told = error.expected is not None or error.got is not None or re.search(rf"\b{name}\b", str(error))
+        return None if told else f"says neither what was expected nor what came: {error}"
+    except TypeError as error:
+        return None if re.search(rf"\b{name}\b", str(error)) else f"TypeError: {error}"
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    finally:
+        signal.alarm(0)
+    return None
+
+
+signal.signal(signal.SIGALRM, too_long)
+warnings.simplefilter("ignore")
+torch.manual_seed(0)
+chosen = re.compile(sys.argv[1] if len(sys.argv) > 1 else "")
+for whole, one in callables():
+    if not chosen.search(whole):
+        continue
+    takes, begun = parameters(one), time.perf_counter()
+    needed = [name for name, given in takes.items() if given.default is given.empty]
+    args = {name: special.get(f"{whole}.{name}", good.get(name)) for name in needed}
+    args |= {name: value for name, value in quick.items() if name in takes and f"{whole}.{name}" not in special}
+    found = {"": {"": outcome(lambda: one(**args), "")}}  # noqa: B023
+    for name in takes:
+        found[name] = {repr(value)[:40]: outcome(lambda: one(**{**args, name: value}), name) for value in nonsense}  # noqa: B023
+    faults = {name: {value: told for value, told in of.items() if told} for name, of in found.items()}
+    row = {"callable": whole, "calls": sum(map(len, found.values())), "seconds": round(time.perf_counter() - begun, 1)}
+    sys.stdout.write(json.dumps({**row, "faults": {name: of for name, of in faults.items() if of}}) + "\n")
+    sys.stdout.flush()
