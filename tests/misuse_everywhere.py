@@ -9,6 +9,7 @@ import importlib
 import inspect
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -27,14 +28,13 @@ from fsteer_lens import effects, errors, evaluation, figures, tutor
 from fsteer_lens.selection import Splits
 
 ROOMS = (
-    "", "effects", "evaluation", "explorer", "figures", "hooks", "method", "models", "prompts",
-    "report", "run", "selection", "serving", "steering", "trace", "tutor",
+    "", "effects", "evaluation", "explorer", "figures", "hooks", "hub", "method", "models", "prompts",
+    "report", "run", "scale", "selection", "serving", "steering", "trace", "tutor",
 )  # fmt: skip
 LEFT_OUT = {
     "demo": "minutes of work, and all that it takes is a path and a name",
     "tutor.exercise": "it is shown, and asks its reader",
     "tutor.reveal": "it is shown, and asks its reader",
-    "serving.register": "it changes vLLM, which is not here",
     "models.Kind": "a type",
     "prompts.Message": "a type",
     "models.from_hf": "its models are checked by test_conversion.py",
@@ -48,6 +48,7 @@ SECONDS = 60
 """For one call."""
 
 folder = Path(tempfile.mkdtemp())
+os.chdir(folder)  # a file called "nonsense" is a good file
 model, data = tutor.load(), tutor.data("safe")
 train, held = data.train[:40], data.valid[:2]
 general = [task.prompt for task in data.general_train[:30]]

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 from fsteer_lens.errors import InputError
+from fsteer_lens.ground.files import path_of
 from fsteer_lens.ground.foreign import told
 
 NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
@@ -32,6 +33,7 @@ def local_path(path: str | os.PathLike[str], kind: str) -> Path:
     Raises:
         InputError: another address, or the hub, or its cache, does not give the file; says why.
     """
+    path_of(path)
     text = os.fspath(path)
     if not isinstance(text, str) or not text.startswith(("hf:/", "hf:\\")):
         return Path(path)
