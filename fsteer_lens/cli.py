@@ -58,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from fsteer_lens.ground.terminal import warnings_said
 
         with warnings_said(_console(stderr=True)):
+            _require_effect(args)
             _require_numbers(args)
             return args.run(args)
     except FsteerError as error:
@@ -185,12 +186,20 @@ def _console(stderr: bool = False) -> "Terminal":
     return Terminal(stderr=stderr)
 
 
+def _require_effect(args: argparse.Namespace) -> None:
+    """Raise `InputError` where options of `fit` have none."""
+    given = [getattr(args, name, None) for name in ("rank", "general", "near_misses")]
+    if getattr(args, "gate", None) == "none" and any(one is not None for one in given):
+        raise InputError("--rank, --general and --near-misses have no effect with --gate none", fix="Leave them out.")
+
+
 def _require_numbers(args: argparse.Namespace) -> None:
     """Raise `InputError` where a number is out of range: found out now, not after minutes of work."""
     from fsteer_lens.ground.checks import LARGEST_SEED, finite, whole
 
-    ranges = {"seed": (0, LARGEST_SEED), "layer": (0,), **dict.fromkeys(("rank", "batch_size", "limit"), (1,))}
-    for name, bounds in {**ranges, "max_new_tokens": (1,)}.items():
+    ranges = {"seed": (0, LARGEST_SEED), "layer": (0,)}
+    ranges |= dict.fromkeys(("rank", "batch_size", "limit", "max_new_tokens"), (1,))
+    for name, bounds in ranges.items():
         if getattr(args, name, None) is not None:
             whole(_option(name), getattr(args, name), *bounds)
     if getattr(args, "strength", None) is not None:
@@ -226,9 +235,6 @@ def _load_model(args: argparse.Namespace) -> Any:
 def _fit(args: argparse.Namespace) -> int:
     from fsteer_lens import collect, collect_queries, fit, save
 
-    given = (args.rank, args.general, args.near_misses)
-    if args.gate == "none" and any(one is not None for one in given):
-        raise InputError("--rank, --general and --near-misses have no effect with --gate none", fix="Leave them out.")
     _require_out(args)
     if args.auto:
         return _fit_auto(args)

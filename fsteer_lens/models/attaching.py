@@ -29,14 +29,16 @@ class AddedHooks:
     model of transformers how many are cached.
     """
 
+    _model: Any = None
+
     def __init__(
         self, model: SteerableModel, hooks: Sequence[tuple[str, Any]], watched: tuple[int, Told] | None = None
     ) -> None:
-        self._model: Any = model
         self._added: list[tuple[str, Any, Any]] = []
         self._connected: list[str] = []
         self._watch: Any = None
         with lock_of(model):
+            self._model = model
             try:
                 self._watch = None if watched is None else _watch(model, *watched)
                 for name, function in hooks:
@@ -77,6 +79,13 @@ class AddedHooks:
         point.fwd_hooks = [handle for handle in point.fwd_hooks if handle.user_hook is not function]
 
 
+class _ForOnePass(AddedHooks):
+    """Hooks that go with whoever added them: Ctrl-C may come between any two lines, also where they are taken off."""
+
+    def __del__(self) -> None:
+        self.remove()
+
+
 def _watch(model: SteerableModel, layer: int, told: Told) -> Any:
     """Have a function told what is known of each forward pass; has `.remove()`."""
     if isinstance(model, PlainModel):
@@ -96,7 +105,7 @@ def hooks_added(model: SteerableModel, hooks: Sequence[tuple[str, Any]]) -> Iter
     """
     counted = [(name, _Counted(function)) for name, function in hooks]
     with lock_of(model):
-        added = AddedHooks(model, counted)
+        added = _ForOnePass(model, counted)
         try:
             yield
         finally:

@@ -217,7 +217,7 @@ def _examples(made: Generations, groups: Sequence[str], limit: int) -> list[int]
     order = sorted(range(len(made)), key=lambda index: -float(_kl(made[index]).sum()))
     names = dict.fromkeys([groups[-1], *groups])
     queues = {group: [index for index in order if groups[index] == group] for group in names}
-    turns = [queue[turn] for turn in range(limit) for queue in queues.values() if turn < len(queue)]
+    turns = [queue[turn] for turn in range(min(limit, len(made))) for queue in queues.values() if turn < len(queue)]
     return sorted(turns[:limit])
 
 
