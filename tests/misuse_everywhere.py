@@ -50,7 +50,6 @@ SLOW = 0.4
 """Seconds for a good call, beyond which only three kinds of nonsense are tried, that nothing takes."""
 
 folder = Path(tempfile.mkdtemp())
-os.chdir(folder)  # a file called "nonsense" is a good file
 model, data = tutor.load(), tutor.data("safe")
 train, held = data.train[:40], data.valid[:2]
 general = [task.prompt for task in data.general_train[:30]]
