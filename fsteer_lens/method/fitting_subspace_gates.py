@@ -118,7 +118,7 @@ def _fit_logistic(
     location, scale = ratios.mean(dim=0), ratios.std(dim=0).clamp(min=1e-12)
     x = (ratios - location) / scale
     y = torch.cat([x.new_ones(len(positive), 1), x.new_zeros(len(negative), 1)])
-    share = len(x) / (2 * torch.where(y > 0, len(positive), len(negative)))
+    share = len(x) / (2 * (y * len(positive) + (1 - y) * len(negative)))
 
     def loss(w: Tensor, b: Tensor) -> Float[Tensor, " r"]:
         z = w * x + b
