@@ -33,6 +33,7 @@ ROOMS = (
 )  # fmt: skip
 LEFT_OUT = {
     "demo": "minutes of work, and all that it takes is a path and a name",
+    "tutor.gate_report": "minutes of work, which it hands on to gate_report",
     "tutor.exercise": "it is shown, and asks its reader",
     "tutor.reveal": "it is shown, and asks its reader",
     "models.Kind": "a type",

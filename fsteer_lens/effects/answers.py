@@ -226,7 +226,7 @@ def counterfactual(
     """
     prompts = prompts_of(prompts)
     passes = passes_of("counterfactual", options, model, steering, prompts)
-    rows = answered(model, prompts, several("answers", answers, "one for each prompt"), passes)
+    rows = answered(model, prompts, several("answers", answers, f"one for each of {len(prompts)} prompts"), passes)
     traces: dict[int, Trace] = {}
     for chosen, batch in batches(model, rows, passes.batch_size):
         group = [rows[index] for index in chosen]

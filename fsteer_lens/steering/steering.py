@@ -409,7 +409,7 @@ class FineSteer(Steering):
         widths = {self.experts_at(layer).d_model for layer in self.layers}
         if len(widths) > 1:
             raise ShapeError("experts", expected="one d_model", got=sorted(widths))
-        gates = self.gate if isinstance(self.gate, Mapping) else {whole("layer", self.layer): self.gate}
+        gates = self.gate if isinstance(self.gate, Mapping) else {optional(whole, "layer", self.layer): self.gate}
         for layer, gate in gates.items():
             if gate is not None:
                 self._require_gate(gate, layer)

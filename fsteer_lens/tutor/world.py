@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Final
 
-from fsteer_lens.ground.checks import instance
+from fsteer_lens.ground.checks import instance, whole
 from fsteer_lens.tutor import lexicon
 
 SAFE: Final = "<safe>"
@@ -88,8 +88,8 @@ def user_text(prompt: object) -> str:
 
 def unknown(text: str, *, nearest: int = 3) -> dict[str, tuple[str, ...]]:
     """Return the words of `text` that the world does not hold, each with its nearest known ones, best first."""
-    known = vocabulary()
-    words = dict.fromkeys(_words(text))
+    known, nearest = vocabulary(), whole("nearest", nearest, 1)
+    words = dict.fromkeys(_words(instance("text", text, str, "text")))
     return {
         word: tuple(difflib.get_close_matches(word, sorted(known), n=nearest, cutoff=0.5))
         for word in words
