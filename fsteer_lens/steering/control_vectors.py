@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import InputError, MissingDependencyError, NonFiniteError
 from fsteer_lens.ground.checks import instance
-from fsteer_lens.ground.files import write_atomically
+from fsteer_lens.ground.files import path_of, write_atomically
 from fsteer_lens.steering.baselines import MeanShift, PcaDirection
 from fsteer_lens.steering.steering import FineSteer, Steering
 
@@ -48,7 +48,7 @@ def save_control_vector(steering: Steering, path: str | os.PathLike[str]) -> Non
     """
     fix = "Save each link of a chain by itself: llama.cpp adds up what several files hold."
     instance("save_control_vector", steering, Steering, "a steering", fix=fix)
-    suffix = Path(path).suffix
+    suffix = path_of(path).suffix
     if suffix not in (".gguf", ".pt"):
         raise InputError("ending of a control vector", expected=".gguf or .pt", got=suffix or f"none in {path}")
     _require_constant(steering)
