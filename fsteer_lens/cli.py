@@ -371,7 +371,7 @@ def _require_out(args: argparse.Namespace) -> None:
     require_writable(args.out)
     for name in INPUTS:
         given = getattr(args, name, None)
-        if given is not None and args.out.exists() and given.exists() and given.samefile(args.out):
+        if given is not None and args.out.exists() and Path(given).exists() and args.out.samefile(given):
             raise InputError("--out", expected="another file than the inputs", got=f"{args.out}, which is --{name}")
 
 

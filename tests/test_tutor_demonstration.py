@@ -4,12 +4,12 @@ import io
 
 import pytest
 import torch
-from rich.console import Console
 
 from fsteer_lens import Activations, generate
 from fsteer_lens.effects import routing_report
 from fsteer_lens.evaluation import Evaluation
 from fsteer_lens.ground.estimates import Proportion, bootstrap
+from fsteer_lens.ground.terminal import Terminal
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.reading.fingerprints import Fingerprint
 from fsteer_lens.steering import MeanShift
@@ -109,7 +109,7 @@ def test_it_prints_everything_in_eighty_columns(tutor_model: SteerableModel, mea
     titles, prompts = examples_of(measured.suite)
     assert len(set(titles[:4])) == 4 and titles[4:] == ["near misses", "general"]
     examples = generate(tutor_model, prompts, measured.steering, max_new_tokens=8, compare=True, progress=False)
-    console = Console(file=io.StringIO(), width=80)
+    console = Terminal(file=io.StringIO(), width=80)
     print_measured(console, measured, titles, examples)
     assert isinstance(console.file, io.StringIO)
     text = console.file.getvalue()

