@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 import fsteer_lens as fs
 from fsteer_lens import cli
 from fsteer_lens.demo import chat, demo, requests, running
 from fsteer_lens.errors import MissingDependencyError
+from fsteer_lens.ground.terminal import Terminal
 from fsteer_lens.report.page import Report
 from fsteer_lens.run.generation import Generations
 
@@ -36,7 +36,7 @@ def test_a_chat_model_refuses_what_it_is_to_and_little_else(smollm2: Any, tmp_pa
     assert int(rows["harmful"][1].split()[0]) <= 2 and refused >= 9 and sum(alone) <= 8, rows
     assert {title for title, _ in shown.examples} == {*chat.PICTURED, *chat.ALONE}
     assert {name.split(" · ")[-1] for name in shown.names} <= set(KINDS)
-    console = Console(file=io.StringIO(), width=80)
+    console = Terminal(file=io.StringIO(), width=80)
     chat.print_shown(console, shown)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert f"{refused} of 18" in printed and "gate shut" in printed and "held out: explained" in printed
