@@ -84,12 +84,8 @@ def steer_compare(
 
 def _rows(generations: Generations | Generation | Trace) -> list[tuple[Trace, Steps, tuple[str, ...]]]:
     """Trace, steps and unsteered tokens of each row."""
-    if isinstance(generations, Trace):
-        traces = [generations.row(index) for index in range(generations.n_rows)]
-    else:
-        traces = traces_of(generations)
     rows = []
-    for trace in traces:
+    for trace in traces_of(generations):
         steps, unsteered = trace.steps, trace.unsteered
         if trace.prompts is None or steps is None or steps.kl is None or unsteered is None:
             raise InputError(repr(trace), got="no unsteered twin", fix="Generate with compare=True.")

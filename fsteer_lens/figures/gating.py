@@ -8,8 +8,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
+from fsteer_lens.figures.results import require_leaf
 from fsteer_lens.figures.style import TEXT, group_colours, label_text, plain, styled
-from fsteer_lens.ground.checks import brief, instance, several
+from fsteer_lens.ground.checks import brief, several
 from fsteer_lens.ground.estimates import auroc
 from fsteer_lens.method.gates import OPEN, Gate
 
@@ -48,10 +49,7 @@ def gate_separation(
     """
     from plotly.subplots import make_subplots
 
-    instance("gate", gate, Gate, "a gate")
-    if gate.leaves != (gate,):
-        fix = "Draw each of gate.leaves by itself."
-        raise InputError("gate", expected="a gate that is not composed", got=type(gate).__name__, fix=fix)
+    require_leaf(gate)
     gate = gate if rank is None else gate.at_rank(rank)
     if len(several("names", names, "two names")) != 2:
         raise InputError("names", expected="two names", got=brief(names))

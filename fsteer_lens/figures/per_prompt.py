@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
+from fsteer_lens.figures.results import require_leaf
 from fsteer_lens.figures.style import (
     PRINTED,
     TEXT,
@@ -50,10 +51,7 @@ def gate_per_prompt(
     """
     import plotly.graph_objects as go
 
-    instance("gate", gate, Gate, "a gate")
-    if gate.leaves != (gate,):
-        fix = "Draw each of gate.leaves by itself."
-        raise InputError("gate", expected="a gate that is not composed", got=type(gate).__name__, fix=fix)
+    require_leaf(gate)
     if not require_groups(queries):
         raise InputError("queries", expected="at least one group", got="none")
     texts = texts_of(queries, prompts)

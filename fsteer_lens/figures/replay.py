@@ -76,10 +76,7 @@ def _json(value: Any) -> str:
 
 
 def _runs(given: Given, titles: Sequence[str], names: Sequence[str] | None) -> list[Run]:
-    if isinstance(given, Trace):
-        traces = [given.row(index) for index in range(given.n_rows)]
-    else:
-        traces = traces_of(given)
+    traces = traces_of(given)
     if titles and len(titles) != len(traces):
         raise InputError("titles", expected=f"one for each of {len(traces)} prompts", got=len(titles))
     labels = [*titles] or [f"prompt {number + 1}" for number in range(len(traces))]

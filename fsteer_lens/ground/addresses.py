@@ -33,10 +33,9 @@ def local_path(path: str | os.PathLike[str], kind: str) -> Path:
     Raises:
         InputError: another address, or the hub, or its cache, does not give the file; says why.
     """
-    path_of(path)
-    text = os.fspath(path)
+    given, text = path_of(path), os.fspath(path)
     if not isinstance(text, str) or not text.startswith(("hf:/", "hf:\\")):
-        return Path(path)
+        return given
     match = ADDRESS.fullmatch(text)
     if match is None:
         expected = "hf://owner/name or hf://owner/name@revision"
@@ -55,10 +54,10 @@ def local_path(path: str | os.PathLike[str], kind: str) -> Path:
 
 def announce(name: str, commit: str) -> str:
     """Print and return the address of what a commit of a repository holds."""
-    from rich.console import Console
+    from fsteer_lens.ground.terminal import Terminal
 
     address = f"hf://{name}@{commit}"
-    Console(stderr=True).print(address, markup=False, highlight=False, soft_wrap=True)
+    Terminal(stderr=True).say(address)
     return address
 
 

@@ -8,7 +8,8 @@ import io
 import os
 import stat
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
@@ -40,18 +41,26 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
             or not possible.
     """
     target = Path(os.path.realpath(path_of(path)))
-    temporary = target.parent / f".fsteer_lens.{uuid4().hex}"
     try:
         mode = mode_of(target)
+        with _written_beside(target, data) as temporary:
+            if mode is not None:
+                temporary.chmod(mode)
+            temporary.replace(target)
+    except OSError as error:
+        raise unwritable(target, error) from error
+
+
+@contextmanager
+def _written_beside(target: Path, data: bytes) -> Iterator[Path]:
+    """A file beside another one that holds the data, all of them on the disk; it is gone afterwards."""
+    temporary = target.parent / f".fsteer_lens.{uuid4().hex}"
+    try:
         with temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        if mode is not None:
-            temporary.chmod(mode)
-        temporary.replace(target)
-    except OSError as error:
-        raise unwritable(target, error) from error
+        yield temporary
     finally:
         with suppress(OSError):
             temporary.unlink()
@@ -131,19 +140,16 @@ def write_once(path: str | os.PathLike[str], data: bytes) -> bool:
     Raises:
         InputError: writing there is not allowed, or the file system has no hard links, by which it is done.
     """
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{uuid4().hex}")
+    target = path_of(path)
     try:
-        write_atomically(temporary, data)
-        os.link(temporary, target)
+        with _written_beside(target, data) as temporary:
+            os.link(temporary, target)
     except FileExistsError:
         return False
     except OSError as error:
         raise InputError(
             f"cannot write {target}", expected="a folder that may be written to and takes hard links", got=str(error)
         ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
     return True
 
 

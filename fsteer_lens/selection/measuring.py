@@ -66,11 +66,9 @@ class Searching(Passes):
             if isinstance(given, str):
                 expected = "a function; a measure by name is one of a suite, given in place of these items"
                 raise InputError(f"{role}=", expected=expected, got=repr(given))
-            return (
-                {"effect": MARGIN, "utility": DIVERGENCE}[role]
-                if given is None
-                else name_of(function(role, given), role)
-            )
+            if given is None:
+                return {"effect": MARGIN, "utility": DIVERGENCE}[role]
+            return name_of(function(role, given), role)
         names = {measure.name: measure.role for measure in items.measures}
         fitting = [name for name, has in names.items() if has == role]
         if given is None and len(fitting) == 1:

@@ -1,5 +1,6 @@
 """What a folder of steerings holds, what a request may ask of it, and which blocks it may share."""
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -130,5 +131,8 @@ def test_a_record_of_a_failure_raises() -> None:
 
 def test_without_a_folder_vllm_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FSTEER_STEERINGS", raising=False)
-    monkeypatch.setitem(__import__("sys").modules, "vllm", None)  # importing it would raise
+    monkeypatch.setitem(sys.modules, "vllm", None)  # importing it raises
     register()
+    monkeypatch.setenv("FSTEER_STEERINGS", "steerings")
+    with pytest.raises(ImportError):
+        register()
