@@ -143,7 +143,7 @@ def compare(served: Served, answer: Any, ids: Sequence[int], name: str | None, n
     """See that an answer has the tokens of `generate`, and its record the decisions."""
     expected = served.expected(ids, name, new)
     for one in answer.outputs:
-        assert tuple(one.token_ids) == expected.tokens, (name, answer.outputs[0].text, expected.text)
+        assert tuple(one.token_ids) == expected.tokens, (name, one.text, expected.text)
     if name is None:
         return
     record = record_of(answer)

@@ -79,8 +79,8 @@ def test_several_samples_of_one_prompt(served: Served, llm: Any) -> None:
     from vllm import SamplingParams
 
     ids = prompts(served.model)[0]
-    # as good as greedy, which vLLM draws once
-    params = SamplingParams(n=4, temperature=0.01, max_tokens=NEW, extra_args=arguments("late"))
+    # vLLM draws greedily once: here it draws four times, each time among one token
+    params = SamplingParams(n=4, temperature=1, top_k=1, max_tokens=NEW, extra_args=arguments("late"))
     (answer,) = llm.generate([{"prompt_token_ids": ids}], params, use_tqdm=False)
     assert len(answer.outputs) == 4
     compare(served, answer, ids, "late")
