@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.elsewhere import section_of
 from benchmarks.measuring import Section, Settings, page, section_text, with_section
 
-NAMES = ("decode", "collecting", "scoring", "fitting", "energies", "vocabulary", "scale", "smollm2")
+NAMES = ("decode", "collecting", "scoring", "fitting", "energies", "vocabulary", "scale", "smollm2", "tasks")
 ELSEWHERE = {
     "engines": (".venv-vllm", "Engines"),
     "peers": (".venv-peers", "Beside other toolkits"),
@@ -39,6 +39,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--write", action="store_true", help="put the ones that are named into the page")
     parser.add_argument("--rounds", type=int, help="pairs of runs per figure")
     parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that everything runs")
+    parser.add_argument("--before", metavar="COMMIT", help="measure the package of a commit too, in tasks")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; only a CPU run writes the page")
     given = parser.parse_args(arguments)
     unknown = sorted(set(given.names) - {*NAMES, *ELSEWHERE})
@@ -49,7 +50,7 @@ def main(arguments: list[str] | None = None) -> None:
     import torch
 
     torch.set_num_threads(1)
-    settings = Settings(rounds=given.rounds, quick=given.quick, device=given.device)
+    settings = Settings(rounds=given.rounds, quick=given.quick, device=given.device, before=given.before)
     sections = []
     for name in given.names or (*NAMES, *ELSEWHERE):
         if name in ELSEWHERE:

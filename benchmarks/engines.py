@@ -91,6 +91,7 @@ class Engines:
         return [prompt_ids(self.bridge, text, chat=True) for _, text in REQUESTS[:count]]
 
     def in_transformers(self, ids: Tokens, steered: bool) -> Callable[[], Tokens]:
+        """Generate with the model's own `generate`."""
         batch = pad(self.bridge, ids, "left")
         how = {"max_new_tokens": self.n_new, "min_new_tokens": self.n_new, "do_sample": False, "pad_token_id": 0}
 
@@ -105,11 +106,13 @@ class Engines:
         return under if steered else generated
 
     def in_lens(self, model: Any, ids: Tokens, steered: bool) -> Callable[[], Tokens]:
+        """Generate with `fsteer_lens.generate`."""
         on = self.steering if steered else None
         how: dict[str, Any] = {"max_new_tokens": self.n_new, "batch_size": len(ids), "progress": False}
         return lambda: [list(one.tokens) for one in fs.generate(model, ids, on, **how)]
 
     def in_vllm(self, ids: Sequence[Sequence[int]], steered: bool, n_new: int | None = None) -> Callable[[], Tokens]:
+        """Generate in vLLM."""
         from vllm import SamplingParams
 
         from fsteer_lens.serving import arguments

@@ -35,11 +35,13 @@ class Settings:
         rounds: pairs of runs per figure; None leaves it to each benchmark.
         quick: tiny sizes, to see that everything runs; the figures mean nothing.
         device: where the models are.
+        before: a commit, whose package is measured beside this one where a benchmark can do that.
     """
 
     rounds: int | None = None
     quick: bool = False
     device: str = "cpu"
+    before: str | None = None
 
     def rounds_or(self, default: int) -> int:
         """The rounds asked for, else one where it is quick, else what the benchmark wants."""
@@ -260,7 +262,11 @@ def _peak_here(prepare: Callable[..., Callable[[], Any]], arguments: Sequence[An
     import torch
 
     torch.set_num_threads(1)  # each thread would keep an arena of its own
-    measured = prepare(*arguments)
+    return peak_above(prepare(*arguments))
+
+
+def peak_above(measured: Callable[[], Any]) -> float:
+    """Peak resident memory of this process while the call runs, in MiB, above what was resident before it."""
     gc.collect()
     status = Path("/proc/self/status")
     if not status.is_file():

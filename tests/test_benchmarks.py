@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import collecting, decode, energies, fitting, measuring, scale, scoring, shapes, vocabulary
+from benchmarks import collecting, decode, energies, fitting, measuring, scale, scoring, shapes, tasks, vocabulary
 from benchmarks import smollm2 as chatting
 from benchmarks.__main__ import main
 from benchmarks.measuring import Aim, Ratio, Row, Section, Settings
@@ -31,6 +31,29 @@ def test_every_benchmark_fills_its_section(benchmark: object) -> None:
         assert row.ratio is not None and all(math.isfinite(value) for value in row.ratio.values)
     text = measuring.section_text(section)
     assert all(f"| {row.name} | {row.what} | {row.ratio} |" in text for row in section.rows)
+
+
+@pytest.mark.filterwarnings("ignore")  # random words have no experts
+@pytest.mark.parametrize("name", [name for name in tasks.TASKS if name not in tasks.OF_TEXTS])
+def test_every_step_is_measured(name: str) -> None:
+    found = tasks.measured(tasks.World("tiny"), name, counted=True)
+    assert found["seconds"] > 0 and found["cpu"] > 0
+    assert (found.get("floor", 0) > 0) == (found.get("GFLOP", 0) > 0) == (name not in tasks.LIGHT)
+
+
+def test_products_with_weights_are_counted() -> None:
+    network, tokens = torch.nn.Sequential(torch.nn.Linear(300, 200), torch.nn.ReLU()), torch.ones(50, 300)
+    assert tasks.products(lambda: network(tokens)) == pytest.approx(2 * 50 * 300 * 200 / 1e9)
+
+
+@pytest.mark.slow
+def test_steps_of_two_packages_stand_beside_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "TASKS", {"fit": tasks.TASKS["fit"]})
+    section = tasks.run(Settings(quick=True))
+    (row,) = [line for line in section.after.splitlines() if line.startswith("| tiny | fit")]
+    assert "→" not in row and "fit_experts, K" in section.after
+    before, now = {"seconds": 4.0, "cpu": 3.0, "MiB": 10.0}, {"seconds": 1.0, "cpu": 1.0, "MiB": 20.0, "GFLOP": 7.0}
+    assert tasks.told(before, now) == ["4 → 1", "0.25", "3 → 1", "10 → 20", "7", ""]
 
 
 @pytest.mark.model

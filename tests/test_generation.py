@@ -11,12 +11,26 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from fsteer_lens import Activations, FineSteer, Schedule, collect, fit, generate, models, stream, tutor
+from fsteer_lens import (
+    Activations,
+    EnergyGate,
+    FineSteer,
+    Schedule,
+    collect,
+    collect_queries,
+    fit,
+    generate,
+    models,
+    stream,
+    tutor,
+)
 from fsteer_lens.errors import ContextLengthError, InputError, TokenizerError
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.prompts.tokens import pad, prompt_ids, stop_ids
+from fsteer_lens.run import decoding, generation
 from fsteer_lens.run import unsteered as unsteered_module
 from fsteer_lens.run.sampling import Sampling
+from tests import made_up
 from tests.running import LAYER, logits_of, n_hooks
 
 NEW = 14
@@ -221,6 +235,32 @@ def test_chat_template_gives_what_chat_gives(model: SteerableModel) -> None:
     assert tagged == prompt_ids(model, tutor.chat(text), context="<safe>")
     assert prompt_ids(model, model.tokenizer.bos_token + tutor.chat(text)) == typed
     assert prompt_ids(model, typed) == typed
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_texts_that_steering_did_not_change_are_not_generated_twice(
+    model: SteerableModel, prompts: list[str], monkeypatch: pytest.MonkeyPatch, drawn: bool
+) -> None:
+    rows: list[tuple[bool, list[int]]] = []
+
+    def decode(model: Any, batch: Any, session: Any, rules: Any, numbers: Any) -> Any:
+        rows.append((session is not None, list(numbers)))
+        return decoding.decode(model, batch, session, rules, numbers)
+
+    monkeypatch.setattr(generation, "decode", decode)
+    options = {"max_new_tokens": NEW, "progress": False, **({"do_sample": True, "seed": 3} if drawn else {})}
+    plain = generate(model, prompts, **options)
+    queries = collect_queries(model, prompts, layer=LAYER, progress=False).queries
+    gate = EnergyGate(made_up.subspace(0), 12)
+    some = gate.at_threshold(float(gate.score(queries).median()))  # opens for half of the prompts, for no other at all
+    rows.clear()
+    steering = made_up.steering(LAYER, strength=5.0).with_gate(some)
+    made = generate(model, prompts, steering, compare=True, batch_size=2 * len(prompts), **options)
+    told = {number for acts, numbers in rows if not acts for number in numbers}
+    changed = {number for number, one in enumerate(made) if one.tokens != plain[number].tokens}
+    assert 0 < len(changed) < len(prompts)
+    assert told == (set(range(len(prompts))) if drawn else changed)
+    assert [one.baseline and one.baseline.tokens for one in made] == [one.tokens for one in plain]
 
 
 def test_trace_joins_rows_and_exports(model: SteerableModel, steering: FineSteer, prompts: list[str]) -> None:

@@ -89,6 +89,27 @@ def report(tutor_model: SteerableModel, steering: FineSteer, contrasts: list[Con
     return steering_report(tutor_model, steering, contrasts, general, batch_size=64, progress=False)
 
 
+def test_of_many_prompts_some_are_run_again(
+    tutor_model: SteerableModel, steering: FineSteer, contrasts: list[Contrast], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: dict[str, list[Any]] = {}
+    for name, run in {name: getattr(effects, name) for name in ("strength_sweep", "expert_knockout")}.items():
+
+        def spy(*given: Any, name: str = name, run: Any = run, **options: Any) -> Any:
+            asked[name] = [part for part in given[2:] if isinstance(part, list)]
+            return run(*given, **options)
+
+        monkeypatch.setattr(effects, name, spy)
+    general = [task.prompt for task in tutor.data("safe").general_test[:3]]
+    options: dict[str, Any] = {"max_new_tokens": 2, "batch_size": 64, "progress": False}
+    for count in (25, 24):
+        page = steering_report(tutor_model, steering, contrasts[:count], general, **options).html()
+        assert ("At most 24 of a kind were run again" in page) == (count > 24)
+        (some,) = asked["expert_knockout"]
+        assert asked["strength_sweep"] == [some, general] and len(some) == 24
+        assert some == [contrasts[index * count // 24] for index in range(24)]
+
+
 @pytest.mark.slow
 def test_two_hundred_prompts_stay_below_eight_megabytes(
     tutor_model: SteerableModel, steering: FineSteer, tmp_path: Path

@@ -11,6 +11,7 @@ from fsteer_lens import effects, figures
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import instance, options_of, seed_of, switch, whole
 from fsteer_lens.ground.estimates import Proportion, bootstrap
+from fsteer_lens.ground.spread import every
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.gates import OPEN
 from fsteer_lens.method.subspace_gates import subspace_leaves
@@ -41,6 +42,8 @@ MEASURED: Final = (
 )
 
 REPLAYED: Final = 4
+MEASURED_AGAIN: Final = 24
+"""Contrasts, and as many general prompts, that are run again at other strengths and without each expert."""
 
 REPLAY_CAPTION: Final = (
     "A column is a token. Choose one by a click or with the arrow keys, or play the answer: below it stands what "
@@ -90,7 +93,8 @@ def steering_report(
         max_new_tokens: tokens per answer at most.
         seed: of the bootstrap intervals; texts are greedy.
         examples: prompts to show side by side; all of them are in a table further down.
-        sweep: measure ten strengths too, by teacher forcing; needs general prompts.
+        sweep: measure ten strengths too, by teacher forcing, on at most 24 contrasts and 24 general prompts, evenly
+            spread; needs general prompts.
         options: `chat`, `chat_template_kwargs` and `prepend_bos` (as the steering was fitted), how prompts become
             tokens, see `tokens.prompt_ids`; `batch_size` (16), rows per forward pass; `progress` (True), show progress
             bars.
@@ -144,12 +148,19 @@ def steering_report(
         methods: dict[str, Steering] = {"as it is": steering}
         if isinstance(steering, FineSteer) and steering.gate is not None:
             methods["without its gate"] = steering.with_gate(None)
-        found = effects.strength_sweep(model, methods, contrasts, general, seed=seed, **passes.options)
-        report.add_heading("How much: strength").add_figure(figures.strength_sweep(found), CAPTIONS["strength"])
+        some = [every(items, MEASURED_AGAIN) for items in (contrasts, general)]
+        found = effects.strength_sweep(model, methods, *some, seed=seed, **passes.options)
+        caption = CAPTIONS["strength"] + _spread(max(len(contrasts), len(general)))
+        report.add_heading("How much: strength").add_figure(figures.strength_sweep(found), caption)
     _add_texts(report, made, groups)
     settings = {"answers": f"greedy, at most {max_new_tokens} tokens", "chat template": bool(passes.chat), "seed": seed}
     add_settings(report, [*machine_rows(), *([k, str(v)] for k, v in settings.items()), *steering_rows(steering)])
     return report
+
+
+def _spread(count: int) -> str:
+    """What is said below a figure for which not all prompts were run again."""
+    return f" At most {MEASURED_AGAIN} of a kind were run again, evenly spread." if count > MEASURED_AGAIN else ""
 
 
 def _kl(item: Generation) -> Tensor:
@@ -304,9 +315,10 @@ def _add_experts(
     routing = figures.expert_routing(weights, labels, prompts, gate=opened, names=experts.names)
     report.add_figure(routing, CAPTIONS["routing"])
     if sum(experts.enabled) > 1:
-        own = queries[: len(contrasts)]
-        found = effects.expert_knockout(model, steering, contrasts, layer=layer, queries=own, **passes.options)
-        report.add_figure(figures.expert_knockout(found), CAPTIONS["knockout"])
+        chosen = every(range(len(contrasts)), MEASURED_AGAIN)
+        some = [contrasts[index] for index in chosen]
+        found = effects.expert_knockout(model, steering, some, layer=layer, queries=queries[chosen], **passes.options)
+        report.add_figure(figures.expert_knockout(found), CAPTIONS["knockout"] + _spread(len(contrasts)))
     report.add_figure(figures.expert_geometry(experts), CAPTIONS["geometry"])
 
 

@@ -38,6 +38,7 @@ from fsteer_lens.run.replaying import MOST_PROMPTS, MOST_TOKENS, replay_of
 from fsteer_lens.run.sampling import Sampling, SamplingOptions
 from fsteer_lens.run.stopping import Stop
 from fsteer_lens.run.unsteered import Unsteered
+from fsteer_lens.trace.steps import Steps
 from fsteer_lens.trace.trace import Trace, join
 
 
@@ -311,7 +312,8 @@ def _generate_batch(
     trace.first = batch.tokens.shape[1] - trace.prompt_lengths
     baselines: Sequence[Baseline | None] = [None] * len(ids)
     if compare:
-        baselines = _baselines(model, batch, ids, numbers, rules)
+        assert trace.steps is not None
+        baselines = _baselines(model, ids, numbers, rules, trace.steps)
         rows = zip(baselines, ids, strict=True)
         trace.unsteered = tuple(token_texts(model, one.tokens, before) for one, before in rows)
     assert trace.steps is not None
@@ -329,13 +331,24 @@ def _generate_batch(
 
 
 def _baselines(
-    model: SteerableModel, batch: Batch, ids: Sequence[Sequence[int]], numbers: Sequence[int], rules: Rules
+    model: SteerableModel, ids: Sequence[Sequence[int]], numbers: Sequence[int], rules: Rules, steps: Steps
 ) -> list[Baseline]:
-    """What the unsteered model generates for the same prompts."""
-    with unsteered(model):
-        tokens = [filled(step.chosen, step.alive) for step in decode(model, batch, None, rules, numbers)]
-    answers = zip(ids, without_fill(torch.stack(tokens, dim=1)), strict=True)
-    return [Baseline(_answer(model, before, answer, rules.stop), answer) for before, answer in answers]
+    """What the unsteered model generates for the same prompts, whose steered steps were compared.
+
+    Greedily it says the same where it found the steered token the likeliest at every step: that is not run again.
+    """
+    assert steps.baseline_top_ids is not None
+    answers = without_fill(steps.tokens)
+    alike = (steps.baseline_top_ids[:, :, 0] == steps.tokens).all(dim=1).tolist()
+    others = [row for row in range(len(ids)) if rules.sampling.do_sample or not alike[row]]
+    if others:
+        batch = pad(model, [ids[row] for row in others], "left")
+        with unsteered(model):
+            made = decode(model, batch, None, rules, [numbers[row] for row in others])
+            tokens = torch.stack([filled(step.chosen, step.alive) for step in made], dim=1)
+        for row, answer in zip(others, without_fill(tokens), strict=True):
+            answers[row] = answer
+    return [Baseline(_answer(model, *pair, rules.stop), pair[1]) for pair in zip(ids, answers, strict=True)]
 
 
 def _answer(model: SteerableModel, prompt: Sequence[int], generated: Sequence[int], stop: Stop) -> str:

@@ -1,0 +1,408 @@
+"""What people wait for: each step of the work, from loading a model to a report, on a chat model and on GPT-2's shape.
+
+`python -m benchmarks tasks` measures this checkout, with `--before COMMIT` the package of that commit beside it; every
+step runs in a process of its own. `python -m benchmarks.tasks MODEL STEP --profile` prints where the time of one goes.
+"""
+
+import argparse
+import cProfile
+import io
+import json
+import math
+import os
+import pstats
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+import fsteer_lens as fs
+from benchmarks import fitting, scoring, shapes, smollm2
+from benchmarks.measuring import Section, Settings, peak_above, seconds
+from fsteer_lens import models
+from fsteer_lens.demo.requests import CONSENT, HARMFUL, ORDINARY, REFUSALS
+from fsteer_lens.evaluation import TruthfulQA
+from fsteer_lens.evaluation.truthfulness import Choice
+from fsteer_lens.ground.tables import markdown
+from fsteer_lens.models.loading import SMOLLM2
+from fsteer_lens.report import steering_report
+from fsteer_lens.selection import Splits
+
+TITLE = "What people wait for"
+CHAT, SHAPE = "smollm2", "gpt2-small"
+HERE = Path(__file__).resolve().parents[1]
+LONG_PASS = 512
+"""Tokens of the pass whose speed the floor is told by."""
+WORDINGS = ("{}", "{} Be brief.", "Please tell me: {}", "{} I am in a hurry.", "{} Answer in two sentences.")
+STRENGTHS = (0.5, 1.0, 1.5, 2.0)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many prompts each step is given."""
+
+    collected: int = 300
+    fitted: int = 60
+    asked: int = 50
+    searched: int = 24
+    calibrated: int = 16
+    generated: int = 8
+    n_new: int = 64
+    reported: int = 200
+
+
+SIZES = {CHAT: Sizes(), SHAPE: Sizes(60, 24, 8, 10, 4, 4, 32, 24), "tiny": Sizes(8, 24, 2, 10, 2, 2, 3, 4)}
+"""For each model; random words are longer prompts."""
+
+
+class World:
+    """A model with prompts for it: requests that are to be steered, in five wordings each, and ordinary ones."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.sizes, self.chat = name, SIZES[name], name == CHAT
+
+    @cached_property
+    def model(self) -> Any:
+        """On the class that is the default."""
+        return models.load(CHAT) if self.chat else shapes.model(self.name, models.available_kinds()[0])
+
+    @property
+    def layers(self) -> list[int]:
+        """A third, half and two thirds of the way up."""
+        depth = self.model.cfg.n_layers
+        return [depth // 3, depth // 2, 2 * depth // 3]
+
+    @cached_property
+    def steering(self) -> Any:
+        """Fitted half way up, its gate to ordinary prompts as well."""
+        return fs.fit(self.read, general=self.read_general)
+
+    @cached_property
+    def read(self) -> Any:
+        """What a steering is fitted to."""
+        return fs.collect(self.model, self.contrasts(self.sizes.fitted), layer=self.layers[1], **self.options)
+
+    @cached_property
+    def read_general(self) -> Any:
+        """What its gate is to leave alone."""
+        return fs.collect_queries(self.model, self.general(self.sizes.fitted), layer=self.layers[1], **self.options)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How prompts become tokens."""
+        return {"progress": False, **({"chat": True} if self.chat else {})}
+
+    def contrasts(self, count: int) -> list[fs.Contrast]:
+        """Requests, each with a refusal and a consent; or random words."""
+        if not self.chat:
+            return shapes.contrasts(self.name, count)
+        return [fs.Contrast(text, REFUSALS[kind], CONSENT, label=kind) for kind, text in requests(count)]
+
+    def general(self, count: int) -> list[Any]:
+        """Prompts that are to be left alone."""
+        if not self.chat:
+            return [list(one.prompt) for one in shapes.contrasts(self.name, count, seed=1)]
+        return worded(ORDINARY, count)
+
+    def suite(self, count: int) -> TruthfulQA:
+        """Requests to which the refusal of their kind is the true answer, and three others are not."""
+        if not self.chat:
+            return scoring.choices(self.name, count)
+        made = []
+        for kind, text in requests(count):
+            wrong = [(refusal, False) for other, refusal in REFUSALS.items() if other != kind][:3]
+            answers = ((REFUSALS[kind], True), *wrong)
+            made.append(Choice(text, answers, answers))
+        return TruthfulQA(tuple(made))
+
+
+def requests(count: int) -> list[tuple[str, str]]:
+    """Requests, one of each kind in turn, with the kind."""
+    rows = zip(*(worded(texts, 5 * len(texts)) for texts in HARMFUL.values()), strict=True)
+    in_turn = [pair for row in rows for pair in zip(HARMFUL, row, strict=True)]
+    return in_turn[:count]
+
+
+def worded(texts: Sequence[str], count: int) -> list[str]:
+    """So many of these texts, each in other words once all had their turn."""
+    return [wording.format(text) for wording in WORDINGS for text in texts][:count]
+
+
+# --------------------------------------------------------------------------------------------------------- the tasks
+
+Task = Callable[[World], Callable[[], object]]
+"""Makes ready all that the step needs, and gives the step itself."""
+
+
+def load(world: World) -> Callable[[], object]:
+    """Load the model, which keeps it."""
+    models.available_kinds()  # what is imported is there before
+    return lambda: world.model
+
+
+def collecting(world: World) -> Callable[[], object]:
+    """Read contrasts at three layers."""
+    contrasts, layers = world.contrasts(world.sizes.collected), world.layers
+    return lambda: fs.collect(world.model, contrasts, layer=layers, **world.options)
+
+
+def fit(world: World) -> Callable[[], object]:
+    """Fit a steering to what was read."""
+    read, general = world.read, world.read_general
+    return lambda: fs.fit(read, general=general)
+
+
+def gate_report(world: World) -> Callable[[], object]:
+    """Report on the gate, with texts that it has not seen."""
+    steering, count = world.steering, world.sizes.fitted
+    harmful = [text for _, text in requests(2 * count)[count:]]
+    others = world.general(2 * count)[count:]
+    half = len(others) // 2
+    options = {"calibration": others[half:], "false_alarm_rate": 0.2, **world.options}
+    return lambda: fs.gate_report(world.model, steering, harmful, others[:half], **options)
+
+
+def evaluating(world: World) -> Callable[[], object]:
+    """Multiple choice under five methods."""
+    steering, suite = world.steering, world.suite(world.sizes.asked)
+    methods = {"none": None, **{f"at {by:g}": steering.with_strength(by) for by in STRENGTHS}}
+    return lambda: fs.evaluate(world.model, methods, suite, **world.options)
+
+
+def searching(world: World) -> Callable[[], object]:
+    """Choose layer and strength."""
+    count = world.sizes.searched
+    contrasts = world.contrasts(3 * count)
+    data = Splits(contrasts[count:], contrasts[:count], world.general(count))
+    how = {"budget": 1e6, "layers": world.layers, "strengths": STRENGTHS, **world.options}
+    return lambda: fs.search(world.model, data, **how)
+
+
+def calibrating(world: World) -> Callable[[], object]:
+    """Find a strength; without the gate, which would be shut."""
+    steering, prompts = world.steering.with_gate(None), world.general(world.sizes.calibrated)
+    return lambda: fs.calibrate(steering, world.model, prompts, kl=0.1, **world.options)
+
+
+def generating(world: World) -> Callable[[], object]:
+    """Generate with and without steering, and record the replay."""
+    steering = world.steering
+    prompts = [one.prompt for one in world.contrasts(world.sizes.generated)]
+    how = {"max_new_tokens": world.sizes.n_new, "compare": True, "replay": True, **world.options}
+    return lambda: fs.generate(world.model, prompts, steering, **how)
+
+
+def reporting(world: World) -> Callable[[], object]:
+    """A report on requests and ordinary prompts, half each."""
+    steering, count = world.steering, world.sizes.reported
+    asked, others = world.contrasts(count // 2), world.general(count // 2)
+    return lambda: steering_report(world.model, steering, asked, others, **world.options)
+
+
+def exploring(world: World) -> Callable[[], object]:
+    """The explorer with its first picture."""
+    steering, count = world.steering, world.sizes.reported
+    prompts = {"to steer": [one.prompt for one in world.contrasts(count // 2)], "others": world.general(count // 2)}
+    return lambda: fs.explore(steering, world.model, prompts, **world.options)._repr_mimebundle_()
+
+
+TASKS: dict[str, tuple[Task, str]] = {
+    "load": (load, "the model"),
+    "collect": (collecting, "{collected} contrasts, three layers"),
+    "fit": (fit, "{fitted} contrasts, {fitted} ordinary prompts"),
+    "gate report": (gate_report, "{fitted} requests, {fitted} ordinary prompts, the perturbations"),
+    "evaluate": (evaluating, "{asked} questions, five methods"),
+    "search": (searching, "three layers, four strengths, {searched} contrasts and as many ordinary prompts"),
+    "calibrate": (calibrating, "{calibrated} ordinary prompts"),
+    "generate": (generating, "{generated} × {n_new} tokens, compare and replay"),
+    "report": (reporting, "{reported} prompts"),
+    "explore": (exploring, "the first picture of {reported} prompts"),
+}
+
+
+LIGHT = ("load", "fit")
+"""Steps that make a model, or run none."""
+OF_TEXTS = ("gate report",)
+"""Steps that need texts which a person could have written."""
+
+
+# ------------------------------------------------------------------------------------------- one step, in one process
+
+
+def measured(world: World, name: str, counted: bool) -> dict[str, float]:
+    """Seconds, CPU-seconds and MiB of a step; `counted`, the GFLOP of its products, and the seconds of these alone."""
+    run, found = TASKS[name][0](world), {}
+
+    def timed() -> None:
+        start, of_cpu = time.perf_counter(), time.process_time()
+        run()
+        found.update(seconds=time.perf_counter() - start, cpu=time.process_time() - of_cpu)
+
+    found["MiB"] = peak_above(timed)
+    if counted and name not in LIGHT:
+        found["GFLOP"] = products(TASKS[name][0](world))
+        found["floor"] = found["GFLOP"] / speed(world)
+    return found
+
+
+def products(run: Callable[[], object]) -> float:
+    """GFLOP of the products of activations with weights; those of attention are left out, which models count apart."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(count for operation, count in counts.items() if str(operation) in ("aten.mm", "aten.addmm")) / 1e9
+
+
+def speed(world: World) -> float:
+    """GFLOP a second of transformers, in one pass over one long row."""
+    network = smollm2.plain_reading()[0] if world.chat else shapes.hf_model(world.name)
+    length = min(LONG_PASS, network.config.max_position_embeddings)
+    tokens = torch.randint(1, network.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def run() -> None:
+        network(tokens)
+
+    return products(run) / min(seconds(run) for _ in range(5))
+
+
+def profiled(world: World, name: str, rows: int = 25) -> str:
+    """Where the time of a step goes: the functions that took most of it by themselves."""
+    run, profile, out = TASKS[name][0](world), cProfile.Profile(), io.StringIO()
+    profile.runcall(run)
+    pstats.Stats(profile, stream=out).sort_stats("tottime").print_stats(rows)
+    return out.getvalue()
+
+
+def main() -> None:
+    """What the process of one step does: measure it and print a line of JSON, or print its profile."""
+    parser = argparse.ArgumentParser(prog="benchmarks.tasks", description=__doc__)
+    parser.add_argument("model", choices=SIZES)
+    parser.add_argument("task", choices=TASKS, metavar="STEP", help=", ".join(TASKS))
+    parser.add_argument("--profile", action="store_true", help="print where the time goes")
+    parser.add_argument("--counted", action="store_true", help="count the products with weights, in a second run")
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    world = World(given.model)
+    told = profiled(world, given.task) if given.profile else json.dumps(measured(world, given.task, given.counted))
+    sys.stdout.write(told + "\n")
+
+
+# ------------------------------------------------------------------------------------------ all steps, before and after
+
+
+def run(settings: Settings) -> Section:
+    """Every step with both models, by this package and by that of an earlier commit where one is named."""
+    cells = []
+    with exported(settings.before) as earlier:
+        for model in ("tiny",) if settings.quick else (*[CHAT] * (find_spec(SMOLLM2[0]) is not None), SHAPE):
+            for name, (_, about) in TASKS.items():
+                if name in OF_TEXTS and model != CHAT:
+                    continue
+                before = None if earlier is None else in_child(model, name, earlier)
+                now = in_child(model, name, HERE, "--counted")
+                cells.append([model, f"{name}: {about.format(**asdict(SIZES[model]))}", *told(before, now)])
+    header = ["model", "step", "seconds", "ratio", "CPU-seconds", "peak, MiB", "GFLOP", "floor, seconds"]
+    versus = f" → now; before is commit {settings.before}" if settings.before else ""
+    text = f"""
+Each step once, in a process of its own that has everything ready before, one thread, the model on
+{models.CLASS_NAMES[models.available_kinds()[0]]}: SmolLM2-135M-Instruct with prompts that the package ships, in five
+wordings, and GPT-2's shape with random words. Seconds are before{versus}. The peak of memory is what comes on top
+of what was resident. GFLOP are those of products with weights that the step does; the floor is how long transformers
+takes for as many in one pass over {LONG_PASS} tokens, without attention and whatever else there is: with these
+products no program on this thread is faster. Where the time of a step goes is told by
+`python -m benchmarks.tasks MODEL STEP --profile`.
+""".strip()
+    return Section(TITLE, text, (), f"{markdown(header, cells)}\n\n{growth(settings)}")
+
+
+def told(before: Mapping[str, float] | None, now: Mapping[str, float]) -> list[str]:
+    """The cells of one step."""
+    earlier = before or {}
+
+    def both(name: str) -> str:
+        return " → ".join(f"{one[name]:.3g}" for one in (earlier, now) if name in one)
+
+    ratio = f"{now['seconds'] / earlier['seconds']:.2f}" if before else ""
+    return [both("seconds"), ratio, both("cpu"), both("MiB"), both("GFLOP"), both("floor")]
+
+
+def in_child(model: str, name: str, package: Path, *options: str) -> dict[str, float]:
+    """Measure one step in a process of its own, with the package that lies in a folder."""
+    command = [sys.executable, "-P", "-W", "ignore", "-m", "benchmarks.tasks", model, name, *options]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(HERE)]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def growth(settings: Settings) -> str:
+    """How the time of some steps grows with each of their sizes, as the exponent of a power law between two sizes."""
+    shape, n, d_model = ("tiny", 24, 16) if settings.quick else (SHAPE, 1000, 512)
+    model, few = shapes.model(shape, models.available_kinds()[0], settings.device), 2 if settings.quick else 8
+    steering, top = shapes.steering(model.cfg.d_model, 1, settings.device), model.cfg.n_layers - 1
+    quiet: dict[str, Any] = {"progress": False}
+
+    def collecting(count: int, layer: int) -> None:
+        fs.collect(model, shapes.contrasts(shape, count), layer=layer, **quiet)
+
+    def generating(count: int, n_new: int) -> None:
+        fs.generate(
+            model,
+            [one.prompt for one in shapes.contrasts(shape, count)],
+            steering,
+            max_new_tokens=n_new,
+            batch_size=few,
+            **quiet,
+        )
+
+    def experts(rows: int, width: int, number: int) -> None:
+        h, delta = fitting.example(rows, width, settings.device)
+        fs.fit_experts(h, delta, preset="paper", n_experts=number, epochs=5)
+
+    grown: list[tuple[str, Callable[..., None], tuple[int, ...], int, int, float]] = [
+        ("collect, contrasts", collecting, (few, top), 0, 4 * few, 4),
+        ("collect, layers below", collecting, (few, 0), 1, top, top + 1),
+        ("generate, prompts", generating, (few, few), 0, 4 * few, 4),
+        ("generate, new tokens", generating, (few, few), 1, 4 * few, 4),
+        ("fit_experts, n", experts, (n, d_model, 4), 0, 4 * n, 4),
+        ("fit_experts, d", experts, (n, d_model, 4), 1, 4 * d_model, 4),
+        ("fit_experts, K", experts, (n, d_model, 2), 2, 8, 4),
+    ]
+    cells = []
+    for what, run, sizes, place, larger, factor in grown:
+        grown_sizes = (*sizes[:place], larger, *sizes[place + 1 :])
+        small, large = (min(seconds(partial(run, *one)) for _ in range(2)) for one in (sizes, grown_sizes))
+        cells.append([what, f"{factor:g}", f"{small:.3g} → {large:.3g}", f"{math.log(large / small, factor):.2f}"])
+    return (
+        f"Growth with each size by itself, {shape} shape, the faster of two runs: the exponent is 1 where twice as much"
+        " takes twice as long.\n\n" + markdown(["step, size", "times", "seconds", "exponent"], cells)
+    )
+
+
+@contextmanager
+def exported(commit: str | None) -> Iterator[Path | None]:
+    """A folder with the package as it was at a commit."""
+    if commit is None:
+        yield None
+        return
+    with TemporaryDirectory() as folder:
+        archive = subprocess.run(["git", "archive", commit, "fsteer_lens"], check=True, capture_output=True, cwd=HERE)
+        subprocess.run(["tar", "-x", "-C", folder], check=True, input=archive.stdout)
+        yield Path(folder)
+
+
+if __name__ == "__main__":
+    main()
