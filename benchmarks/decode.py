@@ -58,7 +58,8 @@ off" is the model's own `generate` with the hooks on it, which keeps nothing els
 with its own `generate`; its trace is the same. "One hook" puts one hook on one layer and runs 32 tokens
 through the model: a new prompt each time, so gate and experts are in it. "Replay" is what recording for
 `figures.replay` costs: two more passes over the text, how the unsteered model would have gone on, and above all the
-logit lens, which runs the model's head at every layer.
+logit lens, which runs the model's head at every layer. It is divided by a run that was compared, which is cheap here: a
+text that steering did not change, as these random weights do not let it, is not generated a second time.
 """.strip()
     return Section("Decoding", text, tuple(rows))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks import collecting, decode, scoring
-from benchmarks.measuring import Kept, Ratio, Row, Section, Settings, compare, peak_memory
+from benchmarks.measuring import Aim, Kept, Ratio, Row, Section, Settings, compare, peak_memory
 from fsteer_lens import Contrast, FineSteer, collect, collect_queries, fit, generate, models
 from fsteer_lens.demo.requests import CONSENT, HARMFUL, ORDINARY, REFUSALS
 from fsteer_lens.evaluation import TruthfulQA
@@ -44,7 +44,9 @@ def run(settings: Settings) -> Section:
 SmolLM2-135M-Instruct in float32, from the 4-bit file that `models.load("smollm2")` reads, on short prompts that the
 package ships, each a user's turn of the model's chat template. Plain reading is transformers' `from_pretrained` of that
 file, model and tokenizer; `load` makes an ordinary model of it, converts that, and compares what both say.
-{n_contrasts} requests with a refusal and a consent are collected half way up, beside the plain recipe of "Collecting".
+{n_contrasts} requests with a refusal and a consent are collected, a third and half of the way up, beside the plain
+recipe of "Collecting": all prompts begin with the same system message here, which `collect` runs once and
+"multiplications alone" does not know of.
 A steering is fitted to {FITTED}, its gate to {GENERAL} ordinary prompts as well. After one of the requests {n_new}
 tokens are generated, greedily and with a KV cache, beside transformers' own `generate`; how much of the difference is
 the class's, its own `generate` tells. The rest is as in "Scoring answers": the bare model and three methods choose
@@ -103,7 +105,11 @@ def using(name: str, reference: Any, model: Any, settings: Settings) -> list[Row
     (n_contrasts, n_new, n_asked), rounds = sizes(settings), settings.rounds_or(2)
     read = contrasts(model, n_contrasts)
     steering = fitted(model).to(settings.device)
-    rows = [collecting.row(f"{name}, collecting", reference, model, read, steering.layers[0], rounds)]
+    third, half = model.cfg.n_layers // 3, steering.layers[0]
+    rows = [
+        collecting.row(f"{name}, collecting at layer {layer}", reference, model, read, layer, rounds, aim)
+        for layer, aim in ((third, Aim(8, at_least=True)), (half, None))
+    ]
     for what, ratio, same in generating(reference, model, read[0].prompt, steering, n_new, settings.rounds_or(3)):
         note = f"{same} of {n_new} tokens are the same."
         rows.append(Row(f"{name}, {what}", "ours / transformers' generate", ratio, note=note))

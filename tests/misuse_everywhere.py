@@ -1,15 +1,17 @@
 # ruff: noqa: E501
-"""What comes of every argument of every public callable being nonsense; run by test_api_fuzz.py, printed as JSON lines.
+"""What comes of nonsense for every argument of every public callable, and of the methods of what these give.
 
-One argument at a time is nonsense, the others are good values, by the argument's name or, where that means different
+Run by test_api_fuzz.py, printed as JSON lines. One argument at a time is nonsense, the others are good values, by the argument's name or, where that means different
 things, by the callable's and its name. This runs without the tests' type checker, as it would at a user's.
 """
 
 import importlib
 import inspect
+import itertools
 import json
 import math
 import os
+import random
 import re
 import signal
 import sys
@@ -45,6 +47,9 @@ GateReport GateRow Substitution Explorer Watch Settings Chain Handle Hooks State
 OutOfFold Parts StepRecord Calibration Recipe Search Record Replay Scored Verdict Trace Generation Generations Steering
 SubspaceGate Split TutorData Task Setting Measure""".split()
 """Results, which are returned, not made by whoever uses the package."""
+OF_THE_HOST = """edit open session_on begin holder take_back record extend fork query gate_of_ratio require_match measure measure_each
+measured_each taking preceded""".split()
+"""Methods that the package calls itself."""
 SECONDS = 60
 """For one call."""
 SLOW = 0.4
@@ -67,6 +72,26 @@ axis = torch.eye(h.shape[1])[0]
 mean_shift = fl.steering.fit_mean_shift(acts)
 sweeps = effects.strength_sweep(model, steering, held, general[:2], strengths=[1.0], **quiet)
 
+acts.save(folder / "acts.safetensors")
+made.trace.to_jsonl(folder / "trace.jsonl")
+contrast_set = fl.ContrastSet(train[:20])
+contrast_set.to_jsonl(folder / "contrasts.jsonl")
+contrast_rows = [{"prompt": one.prompt, "preferred": one.preferred, "undesired": one.undesired} for one in train[:3]]
+(folder / "contrasts.csv").write_text("prompt,preferred,undesired\na,b,c\n", encoding="utf-8")
+suite = evaluation.Repetition(general[:2], max_new_tokens=2)
+setting = evaluation.Setting()
+evaluated = fl.evaluate(model, {"none": None, "one": mean_shift}, suite, **quiet)
+reported = fl.gate_report(
+    model, {"one": gate}, ["a bomb"], ["a cake"], calibration=[f"bake {n}" for n in range(30)], layer=4,
+    format=tutor.chat, perturbations=evaluation.PERTURBATIONS[:1], false_alarm_rate=0.5, **quiet,
+)  # fmt: skip
+objects: list[Any] = [
+    acts, contrast_set, gate, experts, steering, steering.gate.subspace, mean_shift, made.trace, evaluated, reported, suite,
+    setting, fl.Schedule.decay(0.5), fl.report.Report("a"), evaluation.PERTURBATIONS[0],
+    effects.expert_knockout(model, steering, held, layer=4, **quiet), fl.explore(steering, model, general[:4], **quiet),
+    fl.watch(steering, model, general[0], max_new_tokens=2), data, gate.at_threshold(0.5), fl.EnergyGate(gate.subspace, 2),
+]  # fmt: skip
+
 # of parameters without a default
 good: dict[str, Any] = {
     "model": model, "steering": steering, "activations": acts, "contrasts": held, "prompts": general[:2], "text": "a text",
@@ -85,10 +110,21 @@ good: dict[str, Any] = {
     "utility": 0.5, "body": "<p>", "ratios": gate.ratios, "epsilon": 0.05, "gamma": 1.0, "slopes": torch.ones(4),
     "intercepts": torch.zeros(4), "residual_basis": experts.residual_basis, "prototypes": experts.prototypes,
     "controller": experts.controller, "enabled": experts.enabled, "answer": "yes.", "harmful_groups": ("a",), "low": 0.0,
+    "h": h, "index": 0, "read": "last", "device": "cpu", "threshold": 0.5, "shift": "last_prompt", "rows": [0], "measure": "KL",
+    "method": "one", "first": "one", "second": "none", "setting": setting, "passes": setting.passes, "steerings": [None],
+    "columns": ["a"], "level": 2, "caption": "a", "expert": 0, "expected": "a", "steps": torch.tensor([0, 1]),
+    "ratio": torch.tensor([0.5]), "scope": "all", "schedule": None, "monitor": True, "rng": random.Random(0), "example": 0,
     "high": 1.0, "loops": 0.0, "opened": 1.0, "spared": 1.0, "activation": h,
 }  # fmt: skip
 # where the name means something else
 special: dict[str, Any] = {
+    "Trace.layer_of.name": "gate", "Report.add_download.data": b"a", "Report.add_table.columns": ["a", "b"], "Report.add_table.rows": [["c", "d"]],
+    "Schedule.at.steps": torch.tensor([0, 1]), "TutorData.heldout.example": train[0], "Activations.load.path": folder / "acts.safetensors",
+    "Trace.from_jsonl.path": folder / "trace.jsonl", "ContrastSet.from_jsonl.path": folder / "contrasts.jsonl",
+    "ContrastSet.from_csv.path": folder / "contrasts.csv", "ContrastSet.from_records.rows": contrast_rows,
+    "Trace.from_records.records": made.trace.to_records(), "Knockout.estimate.label": "weapons", "FineSteer.decide.gate": torch.ones(len(h)),
+    "ContrastSet.from_records.prompt": "prompt", "ContrastSet.from_records.preferred": "preferred",
+    "ContrastSet.from_records.undesired": "undesired", "Repetition.ids.prompts": general[:2], "Evaluation.items.measure": "repeats",
     "load.path": folder / "steering.safetensors", "figures.save.path": folder / "out.html",
     "evaluation.harmbench.path": folder / "harmbench.csv", "evaluation.xstest.path": folder / "xstest.csv",
     "recipe.contrasts": train[:8], "recipe.general": general[:26], "steering.fit_null_space.general": others,
@@ -128,6 +164,20 @@ def callables() -> Iterator[tuple[str, Callable[..., Any]]]:
             if not (inspect.isclass(one) and issubclass(one, Exception)):
                 seen.add(id(one))
                 yield whole, one
+
+
+def methods() -> Iterator[tuple[str, Callable[..., Any]]]:
+    """Every public method of the objects that users hold, once, by its class and name, bound to one of them."""
+    seen: set[int] = set()
+    for held in objects:
+        kind = held if inspect.isclass(held) else type(held)
+        for name in dir(held):
+            one = None if name.startswith("_") else inspect.getattr_static(held, name)
+            plain = getattr(one, "__func__", one)
+            ours = inspect.isfunction(plain) and plain.__module__.startswith("fsteer_lens") and id(plain) not in seen
+            if ours and name not in OF_THE_HOST and plain.__code__.co_argcount + plain.__code__.co_kwonlyargcount > 1:
+                seen.add(id(plain))
+                yield f"{kind.__name__}.{name}", getattr(held, name)
 
 
 def parameters(one: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -170,7 +220,7 @@ signal.signal(signal.SIGALRM, too_long)
 warnings.simplefilter("ignore")
 torch.manual_seed(0)
 chosen = re.compile(sys.argv[1] if len(sys.argv) > 1 else "")
-for whole, one in callables():
+for whole, one in itertools.chain(callables(), methods()):
     if not chosen.search(whole):
         continue
     takes, begun = parameters(one), time.perf_counter()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fsteer_lens.effects.measuring import MeasureOptions, Measuring
 from fsteer_lens.errors import InputError
-from fsteer_lens.ground.checks import instance, optional, optional_text, options_of, several, whole
+from fsteer_lens.ground.checks import choice, instance, optional, optional_text, options_of, several, whole
 from fsteer_lens.ground.estimates import Estimate, bootstrap
 from fsteer_lens.hooks.objects import remembered
 from fsteer_lens.method.experts import Experts
@@ -105,8 +105,8 @@ class Knockout:
 
     def estimate(self, expert: int, label: str, *, seed: int = 0) -> Estimate:
         """Effect lost on one label without one expert, with its 95 % paired bootstrap interval."""
-        if expert not in self.experts or label not in self.groups:
-            raise InputError("estimate", expected=f"experts {self.experts}, labels {self.groups}", got=(expert, label))
+        expert = choice("expert", expert, list(self.experts), "one of")
+        label = choice("label", label, list(self.groups), "one of")
         lost = (self.full - self.removed[expert])[self._has(label)]
         return bootstrap(lost, seed=seed)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from fsteer_lens.effects.answers import one_each
 from fsteer_lens.errors import InputError
 from fsteer_lens.evaluation.suites import Measure, Setting, Suite
-from fsteer_lens.ground.checks import choice, instance, options_of, require_unset, seed_of, several
+from fsteer_lens.ground.checks import choice, instance, options_of, require_unset, seed_of, several, switch
 from fsteer_lens.ground.estimates import Estimate, bootstrap, estimate_of, resampled_means
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.hooks.objects import HookObject, remembered
@@ -76,9 +76,8 @@ class Evaluation:
             InputError: no such method, measure or group.
         """
         names = [known.name for known in self.measures]
-        if method not in self.values or measure not in names:
-            raise InputError("evaluation", expected=f"one of {list(self.values)} and {names}", got=(method, measure))
-        index = names.index(measure)
+        method = choice("method", method, list(self.values), "one of")
+        index = names.index(choice("measure", measure, names, "one of"))
         values = self.values[method][index].mean(dim=0)
         groups = self.measures[index].groups
         if group is None:
@@ -165,6 +164,7 @@ class Evaluation:
         Raises:
             InputError: no such method, or nothing that could be compared with it.
         """
+        groups = switch("groups", groups)
         columns: list[tuple[str, str | None]] = []
         for measure in self.measures:
             columns += [(measure.name, group) for group in (None, *(measure.kinds if groups else ()))]
@@ -173,9 +173,9 @@ class Evaluation:
         both = self._both is not None
         head += ["harmonic mean"] * both
         if reference is not None:
-            if reference not in self.values or not (both or len(effects) == 1):
-                expected = f"one of {list(self.values)}, and a suite with one effect"
-                raise InputError("reference", expected=expected, got=repr(reference))
+            choice("reference", reference, list(self.values), "one of")
+            if not both and len(effects) != 1:
+                raise InputError("reference", expected="a suite with one effect", got=effects)
             head.append(f"{reference} − this")
 
         def compared(method: str) -> str:

@@ -26,6 +26,7 @@ from fsteer_lens.ground.checks import (
     options_of,
     seed_of,
     several,
+    switch,
     whole,
 )
 from fsteer_lens.ground.estimates import Proportion, auroc
@@ -121,7 +122,7 @@ class GateReport:
         Raises:
             InputError: there is no such row.
         """
-        rate = self.false_alarm_rate if same_rate else None
+        rate = self.false_alarm_rate if switch("same_rate", same_rate) else None
         wanted = (gate, perturbation, group, rate)
         for row in self.rows:
             if (row.gate, row.perturbation, row.group, row.false_alarm_rate) == wanted:
@@ -156,7 +157,7 @@ class GateReport:
             InputError: another `by`.
         """
         choice("by", by, ("perturbation", "group"))
-        rate = self.false_alarm_rate if same_rate else None
+        rate = self.false_alarm_rate if switch("same_rate", same_rate) else None
         fixed = ("group", ALL) if by == "perturbation" else ("perturbation", NONE)
         rows = [
             [getattr(row, by), row.gate, *map(shown, (row.missed, row.missed_kept, row.false_alarms)), _area(row.auroc)]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fsteer_lens.effects import exact_answers
-from fsteer_lens.ground.checks import finite, whole
+from fsteer_lens.ground.checks import finite, function, whole
 from fsteer_lens.models.classes import SteerableModel
 from fsteer_lens.prompts.forms import Message, Prompt, prompt_text, texts_of
 
@@ -44,7 +44,7 @@ class Perturbation:
 
     def prompt(self, text: str, *, format: Format, seed: int = 0) -> str:
         """Model input for a text; the draws depend on the seed, the perturbation's name and the text alone."""
-        return format(self._changed(text, seed)) + self.prefill
+        return function("format", format)(self._changed(text, seed)) + self.prefill
 
     def turns(self, text: str, *, seed: int = 0) -> list[Message]:
         """The same as chat messages: a prefilled answer is the assistant's, who goes on from there."""

@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import seed_of
 
 RESAMPLES = 2000
 _DRAWS_AT_ONCE = 2**24
@@ -81,7 +82,7 @@ def resampled_means(values: Float[Tensor, " n"], *, seed: int = 0) -> Float[Tens
     n = len(numbers)
     if n == 0 or not np.isfinite(numbers).all():
         raise InputError("values of an estimate", expected="at least one, all finite", got=f"{n} values")
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed_of(seed))
     size = max(1, _DRAWS_AT_ONCE // n)
     means = [
         numbers[generator.integers(n, size=(min(size, RESAMPLES - start), n))].mean(axis=1)

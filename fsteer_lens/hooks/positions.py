@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fsteer_lens.errors import HookError
+from fsteer_lens.errors import HookError, InputError
+from fsteer_lens.ground.checks import brief
 from fsteer_lens.reading.readings import at
 
 PREFIX_TOLERANCE = 1e-3
@@ -47,8 +48,8 @@ class Positions:
     """
 
     def __init__(self, prompt_lengths: Tensor | None, attention_mask: Tensor | None) -> None:
-        self.lengths = None if prompt_lengths is None else _tensor(prompt_lengths).long()
-        self.mask = None if attention_mask is None else _tensor(attention_mask).bool()
+        self.lengths = None if prompt_lengths is None else _tensor("prompt_lengths", prompt_lengths, "[b]").long()
+        self.mask = None if attention_mask is None else _tensor("attention_mask", attention_mask, "[b s]").bool()
         self.seen = 0
         self.coming = 0  # new tokens that the next forward brings at once, of a fork
         self.last = 0  # the last column of any prompt, on the host: a query of its own would wait for the device
@@ -188,9 +189,12 @@ class Positions:
         return last.to(device), first.to(device)
 
 
-def _tensor(values: Any) -> Tensor:
+def _tensor(name: str, values: Any, axes: str) -> Tensor:
     """A tensor as it is, or anything else as one on the CPU, whatever the default device."""
-    return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+    try:
+        return values if isinstance(values, Tensor) else torch.as_tensor(values, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(name, expected=f"whole numbers {axes}", got=brief(values)) from error
 
 
 def _usable(real: Tensor | None, rows: int, width: int, fresh: bool) -> bool:

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from fsteer_lens.ground.checks import choice, finite, normalised, several, whole
+from fsteer_lens.ground.checks import choice, finite, instance, normalised, several, whole
 
 SCOPES = ("all", "prompt", "generated")
 NEGLIGIBLE = 1e-3
@@ -84,5 +84,6 @@ class Schedule:
 
     def at(self, steps: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """Factor at each step."""
+        instance("steps", steps, torch.Tensor, "a tensor of whole numbers")
         table = torch.tensor(self.factors, dtype=torch.float32, device=steps.device)
-        return table[steps.clamp(0, len(self.factors) - 1)]
+        return table[steps.long().clamp(0, len(self.factors) - 1)]

@@ -215,6 +215,7 @@ class Experts:
 
     def nearest(self, shifts: Float[Tensor, "*batch d"]) -> Int[Tensor, "*batch"]:
         """The expert, of those that are on, whose prototype has the largest cosine with each shift."""
+        require_width(shifts, "shifts", self.d_model)
         cosines = shifts.to(self.prototypes) @ F.normalize(self.prototypes, dim=-1).T
         return cosines.masked_fill(self._off(cosines.device), -math.inf).argmax(dim=-1)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fsteer_lens.errors import NonFiniteError, ShapeError
 from fsteer_lens.ground.checks import instance, whole
+from fsteer_lens.ground.devices import require_device, require_float
 
 Value = TypeVar("Value")
 
@@ -109,16 +110,28 @@ def variant(value: Value, **changes: Any) -> Value:
 
 
 def move(value: Value, device: Any = None, dtype: torch.dtype | None = None) -> Value:
-    """Return `value` (a tensor, or a frozen dataclass, dict or tuple of them) on another device or in another dtype."""
+    """Return `value` (a tensor, or a frozen dataclass, dict or tuple of them) on another device or in another dtype.
+
+    Raises:
+        InputError: no device that is here, or no floating-point dtype.
+    """
+    if device is not None:
+        require_device(device)
+    if dtype is not None:
+        require_float(dtype)
+    return _moved(value, device, dtype)
+
+
+def _moved(value: Value, device: Any, dtype: torch.dtype | None) -> Value:
     if isinstance(value, Tensor):
         moved: Any = value.to(device=device, dtype=dtype if value.is_floating_point() else None)
         return moved
     if isinstance(value, dict):
-        return type(value)({key: move(item, device, dtype) for key, item in value.items()})
+        return type(value)({key: _moved(item, device, dtype) for key, item in value.items()})
     if isinstance(value, tuple):
-        items = [move(item, device, dtype) for item in value]
+        items = [_moved(item, device, dtype) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in fields(value) if field.init]
-        return replace(value, **{name: move(getattr(value, name), device, dtype) for name in names})
+        return replace(value, **{name: _moved(getattr(value, name), device, dtype) for name in names})
     return value

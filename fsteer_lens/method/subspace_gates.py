@@ -23,7 +23,7 @@ from torch import Tensor
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import choice, finite, instance, normalised, optional, whole
 from fsteer_lens.method.gates import OPEN, Gate, Reading, cut_at, require_reading
-from fsteer_lens.method.linalg import require_rank, require_shapes, variant
+from fsteer_lens.method.linalg import require_rank, require_shapes, require_tensor, variant
 from fsteer_lens.method.subspace import Subspace
 
 FITTED = "the ranks that were fitted"
@@ -195,6 +195,7 @@ class QuantileGate(SubspaceGate):
 
     def quantile(self, ratio: Float[Tensor, "*batch"]) -> Float[Tensor, "*batch"]:
         """F(s): where an energy ratio lies among those of the calibration queries, in [0, 1]."""
+        require_tensor(ratio, "ratio")
         ordered = self.ratios[:, self.rank - 1].contiguous()
         n = len(ordered)
         at_or_below = torch.searchsorted(ordered, ratio.to(ordered).contiguous(), right=True)

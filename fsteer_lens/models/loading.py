@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from fsteer_lens.errors import FsteerError, InputError, MissingDependencyError
+from fsteer_lens.ground.devices import require_device
 from fsteer_lens.ground.files import read_text
 from fsteer_lens.ground.foreign import told
 from fsteer_lens.ground.tables import parse_json
 from fsteer_lens.models.classes import Kind, SteerableModel, available_kinds
 from fsteer_lens.models.conversion import from_hf
-from fsteer_lens.models.devices import require_device
 from fsteer_lens.models.gguf_files import read_gguf
 
 TUTOR = Path(__file__).parents[1] / "tutor" / "weights"

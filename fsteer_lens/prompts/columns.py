@@ -1,12 +1,12 @@
 """From the rows of a table to what a contrast is made of, cell by cell."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from fsteer_lens.errors import DataError, InputError
-from fsteer_lens.ground.checks import brief, clean_text, optional_text, several
+from fsteer_lens.ground.checks import brief, clean_text, instance, optional_text, several
 from fsteer_lens.prompts.forms import as_prompt
 
 
@@ -34,6 +34,10 @@ class Columns:
     label: str | None
     context: str | None
     group: str | None
+
+    def __post_init__(self) -> None:
+        for part, column in vars(self).items():  # of a table of pandas a name may be a number
+            instance(f"the column of {part}", column, Hashable, "the name of a column")
 
     @property
     def needed(self) -> dict[str, str]:

@@ -12,6 +12,7 @@ from fsteer_lens.errors import InputError
 from fsteer_lens.figures import Html
 from fsteer_lens.figures.html import POLICY, escape
 from fsteer_lens.figures.style import CONFIG
+from fsteer_lens.ground.checks import brief, instance, several, switch, whole
 from fsteer_lens.ground.files import write_atomically
 
 if TYPE_CHECKING:
@@ -38,13 +39,13 @@ class Report:
 
     def add_heading(self, text: str, level: int = 2) -> "Report":
         """Add a heading of level 2 (a chapter) or 3 (a section)."""
-        if level not in (2, 3):
-            raise InputError("heading level", expected="2 or 3", got=level)
+        level = whole("heading level", level, 2, 3)
         return self._add(f"<h{level}>{escape(text)}</h{level}>")
 
     def add_text(self, text: str) -> "Report":
         """Add text; an empty line begins a new paragraph."""
-        return self._add("".join(f"<p>{escape(part.strip())}</p>" for part in text.split("\n\n") if part.strip()))
+        parts = _text("text", text).split("\n\n")
+        return self._add("".join(f"<p>{escape(part.strip())}</p>" for part in parts if part.strip()))
 
     def add_table(
         self,
@@ -67,8 +68,12 @@ class Report:
             about: text above the table, which is folded away with it.
 
         Raises:
-            InputError: a row with another number of cells than there are columns.
+            InputError: a row with another number of cells than there are columns, or no lists of text.
         """
+        columns = several("columns", columns, "a list of headings")
+        rows = [several("table row", row, "a list of cells") for row in several("rows", rows, "a list of rows")]
+        marked = [whole("marked", number) for number in several("marked", marked, "numbers of rows")]
+        words, folded, about = switch("words", words), _text("folded", folded), _text("about", about)
         for row in rows:
             if len(row) != len(columns):
                 raise InputError("table row", expected=f"{len(columns)} cells", got=list(row))
@@ -84,6 +89,9 @@ class Report:
 
     def add_figure(self, figure: "plotly.graph_objects.Figure | Html", caption: str = "") -> "Report":
         """Add a figure with its explanation above it."""
+        caption = _text("caption", caption)
+        if not hasattr(figure, "to_html"):
+            raise InputError("figure", expected="a figure of plotly, or a view of fsteer_lens", got=brief(figure))
         if isinstance(figure, Html):
             drawn, kind = figure.body, "view"
         else:
@@ -97,6 +105,7 @@ class Report:
 
     def add_download(self, text: str, name: str, data: bytes) -> "Report":
         """Add a file that the page carries inside, to be saved under `name`, with a line of text before it."""
+        instance("data", data, bytes, "bytes")
         inside = base64.b64encode(data).decode()
         link = f'<a download="{escape(name)}" href="data:application/octet-stream;base64,{inside}">{escape(name)}</a>'
         return self._add(f"<p>{escape(text)} {link} ({len(data) / 1024:,.0f} KB)</p>")
@@ -129,6 +138,10 @@ class Report:
     def _add(self, part: str) -> "Report":
         self._parts.append(part)
         return self
+
+
+def _text(name: str, value: object) -> str:
+    return instance(name, value, str, "text")
 
 
 def _cell(text: str) -> str:

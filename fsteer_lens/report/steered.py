@@ -121,7 +121,8 @@ def steering_report(
         others += " (to be left alone)"
     groups = labels + [others] * len(general)
     passes = passes.following(remembered(steering), model, prompts)
-    made = generate(model, prompts, steering, max_new_tokens=max_new_tokens, compare=True, **passes.options)
+    twice: PassOptions = {**passes.options, "batch_size": 2 * passes.batch_size}  # a compared prompt counts twice
+    made = generate(model, prompts, steering, max_new_tokens=max_new_tokens, compare=True, **twice)
     report = Report(title)
     _add_replay(report, model, steering, made, groups, passes)
     columns, rows = _table(model, steering, contrasts, made, groups, passes, seed)

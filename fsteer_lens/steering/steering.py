@@ -249,6 +249,9 @@ class Steering(Link):
             NonFiniteError: an activation is NaN or infinite.
             InputError: no `asked` for a gate that reads in another way than the vector, or that scans.
         """
+        layer = whole("layer", layer)
+        if gate is not None:
+            instance("gate", gate, Tensor, "gate values, a tensor")
         steered = layer in self.layers
         decision = self.vectors(layer, h) if steered else Decision(h.new_ones(h.shape[:-1]), torch.zeros_like(h))
         own = self.gate_at(layer)

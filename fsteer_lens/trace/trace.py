@@ -193,6 +193,7 @@ class Trace:
 
     def preceded(self, n: int) -> "Trace":
         """The same with n positions in all: nothing was added at those in front, and nothing else is known of them."""
+        n = whole("n", n, 0)
 
         def filled(value: Tensor, by_position: bool) -> Tensor:
             if not by_position or value.shape[1] >= n:
@@ -262,9 +263,10 @@ class Trace:
         """The layer to take of a field that goes from layer to tensor: the given one, or the only one.
 
         Raises:
-            InputError: the field lacks it, or has several to choose from.
+            InputError: no such field, or one that lacks the layer, or has several to choose from.
         """
-        known = sorted(getattr(self, name))
+        by_layer = {field.name for field in fields(self) if isinstance(getattr(self, field.name), dict)}
+        known = sorted(getattr(self, choice("field", name, sorted(by_layer), "one of those by layer,")))
         chosen = known[0] if layer is None and len(known) == 1 else layer
         fix = "The links of a chain have traces of their own: trace.link(0)." if self.parts else None
         return choice("layer", chosen, known, f"one of the layers with {name},", fix=fix)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Final
 
-from fsteer_lens.ground.checks import choice, whole
+from fsteer_lens.errors import InputError
+from fsteer_lens.ground.checks import brief, choice, whole
 from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
 from fsteer_lens.tutor import lexicon, world
 
@@ -65,6 +66,8 @@ class TutorData:
 
     def heldout(self, example: Contrast | Task) -> str:
         """Say what is new in a valid or test example: "pair" (a training template), or the whole "template"."""
+        if not isinstance(example, Contrast | Task):
+            raise InputError("example", expected="a contrast or a task of the tutor's", got=brief(example))
         return "pair" if example.group in _training_groups() else "template"
 
 
