@@ -12,7 +12,7 @@ from fsteer_lens.errors import InputError
 from fsteer_lens.figures import Html
 from fsteer_lens.figures.html import POLICY, escape
 from fsteer_lens.figures.style import CONFIG
-from fsteer_lens.ground.checks import brief, instance, several, switch, whole
+from fsteer_lens.ground.checks import brief, choice, instance, several, switch, whole
 from fsteer_lens.ground.files import write_atomically
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Report:
 
     def add_heading(self, text: str, level: int = 2) -> "Report":
         """Add a heading of level 2 (a chapter) or 3 (a section)."""
-        level = whole("heading level", level, 2, 3)
+        level = choice("heading level", level, (2, 3))
         return self._add(f"<h{level}>{escape(text)}</h{level}>")
 
     def add_text(self, text: str) -> "Report":
@@ -90,7 +90,7 @@ class Report:
     def add_figure(self, figure: "plotly.graph_objects.Figure | Html", caption: str = "") -> "Report":
         """Add a figure with its explanation above it."""
         caption = _text("caption", caption)
-        if not hasattr(figure, "to_html"):
+        if not isinstance(figure, Html) and not hasattr(figure, "to_html"):
             raise InputError("figure", expected="a figure of plotly, or a view of fsteer_lens", got=brief(figure))
         if isinstance(figure, Html):
             drawn, kind = figure.body, "view"
