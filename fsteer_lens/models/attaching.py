@@ -6,7 +6,7 @@ A hook that does not run changes nothing and says nothing. So whatever this pack
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from threading import Lock, RLock
+from threading import RLock
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -209,10 +209,8 @@ def unsteered(model: SteerableModel) -> AbstractContextManager[None]:
 
 
 _locks: "WeakKeyDictionary[Any, AbstractContextManager[Any]]" = WeakKeyDictionary()
-_lock_of_locks = Lock()
 
 
 def lock_of(model: SteerableModel) -> AbstractContextManager[Any]:
     """The lock under which this package puts hooks on a model for a moment; one thread may take it several times."""
-    with _lock_of_locks:
-        return _locks.setdefault(model, RLock())
+    return _locks.setdefault(model, RLock())  # one step of a dict: a lock of its own could be left shut by an interrupt
