@@ -86,7 +86,7 @@ results-smollm2: $(DEV) ## measure on a chat model with public data in DATA=FOLD
 	@test -n "$(DATA)" || { echo "make results-smollm2 DATA=FOLDER: the head of tools/results_smollm2.py says what is in it" >&2; exit 1; }
 	$(BIN)/python tools/results_smollm2.py --data "$(DATA)" $(ARGS)
 
-bench: $(DEV) $(PEERS)/.ready $(VLLM)/.ready ## measure speed and memory and write docs/benchmarks.md (half an hour; best on an idle machine)
+bench: $(DEV) $(PEERS)/.ready $(VLLM)/.ready ## measure speed and memory and write docs/benchmarks.md (two hours; best on an idle machine)
 	$(BIN)/python -m benchmarks $(ARGS)
 
 format: $(DEV) ## let ruff format and mend what it can

@@ -28,7 +28,7 @@ What steering costs, and how the package's own ways compare with plain ones. `ma
 page. Times are ratios of two things that ran in one process in turn, the first of each pair changing, so that a busy
 machine slows both; the median over the pairs is given with the smallest and the largest. Peaks of memory are those of
 processes of their own, one run each. Absolute times are told beside it and belong to this machine alone. Models have
-random weights: the cost does not depend on what they say. One section has a real chat model.
+random weights: the cost does not depend on what they say. Where a real chat model is run, it is named.
 """.strip()
 
 

@@ -322,8 +322,7 @@ Each step once, in a process of its own that has everything ready before, one th
 {models.CLASS_NAMES[models.available_kinds()[0]]}: SmolLM2-135M-Instruct with prompts that the package ships, in five
 wordings, and GPT-2's shape with random words. Seconds are before{versus}. The peak of memory is what comes on top
 of what was resident. GFLOP are those of products with weights that the step does; the floor is how long transformers
-takes for as many in one pass over {LONG_PASS} tokens, without attention and whatever else there is: with these
-products no program on this thread is faster. Where the time of a step goes is told by
+takes for as many in one pass over {LONG_PASS} tokens. Where the time of a step goes is told by
 `python -m benchmarks.tasks MODEL STEP --profile`.
 """.strip()
     return Section(TITLE, text, (), f"{markdown(header, cells)}\n\n{growth(settings)}")
@@ -334,7 +333,7 @@ def told(before: Mapping[str, float] | None, now: Mapping[str, float]) -> list[s
     earlier = before or {}
 
     def both(name: str) -> str:
-        return " → ".join(f"{one[name]:.3g}" for one in (earlier, now) if name in one)
+        return " → ".join(f"{float(f'{one[name]:.3g}'):g}" for one in (earlier, now) if name in one)
 
     ratio = f"{now['seconds'] / earlier['seconds']:.2f}" if before else ""
     return [both("seconds"), ratio, both("cpu"), both("MiB"), both("GFLOP"), both("floor")]
