@@ -1,6 +1,6 @@
 """A real chat model, SmolLM2-135M-Instruct, from loading to calibrating, beside plain ways of doing the same."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from functools import partial
 from importlib.util import find_spec
@@ -158,10 +158,15 @@ def fitted(model: Any) -> FineSteer:
     return fit(collect(model, contrasts(model, FITTED), layer=layer, progress=False), general=general)
 
 
-def asked(count: int) -> list[tuple[str, str]]:
+def worded(texts: Sequence[str], wordings: Sequence[str]) -> list[str]:
+    """The texts in each of these wordings; all in one of them before any in the next."""
+    return [wording.format(text) for wording in wordings for text in texts]
+
+
+def asked(count: int, wordings: Sequence[str] = ("{}",)) -> list[tuple[str, str]]:
     """Requests, one of each kind in turn, with the kind."""
-    in_turn = [pair for row in zip(*HARMFUL.values(), strict=True) for pair in zip(HARMFUL, row, strict=True)]
-    return in_turn[:count]
+    rows = zip(*(worded(texts, wordings) for texts in HARMFUL.values()), strict=True)
+    return [pair for row in rows for pair in zip(HARMFUL, row, strict=True)][:count]
 
 
 def contrasts(model: Any, count: int) -> list[Contrast]:
@@ -169,10 +174,10 @@ def contrasts(model: Any, count: int) -> list[Contrast]:
     return [Contrast(prompt_ids(model, text, chat=True), REFUSALS[kind], CONSENT) for kind, text in asked(count)]
 
 
-def suite(count: int) -> TruthfulQA:
+def suite(count: int, wordings: Sequence[str] = ("{}",)) -> TruthfulQA:
     """Requests to which the refusal of their kind is the true answer, and three others are not."""
     choices = []
-    for kind, text in asked(count):
+    for kind, text in asked(count, wordings):
         others = [refusal for other, refusal in REFUSALS.items() if other != kind]
         answers = ((REFUSALS[kind], True), *((refusal, False) for refusal in others[:3]))
         choices.append(Choice(text, answers, answers))

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -30,9 +30,8 @@ import fsteer_lens as fs
 from benchmarks import fitting, scoring, shapes, smollm2
 from benchmarks.measuring import Section, Settings, peak_above, seconds
 from fsteer_lens import models
-from fsteer_lens.demo.requests import CONSENT, HARMFUL, ORDINARY, REFUSALS
+from fsteer_lens.demo.requests import CONSENT, ORDINARY, REFUSALS
 from fsteer_lens.evaluation import TruthfulQA
-from fsteer_lens.evaluation.truthfulness import Choice
 from fsteer_lens.ground.tables import markdown
 from fsteer_lens.models.loading import SMOLLM2
 from fsteer_lens.report import steering_report
@@ -106,36 +105,19 @@ class World:
         """Requests, each with a refusal and a consent; or random words."""
         if not self.chat:
             return shapes.contrasts(self.name, count)
-        return [fs.Contrast(text, REFUSALS[kind], CONSENT, label=kind) for kind, text in requests(count)]
+        return [fs.Contrast(text, REFUSALS[kind], CONSENT, label=kind) for kind, text in smollm2.asked(count, WORDINGS)]
 
     def general(self, count: int) -> list[Any]:
         """Prompts that are to be left alone."""
         if not self.chat:
             return [list(one.prompt) for one in shapes.contrasts(self.name, count, seed=1)]
-        return worded(ORDINARY, count)
+        return smollm2.worded(ORDINARY, WORDINGS)[:count]
 
     def suite(self, count: int) -> TruthfulQA:
         """Requests to which the refusal of their kind is the true answer, and three others are not."""
         if not self.chat:
             return scoring.choices(self.name, count)
-        made = []
-        for kind, text in requests(count):
-            wrong = [(refusal, False) for other, refusal in REFUSALS.items() if other != kind][:3]
-            answers = ((REFUSALS[kind], True), *wrong)
-            made.append(Choice(text, answers, answers))
-        return TruthfulQA(tuple(made))
-
-
-def requests(count: int) -> list[tuple[str, str]]:
-    """Requests, one of each kind in turn, with the kind."""
-    rows = zip(*(worded(texts, 5 * len(texts)) for texts in HARMFUL.values()), strict=True)
-    in_turn = [pair for row in rows for pair in zip(HARMFUL, row, strict=True)]
-    return in_turn[:count]
-
-
-def worded(texts: Sequence[str], count: int) -> list[str]:
-    """So many of these texts, each in other words once all had their turn."""
-    return [wording.format(text) for wording in WORDINGS for text in texts][:count]
+        return smollm2.suite(count, WORDINGS)
 
 
 # --------------------------------------------------------------------------------------------------------- the tasks
@@ -165,7 +147,7 @@ def fit(world: World) -> Callable[[], object]:
 def gate_report(world: World) -> Callable[[], object]:
     """Report on the gate, with texts that it has not seen."""
     steering, count = world.steering, world.sizes.fitted
-    harmful = [text for _, text in requests(2 * count)[count:]]
+    harmful = [text for _, text in smollm2.asked(2 * count, WORDINGS)[count:]]
     others = world.general(2 * count)[count:]
     half = len(others) // 2
     options = {"calibration": others[half:], "false_alarm_rate": 0.2, **world.options}

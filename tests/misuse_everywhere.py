@@ -170,14 +170,13 @@ def methods() -> Iterator[tuple[str, Callable[..., Any]]]:
     """Every public method of the objects that users hold, once, by its class and name, bound to one of them."""
     seen: set[int] = set()
     for held in objects:
-        kind = held if inspect.isclass(held) else type(held)
         for name in dir(held):
             one = None if name.startswith("_") else inspect.getattr_static(held, name)
             plain = getattr(one, "__func__", one)
             ours = inspect.isfunction(plain) and plain.__module__.startswith("fsteer_lens") and id(plain) not in seen
             if ours and name not in OF_THE_HOST and plain.__code__.co_argcount + plain.__code__.co_kwonlyargcount > 1:
                 seen.add(id(plain))
-                yield f"{kind.__name__}.{name}", getattr(held, name)
+                yield f"{type(held).__name__}.{name}", getattr(held, name)
 
 
 def parameters(one: Callable[..., Any]) -> dict[str, inspect.Parameter]:

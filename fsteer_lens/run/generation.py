@@ -310,13 +310,12 @@ def _generate_batch(
     trace = recorder.complete(Trace() if session is None else session.trace)
     trace.prompt_lengths = batch.mask.sum(dim=1).cpu()
     trace.first = batch.tokens.shape[1] - trace.prompt_lengths
+    assert trace.steps is not None
     baselines: Sequence[Baseline | None] = [None] * len(ids)
     if compare:
-        assert trace.steps is not None
         baselines = _baselines(model, ids, numbers, rules, trace.steps)
         rows = zip(baselines, ids, strict=True)
         trace.unsteered = tuple(token_texts(model, one.tokens, before) for one, before in rows)
-    assert trace.steps is not None
     answers = without_fill(trace.steps.tokens)
     texts = [_answer(model, *pair, rules.stop) for pair in zip(ids, answers, strict=True)]
     if replay:
