@@ -22,6 +22,8 @@ TOLD = tutor.data("safe")
 GENERAL = [task.prompt for task in TOLD.general_valid[::28]]
 STEERED = TOLD.valid.prompts[::40]
 BUDGET = 0.05
+ANSWERS = ["the answer is five.", "look, i will not help."]
+Share = Callable[[float], float]
 
 
 def divergences(
@@ -57,6 +59,34 @@ def test_the_budget_is_kept_and_used_up(model: SteerableModel, trained: dict[int
     assert cost(1.02 * found.strength) > BUDGET
     assert all(cost <= BUDGET for strength, cost in found.curve.items() if strength <= found.strength)
     assert list(found.curve) == sorted(found.curve) and found.curve[0.0] == 0
+
+
+@pytest.mark.parametrize(
+    ("cost", "most"),
+    [
+        (lambda s: 0.03 * s**2, 13),
+        (lambda s: 0.2 * (1 - math.exp(-(s**3) / 9)), 17),
+        (lambda s: 0.01 * s if s < 2.37 else math.inf, 29),
+        (lambda s: 0.0 if s < 5.11 else 0.3, 29),
+        (lambda s: 9e3 * s**1.5, 29),
+        (lambda s: 1e-3 * s, 9),
+    ],
+    ids=["a power law", "levels off", "blows up", "a step", "below the octaves", "never beyond"],
+)
+def test_the_strength_is_found_to_a_hundredth(
+    tutor_model: SteerableModel, steering: FineSteer, monkeypatch: pytest.MonkeyPatch, cost: Share, most: int
+) -> None:
+    def planted(model: Any, rows: Any, variants: Any, **options: Any) -> list[list[torch.Tensor]]:
+        return [[torch.full((2,), cost(one.strength), dtype=torch.float64) for _ in rows] for one in variants]
+
+    monkeypatch.setattr("fsteer_lens.selection.calibration.answer_divergences", planted)
+    found = calibrate(steering, tutor_model, GENERAL[:2], kl=BUDGET, answers=ANSWERS, progress=False)
+    assert cost(found.strength) == found.kl <= BUDGET and len(found.curve) <= most
+    if found.bounded:
+        above = min(strength for strength in found.curve if strength > found.strength)
+        assert cost(above) > BUDGET and above - found.strength <= 1.001 * max(found.strength, 8 / 2**7) / 81
+    else:
+        assert found.strength == 8.0
 
 
 def test_methods_meet_at_equal_cost(tutor_model: SteerableModel, trained: dict[int, Activations]) -> None:
@@ -118,7 +148,6 @@ def test_bad_requests_raise(tutor_model: SteerableModel, steering: FineSteer) ->
 
 # ------------------------------------------------------------------------------------------------------------ loops
 
-Share = Callable[[float], float]
 LOOPING, FLUENT = (1, 2, 3, 4) * 3, tuple(range(12))
 
 
@@ -141,9 +170,6 @@ def answers_by(
 
     monkeypatch.setattr("fsteer_lens.selection.calibration.generate", made)
     return asked
-
-
-ANSWERS = ["the answer is five.", "look, i will not help."]
 
 
 def looked(

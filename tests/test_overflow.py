@@ -259,7 +259,7 @@ def test_the_look_at_the_logits_waits_for_the_device_no_more_than_decoding_does(
     class Fixed:
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...
 
-        def __call__(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        def last(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             return torch.arange(60.0).expand(len(tokens), 1, 60)
 
     monkeypatch.setattr(decoding, "Forward", Fixed)

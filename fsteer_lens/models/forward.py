@@ -46,6 +46,15 @@ class Forward:
             logits = self._run(tokens, mask)
         return logits if narrowed else _at(logits, before + keep)
 
+    def last(
+        self, tokens: Int[Tensor, "b new"], mask: Bool[Tensor, "b new"], count: int = 1
+    ) -> Float[Tensor, "b count vocab"]:
+        """The same, with the logits of the last `count` of the new tokens alone."""
+        new = tokens.shape[1]
+        if self.use_cache and new == count:
+            return self(tokens, mask)
+        return self(tokens, mask, torch.arange(new - count, new, device=tokens.device).expand(len(tokens), count))
+
     def _run(self, tokens: Tensor, mask: Tensor) -> Tensor:
         self.tokens = tokens if self.tokens is None else torch.cat([self.tokens, tokens], dim=1)
         self.mask = mask if self.mask is None else torch.cat([self.mask, mask], dim=1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fsteer_lens import effects, figures
+from fsteer_lens.effects.answers import margins_of_each
 from fsteer_lens.errors import InputError
 from fsteer_lens.ground.checks import instance, options_of, seed_of, switch, whole
 from fsteer_lens.ground.estimates import Proportion, bootstrap
@@ -121,8 +122,7 @@ def steering_report(
         others += " (to be left alone)"
     groups = labels + [others] * len(general)
     passes = passes.following(remembered(steering), model, prompts)
-    twice: PassOptions = {**passes.options, "batch_size": 2 * passes.batch_size}  # a compared prompt counts twice
-    made = generate(model, prompts, steering, max_new_tokens=max_new_tokens, compare=True, **twice)
+    made = generate(model, prompts, steering, max_new_tokens=max_new_tokens, compare=True, **passes.options)
     report = Report(title)
     _add_replay(report, model, steering, made, groups, passes)
     columns, rows = _table(model, steering, contrasts, made, groups, passes, seed)
@@ -200,7 +200,7 @@ def _table(
     seed: int,
 ) -> tuple[list[str], list[list[str]]]:
     """A row per group of prompts; shares with Wilson intervals, means with bootstrap intervals, 95 % each."""
-    margins = [effects.answer_margin(model, one, contrasts, **passes.batching) for one in (None, steering)]
+    margins = margins_of_each(model, [None, steering], contrasts, **passes.batching)
     rows = []
     for group in dict.fromkeys(groups):
         own = [index for index, name in enumerate(groups) if name == group]

@@ -62,7 +62,7 @@ def decode(
     generated: list[list[int]] = [[] for _ in range(len(tokens))]
     for number in range(rules.max_new_tokens):
         with torch.no_grad(), lock_of(model) if session is None else session.step(model, fresh=number == 0):
-            logits = forward(tokens, mask)[:, -1].float()
+            logits = forward.last(tokens, mask)[:, -1].float()
         chosen = rules.sampling.choose(logits, generators)
         wrong = undefined(logits) & alive
         ends = rules.stop.by_ids(chosen)

@@ -172,7 +172,7 @@ def generate(
             as the tokenizer does.
         do_sample, temperature, top_k, top_p, seed: draw tokens instead of taking the most probable one. Each prompt
             draws from a generator of its own, so that batching does not change the draws.
-        batch_size: rows per forward pass; a compared prompt counts twice.
+        batch_size: rows per forward pass; with `compare=True` keys and values of both runs are held at once.
         compare: also run without steering: `baseline` of each generation, and per token KL(steered ‖ unsteered) and
             the unsteered log-probabilities in `trace.steps`, from one pass of the steered text through the
             unsteered model. Unsteered is without any hook of this package; hooks of others stay on.
@@ -208,12 +208,11 @@ def generate(
     rows = [told.ids(prompt) for prompt in many]
     for number, row in enumerate(rows):
         require_fits(model, len(row) + max_new_tokens, f"prompt {number} with {max_new_tokens} new tokens")
-    size = max(1, passes.batch_size // 2) if compare else passes.batch_size
     order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
     results: dict[int, Generation] = {}
     with passes.bar(len(rows), "generating") as advance:
-        for start in range(0, len(order), size):
-            chosen = order[start : start + size]
+        for start in range(0, len(order), passes.batch_size):
+            chosen = order[start : start + passes.batch_size]
             asked, ids = [Asked(many[index], told) for index in chosen], [rows[index] for index in chosen]
             made = _generate_batch(model, asked, ids, chosen, steering, rules, read, compare, replay)
             results |= zip(chosen, made, strict=True)

@@ -44,7 +44,7 @@ class Unsteered:
         tokens = torch.cat([self._tokens, *fed], dim=1)
         mask = torch.cat([self._mask, *[torch.ones_like(column, dtype=torch.bool) for column in fed]], dim=1)
         with unsteered(self._model):
-            logits = self._forward(tokens, mask)[:, -len(chunk) :]
+            logits = self._forward.last(tokens, mask, len(chunk))
         self._tokens, self._mask = last, torch.ones_like(last, dtype=torch.bool)
         wrong = undefined(logits) & torch.stack([step.alive for step in chunk], dim=1)
         if bool(wrong.any()):

@@ -1,8 +1,10 @@
 """`calibrate`: the strength that a budget of divergence, and one of repetition, allow."""
 
 import math
+from bisect import bisect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, Unpack
 
 import torch
@@ -23,8 +25,12 @@ from fsteer_lens.steering.lengths import added_lengths
 from fsteer_lens.steering.steering import Steering
 
 NEW_TOKENS = 32
-STRENGTHS_A_ROUND = 8
+OCTAVES = 8
+PARTS = 9
+"""Into so many parts the octave that the strength lies in is cut, and each of them again: 1 % of it is left open."""
+A_ROUND = 4
 ROUNDS = 3
+"""Rounds that it takes most often; guesses that miss, twice, are given up for evenly spread strengths."""
 LADDER = tuple(0.8**step for step in range(1, 9))
 """Where to look for a strength without loops, in parts of the largest that the budget of divergence allows."""
 
@@ -134,9 +140,10 @@ def calibrate(
     """Find the strength at which a steering costs what a budget allows on prompts that it should leave alone.
 
     The cost is a quantile, over all tokens of fixed reference answers, of KL(steered ‖ unsteered) of the next-token
-    distributions. Strengths are tried in rounds, each between the largest that stayed within the budget and the
-    smallest that did not; so every smaller strength that was tried is within the budget too. A strength at which the
-    model's numbers blow up on any of the prompts costs more than any budget. Two methods that are calibrated on the
+    distributions. First each octave up to `max_strength` is tried, then strengths about where a power law between the
+    largest that stayed within the budget and the smallest that did not says that it lies, until the two are neighbours
+    among the 81 steps of an octave; every smaller strength that was tried is within the budget too. A strength at which
+    the model's numbers blow up on any of the prompts costs more than any budget. Two methods that are calibrated on the
     same prompts to the same budget can be compared at equal cost.
 
     That says nothing about what becomes of the prompts that are to be steered: a strength that a gate keeps from
@@ -196,19 +203,18 @@ def calibrate(
         cost = tokens.quantile(quantile, dim=1, interpolation="higher")
         return cost.masked_fill(tokens.isinf().any(dim=1), math.inf).tolist()
 
-    within, beyond = 0.0, math.inf
     curve = {0.0: 0.0}
     with run.bar(ROUNDS * len(rows), "calibrating") as advance:
-        for _ in range(ROUNDS):
-            steps = range(1, STRENGTHS_A_ROUND + 1)
-            if beyond == math.inf:
-                tried = [max_strength * 2.0 ** (step - STRENGTHS_A_ROUND) for step in steps]
-            else:
-                tried = [within + (beyond - within) * step / (STRENGTHS_A_ROUND + 1) for step in steps]
+        tried = [max_strength * 2.0**-step for step in reversed(range(OCTAVES))]
+        curve |= zip(tried, costs(tried, advance), strict=True)
+        within, beyond = _largest(curve, kl)
+        left = _steps(within, beyond) if beyond < math.inf else []
+        rounds = 1
+        while left := [strength for strength in left if within < strength < beyond]:
+            tried = _about(left, _guess(curve, within, beyond, kl)) if rounds < ROUNDS else every(left, A_ROUND)
             curve |= zip(tried, costs(tried, advance), strict=True)
             within, beyond = _largest(curve, kl)
-            if beyond == math.inf:
-                break
+            rounds += 1
     bound: Bound | None = "kl" if beyond < math.inf else None
 
     def allowed(strength: float) -> bool:
@@ -255,6 +261,28 @@ def _largest(curve: Mapping[float, float], kl: float) -> tuple[float, float]:
     """The largest strength up to which all are within the budget, and the smallest that is not."""
     beyond = min((strength for strength, cost in curve.items() if not cost <= kl), default=math.inf)
     return max(strength for strength in curve if strength < beyond), beyond
+
+
+def _steps(within: float, beyond: float) -> list[float]:
+    """Strengths between two, in order: as many parts as said above, each in as many."""
+    ends = [*(within + (beyond - within) * part / PARTS for part in range(PARTS)), beyond]
+    return [low + (high - low) * part / PARTS for low, high in pairwise(ends) for part in range(PARTS)][1:]
+
+
+def _guess(curve: Mapping[float, float], within: float, beyond: float, kl: float) -> float:
+    """Where a cost that is a power of the strength reaches the budget; it is of second order near strength 0."""
+    low, high = curve[within], curve[beyond]
+    if high == math.inf:
+        return (within + beyond) / 2
+    if not low > 0:
+        return beyond * math.sqrt(kl / high)
+    return within * (beyond / within) ** (math.log(kl / low) / math.log(high / low))
+
+
+def _about(strengths: Sequence[float], guess: float) -> Sequence[float]:
+    """A round of neighbours, about a guess."""
+    start = min(bisect(strengths, guess) - A_ROUND // 2, len(strengths) - A_ROUND)
+    return strengths[max(start, 0) :][:A_ROUND]
 
 
 def _length(model: SteerableModel, steering: Steering, prompts: Sequence[Prompt], passes: Passes) -> float | None:
