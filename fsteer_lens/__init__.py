@@ -9,47 +9,45 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from fsteer_lens import demo as demo
-from fsteer_lens import effects, errors, evaluation, figures, hooks, models, tutor
-from fsteer_lens import explorer as explorer
-from fsteer_lens import hub as hub
-from fsteer_lens import method as method
-from fsteer_lens import prompts as prompts
-from fsteer_lens import reading as reading
-from fsteer_lens import report as report
-from fsteer_lens import run as run
-from fsteer_lens import scale as scale
-from fsteer_lens import selection as selection
-from fsteer_lens import serving as serving
-from fsteer_lens import steering as steering
-from fsteer_lens import trace as trace
-from fsteer_lens.evaluation.evaluating import evaluate
-from fsteer_lens.evaluation.gate_reports import gate_report
-from fsteer_lens.explorer.exploring import explore
-from fsteer_lens.explorer.watching import watch
-from fsteer_lens.hooks.chains import chain
-from fsteer_lens.hooks.probes import ExpertProbe, SubspaceAblation, SubspaceProbe
-from fsteer_lens.hooks.scopes import Schedule, Window
-from fsteer_lens.hub.pushing import push
-from fsteer_lens.method.experts import Experts
-from fsteer_lens.method.fitting_experts import fit_experts
-from fsteer_lens.method.fitting_gates import fit_gate
-from fsteer_lens.method.gates import Gate
-from fsteer_lens.method.linear_gates import CosineGate, LinearGate
-from fsteer_lens.method.subspace import Subspace, fit_subspace
-from fsteer_lens.method.subspace_gates import EnergyGate, LogisticGate, QuantileGate
-from fsteer_lens.prompts import tokens as tokens
-from fsteer_lens.prompts.contrasts import Contrast, ContrastSet
-from fsteer_lens.reading.activations import Activations
-from fsteer_lens.reading.collecting import collect, collect_queries
-from fsteer_lens.run.generation import Generation, Generations, generate, stream
-from fsteer_lens.selection.calibration import calibrate
-from fsteer_lens.selection.grid import search
-from fsteer_lens.selection.recipes import recipe
-from fsteer_lens.steering.fitting import fit
-from fsteer_lens.steering.steering import FineSteer
-from fsteer_lens.steering.storage import load, save
-from fsteer_lens.trace.trace import Trace
+if TYPE_CHECKING:  # at run time each comes when it is asked for, see below
+    from fsteer_lens import demo as demo
+    from fsteer_lens import effects, errors, evaluation, figures, hooks, models, tutor
+    from fsteer_lens import explorer as explorer
+    from fsteer_lens import hub as hub
+    from fsteer_lens import method as method
+    from fsteer_lens import prompts as prompts
+    from fsteer_lens import reading as reading
+    from fsteer_lens import report as report
+    from fsteer_lens import run as run
+    from fsteer_lens import scale as scale
+    from fsteer_lens import selection as selection
+    from fsteer_lens import serving as serving
+    from fsteer_lens import steering as steering
+    from fsteer_lens import trace as trace
+    from fsteer_lens.evaluation import evaluate, gate_report
+    from fsteer_lens.explorer import explore, watch
+    from fsteer_lens.hooks import ExpertProbe, Schedule, SubspaceAblation, SubspaceProbe, Window, chain
+    from fsteer_lens.hub import push
+    from fsteer_lens.method import (
+        CosineGate,
+        EnergyGate,
+        Experts,
+        Gate,
+        LinearGate,
+        LogisticGate,
+        QuantileGate,
+        Subspace,
+        fit_experts,
+        fit_gate,
+        fit_subspace,
+    )
+    from fsteer_lens.prompts import Contrast, ContrastSet
+    from fsteer_lens.prompts import tokens as tokens
+    from fsteer_lens.reading import Activations, collect, collect_queries
+    from fsteer_lens.run import Generation, Generations, generate, stream
+    from fsteer_lens.selection import calibrate, recipe, search
+    from fsteer_lens.steering import FineSteer, fit, load, save
+    from fsteer_lens.trace import Trace
 
 __version__ = "0.1.0"
 
@@ -102,21 +100,26 @@ __all__ = [
     "watch",
 ]
 
-_ROOMS = (
-    "demo",
-    "explorer",
-    "hub",
-    "method",
-    "prompts",
-    "reading",
-    "report",
-    "run",
-    "scale",
-    "selection",
-    "serving",
-    "steering",
-    "trace",
-)
+# In which room each name of above lies. Nothing is imported before it is asked for: the command line answers at once,
+# and a process that serves a steering loads no figures.
+_HOMES = {
+    "evaluation": ("evaluate", "gate_report"),
+    "explorer": ("explore", "watch"),
+    "hooks": ("ExpertProbe", "Schedule", "SubspaceAblation", "SubspaceProbe", "Window", "chain"),
+    "hub": ("push",),
+    "method": (
+        *("CosineGate", "EnergyGate", "Experts", "Gate", "LinearGate", "LogisticGate", "QuantileGate", "Subspace"),
+        *("fit_experts", "fit_gate", "fit_subspace"),
+    ),
+    "prompts": ("Contrast", "ContrastSet", "tokens"),
+    "reading": ("Activations", "collect", "collect_queries"),
+    "run": ("Generation", "Generations", "generate", "stream"),
+    "selection": ("calibrate", "recipe", "search"),
+    "steering": ("FineSteer", "fit", "load", "save"),
+    "trace": ("Trace",),
+}
+_ROOMS = (*_HOMES, "demo", "effects", "errors", "figures", "models", "report", "scale", "serving", "tutor")
+_ROOM_OF = {name: room for room, names in _HOMES.items() for name in names}
 
 # Where to find what 0.1 had at the top. These addresses work for a while, with a warning.
 _MOVED = {
@@ -152,12 +155,17 @@ _GONE = {"fit_cosine_gate": "fit_gate(queries, kind='cosine', general=...)"}
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_ROOMS, "__version__"])
+    return sorted({*__all__, *_ROOMS, "__version__"})
 
 
 if not TYPE_CHECKING:  # a type checker would take every misspelt name for one of these
 
     def __getattr__(name: str) -> Any:
+        if name in _ROOMS:
+            return import_module(f"{__name__}.{name}")
+        if name in _ROOM_OF:
+            globals()[name] = value = getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+            return value
         if name in _MOVED:
             room = f"{__name__}.{_MOVED[name]}"
             warnings.warn(

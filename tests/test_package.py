@@ -4,10 +4,12 @@ import ast
 import importlib
 import importlib.metadata
 import inspect
+import os
 import re
 import subprocess
 import sys
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -55,8 +57,8 @@ def test_all_is_the_public_namespace(room: str) -> None:
     def ours(value: object) -> bool:
         return (inspect.isclass(value) or inspect.isfunction(value)) and value.__module__.startswith("fsteer_lens.")
 
-    bound = {name for name, value in vars(face(room)).items() if ours(value) and not name.startswith("_")}
     declared = {name for name in face(room).__all__ if ours(getattr(face(room), name))}
+    bound = {name for name, value in vars(face(room)).items() if ours(value) and not name.startswith("_")}
     assert bound == declared
 
 
@@ -142,11 +144,38 @@ def test_errors_form_one_tree_that_the_docstring_draws() -> None:
         assert name in drawn, f"{name} is missing from the tree in the docstring"
 
 
-def test_import_loads_no_heavy_library() -> None:
-    code = f"import sys, fsteer_lens; print([name for name in {IMPORTED_ON_USE!r} if name in sys.modules])"
-    done = run_python(code)
+@pytest.mark.parametrize(
+    ("code", "late"),
+    [
+        ("import fsteer_lens, fsteer_lens.cli", ("torch", "numpy", *IMPORTED_ON_USE)),
+        (
+            f"import fsteer_lens\nfor name in {(*fsteer_lens.__all__, *ROOMS)!r}: getattr(fsteer_lens, name)",
+            IMPORTED_ON_USE,
+        ),
+    ],
+    ids=["the package", "everything in it"],
+)
+def test_imports_load_no_heavy_library(code: str, late: Sequence[str]) -> None:
+    done = run_python(f"{code}\nimport sys; print([name for name in {late!r} if name in sys.modules])")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+def test_names_come_from_where_a_type_checker_finds_them() -> None:
+    tree = ast.parse(Path(fsteer_lens.__file__).read_text(encoding="utf-8"))
+    typed = next(node.body for node in tree.body if isinstance(node, ast.If))
+    homes = {one.name: str(line.module) for line in typed if isinstance(line, ast.ImportFrom) for one in line.names}
+    for name, home in homes.items():
+        assert getattr(importlib.import_module(home), name) is getattr(fsteer_lens, name), name
+    assert {*fsteer_lens.__all__, *ROOMS} <= set(homes)
+
+
+def test_an_interrupt_while_the_command_imports_ends_it_quietly(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("raise KeyboardInterrupt", encoding="utf-8")
+    command = [Path(sys.executable).parent / "fsteer-lens", *"generate --model tutor --steering some hello".split()]
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 def test_no_function_has_more_than_ten_parameters_but_two() -> None:

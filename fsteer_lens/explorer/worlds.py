@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from fsteer_lens.models.classes import SteerableModel
@@ -39,4 +40,5 @@ def world_of(model: SteerableModel) -> World | None:
     """The first world that recognises the model's tokenizer."""
     if model.tokenizer is None:
         return None
+    import_module("fsteer_lens.tutor")  # a room above this one, which registers the world that is shipped
     return next((world for world in _WORLDS.values() if world.recognises(model.tokenizer)), None)
