@@ -38,7 +38,7 @@ from fsteer_lens.report import steering_report
 from fsteer_lens.selection import Splits
 
 TITLE = "What people wait for"
-CHAT, SHAPE = "smollm2", "gpt2-small"
+CHAT, HALF, SHAPE = "smollm2", "smollm2-bfloat16", "gpt2-small"
 HERE = Path(__file__).resolve().parents[1]
 LONG_PASS = 512
 """Tokens of the pass whose speed the floor is told by."""
@@ -60,7 +60,11 @@ class Sizes:
     reported: int = 200
 
 
-SIZES = {CHAT: Sizes(), SHAPE: Sizes(60, 24, 8, 10, 4, 4, 32, 24), "tiny": Sizes(8, 24, 2, 10, 2, 2, 3, 4)}
+SIZES = {
+    **dict.fromkeys((CHAT, HALF), Sizes()),
+    SHAPE: Sizes(60, 24, 8, 10, 4, 4, 32, 24),
+    "tiny": Sizes(8, 24, 2, 10, 2, 2, 3, 4),
+}
 """For each model; random words are longer prompts."""
 
 
@@ -68,12 +72,15 @@ class World:
     """A model with prompts for it: requests that are to be steered, in five wordings each, and ordinary ones."""
 
     def __init__(self, name: str) -> None:
-        self.name, self.sizes, self.chat = name, SIZES[name], name == CHAT
+        self.name, self.sizes, self.chat = name, SIZES[name], name in (CHAT, HALF)
+        self.dtype = torch.bfloat16 if name == HALF else torch.float32
 
     @cached_property
     def model(self) -> Any:
         """On the class that is the default."""
-        return models.load(CHAT) if self.chat else shapes.model(self.name, models.available_kinds()[0])
+        if self.chat:
+            return models.load(CHAT, dtype=self.dtype)
+        return shapes.model(self.name, models.available_kinds()[0])
 
     @property
     def layers(self) -> list[int]:
@@ -212,6 +219,12 @@ TASKS: dict[str, tuple[Task, str]] = {
 }
 
 
+FOUND: dict[str, Callable[[Any], str]] = {
+    "evaluate": lambda found: "MC1 " + ", ".join(f"{found.estimate(name, 'MC1').value:.2f}" for name in found.methods),
+    "search": lambda found: f"layer {found.chosen.layer}, strength {found.chosen.strength:g}",
+    "calibrate": lambda found: f"strength {found.strength:.3f}",
+}
+"""What some steps find, to be compared between dtypes."""
 LIGHT = ("load", "fit")
 """Steps that make a model, or run none."""
 OF_TEXTS = ("gate report",)
@@ -221,14 +234,17 @@ OF_TEXTS = ("gate report",)
 # ------------------------------------------------------------------------------------------- one step, in one process
 
 
-def measured(world: World, name: str, counted: bool) -> dict[str, float]:
-    """Seconds, CPU-seconds and MiB of a step; `counted`, the GFLOP of its products, and the seconds of these alone."""
-    run, found = TASKS[name][0](world), {}
+def measured(world: World, name: str, counted: bool) -> dict[str, Any]:
+    """Seconds, CPU-seconds and MiB of a step, and what it found; `counted`, the GFLOP of its products, and the seconds
+    of these alone."""
+    run = TASKS[name][0](world)
+    found: dict[str, Any] = {}
 
     def timed() -> None:
         start, of_cpu = time.perf_counter(), time.process_time()
-        run()
+        result = run()
         found.update(seconds=time.perf_counter() - start, cpu=time.process_time() - of_cpu)
+        found["found"] = FOUND[name](result) if name in FOUND and world.chat else ""
 
     found["MiB"] = peak_above(timed)
     if counted and name not in LIGHT:
@@ -249,7 +265,7 @@ def products(run: Callable[[], object]) -> float:
 
 def speed(world: World) -> float:
     """GFLOP a second of transformers, in one pass over one long row."""
-    network = smollm2.plain_reading()[0] if world.chat else shapes.hf_model(world.name)
+    network = (smollm2.plain_reading()[0] if world.chat else shapes.hf_model(world.name)).to(world.dtype)
     length = min(LONG_PASS, network.config.max_position_embeddings)
     tokens = torch.randint(1, network.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
 
@@ -290,27 +306,30 @@ def run(settings: Settings) -> Section:
     """Every step with both models, by this package and by that of an earlier commit where one is named."""
     cells = []
     with exported(settings.before) as earlier:
-        for model in ("tiny",) if settings.quick else (*[CHAT] * (find_spec(SMOLLM2[0]) is not None), SHAPE):
+        chats = (CHAT, HALF) if find_spec(SMOLLM2[0]) is not None else ()
+        for model in ("tiny",) if settings.quick else (*chats, SHAPE):
             for name, (_, about) in TASKS.items():
-                if name in OF_TEXTS and model != CHAT:
+                if name in OF_TEXTS and model not in chats:
                     continue
-                before = None if earlier is None else in_child(model, name, earlier)
+                before = None if earlier is None or model == HALF else in_child(model, name, earlier)
                 now = in_child(model, name, HERE, "--counted")
                 cells.append([model, f"{name}: {about.format(**asdict(SIZES[model]))}", *told(before, now)])
-    header = ["model", "step", "seconds", "ratio", "CPU-seconds", "peak, MiB", "GFLOP", "floor, seconds"]
+                sys.stderr.write(" | ".join(cells[-1]) + "\n")  # a run that dies late has told the rest
+    header = ["model", "step", "seconds", "ratio", "CPU-seconds", "peak, MiB", "GFLOP", "floor, seconds", "found"]
     versus = f" → now; before is commit {settings.before}" if settings.before else ""
     text = f"""
 Each step once, in a process of its own that has everything ready before, one thread, the model on
 {models.CLASS_NAMES[models.available_kinds()[0]]}: SmolLM2-135M-Instruct with prompts that the package ships, in five
-wordings, and GPT-2's shape with random words. Seconds are before{versus}. The peak of memory is what comes on top
-of what was resident. GFLOP are those of products with weights that the step does; the floor is how long transformers
-takes for as many in one pass over {LONG_PASS} tokens. Where the time of a step goes is told by
+wordings, in float32 and in bfloat16, for which some CPUs have instructions, and GPT-2's shape with random words, in
+float32. Seconds are before{versus}. The peak of memory is what comes on top of what was resident. GFLOP are those of
+products with weights that the step does; the floor is how long transformers takes for as many in one pass over
+{LONG_PASS} tokens. What some steps found tells what bfloat16 changes. Where the time of a step goes is told by
 `python -m benchmarks.tasks MODEL STEP --profile`.
 """.strip()
     return Section(TITLE, text, (), f"{markdown(header, cells)}\n\n{growth(settings)}")
 
 
-def told(before: Mapping[str, float] | None, now: Mapping[str, float]) -> list[str]:
+def told(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
     """The cells of one step."""
     earlier = before or {}
 
@@ -318,10 +337,10 @@ def told(before: Mapping[str, float] | None, now: Mapping[str, float]) -> list[s
         return " → ".join(f"{float(f'{one[name]:.3g}'):g}" for one in (earlier, now) if name in one)
 
     ratio = f"{now['seconds'] / earlier['seconds']:.2f}" if before else ""
-    return [both("seconds"), ratio, both("cpu"), both("MiB"), both("GFLOP"), both("floor")]
+    return [both("seconds"), ratio, both("cpu"), both("MiB"), both("GFLOP"), both("floor"), now["found"]]
 
 
-def in_child(model: str, name: str, package: Path, *options: str) -> dict[str, float]:
+def in_child(model: str, name: str, package: Path, *options: str) -> dict[str, Any]:
     """Measure one step in a process of its own, with the package that lies in a folder."""
     command = [sys.executable, "-P", "-W", "ignore", "-m", "benchmarks.tasks", model, name, *options]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(HERE)]), "OMP_NUM_THREADS": "1"}

@@ -144,7 +144,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
-    batch_size: int = 8,
+    batch_size: int = 16,
     compare: bool = False,
     replay: bool = False,
     read: Read | None = None,
