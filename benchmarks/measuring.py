@@ -312,15 +312,17 @@ def machine() -> dict[str, str]:
 
 
 def section_text(section: Section) -> str:
-    """One benchmark in Markdown."""
+    """One benchmark in Markdown; aims have columns where there are some."""
+    aims = any(row.aim for row in section.rows)
     rows = []
     for row in section.rows:
+        aimed = [str(row.aim or ""), row.verdict] if aims else []
         if row.ratio is None:
-            rows.append([row.name, row.what, "not measured", str(row.aim or ""), "", row.note])
+            rows.append([row.name, row.what, "not measured", *aimed, row.note])
         else:
-            taken = f"{_short(row.ratio.reference)} → {_short(row.ratio.ours)} {row.ratio.unit}"
-            rows.append([row.name, row.what, str(row.ratio), str(row.aim or ""), row.verdict, f"{taken}. {row.note}"])
-    header = ["what", "ratio of", "median (smallest–largest)", "aim", "met", "note"]
+            taken = f"{_short(row.ratio.reference)} → {_short(row.ratio.ours)} {row.ratio.unit}."
+            rows.append([row.name, row.what, str(row.ratio), *aimed, f"{taken} {row.note}".strip()])
+    header = ["what", "ratio of", "median (smallest–largest)", *(["aim", "met"] if aims else []), "note"]
     parts = [f"## {section.title}", section.text, markdown(header, rows) if rows else "", section.after]
     return "\n\n".join(part for part in parts if part)
 
