@@ -53,7 +53,8 @@ def test_steps_of_two_packages_stand_beside_each_other(monkeypatch: pytest.Monke
     (row,) = [line for line in section.after.splitlines() if line.startswith("| tiny | fit")]
     assert "→" not in row and "fit_experts, K" in section.after
     before, now = {"seconds": 4.0, "cpu": 3.0, "MiB": 10.0}, {"seconds": 1.0, "cpu": 1.0, "MiB": 20.0, "GFLOP": 7.0}
-    assert tasks.told(before, now) == ["4 → 1", "0.25", "3 → 1", "10 → 20", "7", ""]
+    found = {"found": "strength 2"}
+    assert tasks.told(before, now | found) == ["4 → 1", "0.25", "3 → 1", "10 → 20", "7", "", "strength 2"]
 
 
 @pytest.mark.model

@@ -16,6 +16,7 @@ import textwrap
 import warnings
 import weakref
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any
 
@@ -213,7 +214,13 @@ READ_ONLY = """
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no users as on POSIX")
-def test_a_folder_and_a_file_that_are_read_only_are_told(tmp_path: Path) -> None:
+def test_a_folder_and_a_file_that_are_read_only_are_told() -> None:
+    with TemporaryDirectory() as place:  # a test's own folder lies in one that is closed to other users
+        Path(place).chmod(0o755)
+        read_only_is_told(Path(place))
+
+
+def read_only_is_told(tmp_path: Path) -> None:
     script = "import torch\n" + textwrap.dedent(READ_ONLY)
     folder, open_folder = tmp_path / "folder", tmp_path / "open"
     folder.mkdir()
@@ -222,8 +229,6 @@ def test_a_folder_and_a_file_that_are_read_only_are_told(tmp_path: Path) -> None
     open_folder.chmod(0o777)
     (open_folder / "kept").write_bytes(b"old")
     (open_folder / "kept").chmod(0o444)
-    for parent in [tmp_path, *tmp_path.parents][:3]:
-        parent.chmod(parent.stat().st_mode | 0o055)
     done = subprocess.run(
         [sys.executable, "-c", script, folder, open_folder], capture_output=True, text=True, check=False
     )

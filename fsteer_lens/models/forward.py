@@ -143,7 +143,8 @@ def _head_at(model: Any, places: Int[Tensor, "b kept"]) -> Iterator[list[Any]]:
             handle.remove()
 
 
-def _at(stream: Float[Tensor, "b t _"], places: Int[Tensor, "b kept"]) -> Float[Tensor, "b kept _"]:
+def _at(stream: Tensor, places: Tensor) -> Tensor:
+    """The stream [b t d] at these places [b kept]; the compiler of a model, which may trace this, checks no shapes."""
     places = places.to(stream.device)
     return stream[torch.arange(len(places), device=stream.device).unsqueeze(1), places]
 
