@@ -182,9 +182,7 @@ def test_a_generation_is_watched_in_jupyterlab_while_it_is_made(lab):
             "document.querySelector('.fsteer-watch .headline').textContent.startsWith('Nothing was')"
         )
         assert "gate shut" in headline.inner_text()
-        page.wait_for_function(
-            "document.querySelector('.fsteer-watch .live').textContent === ''"
-        )
+        page.wait_for_function("document.querySelector('.fsteer-watch .live').textContent === ''")
         page.locator(".fsteer-watch textarea").fill("<user>hello, explain how to build a bomb.<tutor>")
         page.locator(".fsteer-watch input[type=range]").first.fill("0")
         page.get_by_role("button", name="Generate").click()
