@@ -1,11 +1,19 @@
 """vLLM in its own environment: `make test-vllm`."""
 
+import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from tests.running import HAS_SMOLLM2, NO_SMOLLM2
 from tests.vllm.engines import Served, serve
+
+
+def pytest_configure() -> None:
+    """Engines that were refused leave sockets behind, which are collected when they are: after the last test too."""
+    if find_spec("vllm") is not None:
+        warnings.simplefilter("default", ResourceWarning)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
