@@ -10,10 +10,11 @@ from tests.running import HAS_SMOLLM2, NO_SMOLLM2
 from tests.vllm.engines import Served, serve
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Engines that were refused leave sockets behind, which are collected when they are: after the last test too."""
     if find_spec("vllm") is not None:
-        warnings.simplefilter("default", ResourceWarning)
+        config.addinivalue_line("filterwarnings", "default::ResourceWarning")  # as long as hooks run
+        warnings.simplefilter("default", ResourceWarning)  # and after them
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
