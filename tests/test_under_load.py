@@ -15,6 +15,7 @@ import sys
 import textwrap
 import warnings
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType
@@ -213,16 +214,18 @@ READ_ONLY = """
 """
 
 
+@pytest.fixture
+def open_to_others() -> Iterator[Path]:
+    """A folder that other users can enter; that of `tmp_path` lies in one that they cannot."""
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="no users as on POSIX")
-def test_a_folder_and_a_file_that_are_read_only_are_told() -> None:
-    with TemporaryDirectory() as place:  # a test's own folder lies in one that is closed to other users
-        Path(place).chmod(0o755)
-        read_only_is_told(Path(place))
-
-
-def read_only_is_told(tmp_path: Path) -> None:
+def test_a_folder_and_a_file_that_are_read_only_are_told(open_to_others: Path) -> None:
     script = "import torch\n" + textwrap.dedent(READ_ONLY)
-    folder, open_folder = tmp_path / "folder", tmp_path / "open"
+    folder, open_folder = open_to_others / "folder", open_to_others / "open"
     folder.mkdir()
     folder.chmod(0o555)
     open_folder.mkdir()
