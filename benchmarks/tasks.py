@@ -8,7 +8,6 @@ import argparse
 import cProfile
 import io
 import json
-import math
 import os
 import pstats
 import subprocess
@@ -18,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 
 import fsteer_lens as fs
-from benchmarks import fitting, scoring, shapes, smollm2
+from benchmarks import scoring, shapes, smollm2
 from benchmarks.measuring import Section, Settings, peak_above, seconds
 from fsteer_lens import models
 from fsteer_lens.demo.requests import CONSENT, ORDINARY, REFUSALS
@@ -326,7 +325,7 @@ products with weights that the step does; the floor is how long transformers tak
 {LONG_PASS} tokens. What some steps found tells what bfloat16 changes. Where the time of a step goes is told by
 `python -m benchmarks.tasks MODEL STEP --profile`.
 """.strip()
-    return Section(TITLE, text, (), f"{markdown(header, cells)}\n\n{growth(settings)}")
+    return Section(TITLE, text, (), markdown(header, cells))
 
 
 def told(before: Mapping[str, Any] | None, now: Mapping[str, Any]) -> list[str]:
@@ -346,50 +345,6 @@ def in_child(model: str, name: str, package: Path, *options: str) -> dict[str, A
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package), str(HERE)]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def growth(settings: Settings) -> str:
-    """How the time of some steps grows with each of their sizes, as the exponent of a power law between two sizes."""
-    shape, n, d_model = ("tiny", 24, 16) if settings.quick else (SHAPE, 1000, 512)
-    model, few = shapes.model(shape, models.available_kinds()[0], settings.device), 2 if settings.quick else 8
-    steering, top = shapes.steering(model.cfg.d_model, 1, settings.device), model.cfg.n_layers - 1
-    quiet: dict[str, Any] = {"progress": False}
-
-    def collecting(count: int, layer: int) -> None:
-        fs.collect(model, shapes.contrasts(shape, count), layer=layer, **quiet)
-
-    def generating(count: int, n_new: int) -> None:
-        fs.generate(
-            model,
-            [one.prompt for one in shapes.contrasts(shape, count)],
-            steering,
-            max_new_tokens=n_new,
-            batch_size=few,
-            **quiet,
-        )
-
-    def experts(rows: int, width: int, number: int) -> None:
-        h, delta = fitting.example(rows, width, settings.device)
-        fs.fit_experts(h, delta, preset="paper", n_experts=number, epochs=5)
-
-    grown: list[tuple[str, Callable[..., None], tuple[int, ...], int, int, float]] = [
-        ("collect, contrasts", collecting, (few, top), 0, 4 * few, 4),
-        ("collect, layers below", collecting, (few, 0), 1, top, top + 1),
-        ("generate, prompts", generating, (few, few), 0, 4 * few, 4),
-        ("generate, new tokens", generating, (few, few), 1, 4 * few, 4),
-        ("fit_experts, n", experts, (n, d_model, 4), 0, 4 * n, 4),
-        ("fit_experts, d", experts, (n, d_model, 4), 1, 4 * d_model, 4),
-        ("fit_experts, K", experts, (n, d_model, 2), 2, 8, 4),
-    ]
-    cells = []
-    for what, run, sizes, place, larger, factor in grown:
-        grown_sizes = (*sizes[:place], larger, *sizes[place + 1 :])
-        small, large = (min(seconds(partial(run, *one)) for _ in range(2)) for one in (sizes, grown_sizes))
-        cells.append([what, f"{factor:g}", f"{small:.3g} → {large:.3g}", f"{math.log(large / small, factor):.2f}"])
-    return (
-        f"Growth with each size by itself, {shape} shape, the faster of two runs: the exponent is 1 where twice as much"
-        " takes twice as long.\n\n" + markdown(["step, size", "times", "seconds", "exponent"], cells)
-    )
 
 
 @contextmanager

@@ -6,7 +6,19 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import collecting, decode, energies, fitting, measuring, scale, scoring, shapes, tasks, vocabulary
+from benchmarks import (
+    collecting,
+    decode,
+    energies,
+    fitting,
+    growth,
+    measuring,
+    scale,
+    scoring,
+    shapes,
+    tasks,
+    vocabulary,
+)
 from benchmarks import smollm2 as chatting
 from benchmarks.__main__ import main
 from benchmarks.measuring import Aim, Ratio, Row, Section, Settings
@@ -51,10 +63,31 @@ def test_steps_of_two_packages_stand_beside_each_other(monkeypatch: pytest.Monke
     monkeypatch.setattr(tasks, "TASKS", {"fit": tasks.TASKS["fit"]})
     section = tasks.run(Settings(quick=True))
     (row,) = [line for line in section.after.splitlines() if line.startswith("| tiny | fit")]
-    assert "→" not in row and "fit_experts, K" in section.after
+    assert "→" not in row
     before, now = {"seconds": 4.0, "cpu": 3.0, "MiB": 10.0}, {"seconds": 1.0, "cpu": 1.0, "MiB": 20.0, "GFLOP": 7.0}
     found = {"found": "strength 2"}
     assert tasks.told(before, now | found) == ["4 → 1", "0.25", "3 → 1", "10 → 20", "7", "", "strength 2"]
+
+
+def test_growth_is_the_exponent_of_a_power_law(monkeypatch: pytest.MonkeyPatch) -> None:
+    ran: list[str] = []
+    grown = growth.Grown("cubic", lambda n, d: ran.append(f"{n} × {d}") or (n, d), (2, 5), 1, 20)
+
+    def seconds(what: Any) -> float:
+        n, d = what()
+        return n * d**3
+
+    monkeypatch.setattr(growth, "steps", lambda settings: [grown])
+    monkeypatch.setattr(growth, "seconds", seconds)
+    assert "| cubic | 4 | 250 → 1.6e+04 | 3.00 |" in growth.run(Settings()).after
+    assert ran == ["2 × 5"] * 2 + ["2 × 20"] * 2
+
+
+@pytest.mark.filterwarnings("ignore")  # random words have no experts
+def test_every_step_runs_at_both_its_sizes() -> None:
+    for step in growth.steps(Settings(quick=True)):
+        step.run(*step.sizes)
+        step.run(*step.larger_sizes)
 
 
 @pytest.mark.model

@@ -14,6 +14,8 @@ from fsteer_lens import FineSteer, Generations, Trace, effects, figures, generat
 from fsteer_lens.errors import InputError, ShapeError
 from fsteer_lens.models import SteerableModel
 from fsteer_lens.models.attaching import unsteered
+from fsteer_lens.prompts.tokens import token_texts
+from fsteer_lens.run import replaying
 from fsteer_lens.trace.replay import Replay
 from tests import made_up
 from tests.families import D_MODEL, FAMILIES, random_model
@@ -87,6 +89,33 @@ def test_a_replay_shows_what_the_unsteered_model_would_have_said(
             plain = generate(model, ids, max_new_tokens=8, progress=False)[0]
         if 0 in released:
             assert "".join(released[0]).split() == plain.text.split() or plain.text.startswith("".join(released[0]))
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("kind", models.available_kinds())
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_the_unsteered_model_goes_on_as_it_does_by_itself(architecture: str, kind: models.Kind) -> None:
+    model = random_model(architecture, kind)
+    steering = FineSteer(made_up.experts(0, D_MODEL, size=40.0), None, layer=1)
+    steps = []
+    for length in (5, 20, 58):  # within Gemma's window of attention, beyond it, and up to the end of the context
+        prompt = list(range(3, 3 + length))
+        one = generate(model, prompt, steering, **{**QUIET, "max_new_tokens": 6})[0]
+        for step, texts in record(one).released.items():
+            before = [*prompt, *one.tokens[:step]]
+            most = min(8, model.cfg.n_ctx - len(before))
+            plain = generate(model, before, max_new_tokens=most, progress=False)[0].tokens
+            assert texts == token_texts(model, plain, before)
+            steps.append(step)
+    assert len(steps) >= 3 and max(steps) > 0, "steering must turn them"
+
+
+def test_the_lens_of_many_layers_is_that_of_each(
+    model: SteerableModel, made: Generations, prompts: list[str], steering: FineSteer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replaying, "LENS_NUMBERS", 1)
+    for one, other in zip(generate(model, prompts, steering, **QUIET), made, strict=True):
+        torch.testing.assert_close(record(one).lens, record(other).lens, atol=1e-5, rtol=1e-4)
 
 
 def test_the_score_of_a_gate_that_reads_means_ends_where_it_decided(model: SteerableModel, prompts: list[str]) -> None:

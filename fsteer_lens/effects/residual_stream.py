@@ -13,6 +13,7 @@ from fsteer_lens.effects.answers import passes_of
 from fsteer_lens.ground.checks import several
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.forward import Forward
 from fsteer_lens.prompts.forms import GivenPrompt, as_prompt
 from fsteer_lens.prompts.passes import FormatOptions
 from fsteer_lens.prompts.tokens import token_texts
@@ -85,8 +86,8 @@ def propagation(
     rows = answered(model, asked, [answer] if given else None, passes)
     ((_, batch),) = batches(model, rows, 1)
     session = session_for(model, batch, rows, steering)
-    base = read_streams(model, batch.tokens, nullcontext())
-    steered = read_streams(model, batch.tokens, session.step(model, fresh=True))
+    base = read_streams(Forward(model, cache=False), batch, nullcontext())
+    steered = read_streams(Forward(model, cache=False), batch, session.step(model, fresh=True))
     change, direction, edit = change_of(base, steered)
     layers = tuple(sorted({layer for link in steering.links for layer in link.edited_layers}))
     first = edit[min(layers)].mean(dim=0) if layers else torch.zeros_like(edit[0, 0])

@@ -78,11 +78,20 @@ class Forward:
         rows = torch.arange(len(self.tokens), device=self.tokens.device)
         return self.fork_rows(rows.repeat_interleave(times))
 
-    def fork_rows(self, rows: Int[Tensor, " n"], *, below: "Forward | None" = None, layer: int = 0) -> "Forward":
+    def fork_rows(
+        self,
+        rows: Int[Tensor, " n"],
+        *,
+        seen: Int[Tensor, " n"] | None = None,
+        below: "Forward | None" = None,
+        layer: int = 0,
+    ) -> "Forward":
         """Passes that go on from here, each row of them from the row of this number here.
 
         Args:
             rows: numbers of rows, as often as wanted, in any order.
+            seen: of each of them only so many columns are seen, from the first on; the others still take up room in an
+                attention window. None is all.
             below: passes over the same tokens, whose keys and values are taken for the layers below `layer`, where
                 these here began there (`layers.begun_at`) and have none of their own.
             layer: the first layer that these here ran.
@@ -90,6 +99,9 @@ class Forward:
         assert self.tokens is not None and self.mask is not None and self._cache is not None
         other = Forward(self.model, cache=True, layers=self.layers)
         other.tokens, other.mask = self.tokens[rows], self.mask[rows]
+        if seen is not None:
+            columns = torch.arange(other.mask.shape[1], device=other.mask.device)
+            other.mask &= columns < seen.to(columns.device).unsqueeze(1)
         other._cache = cache = copy(self._cache)
         name = "layers" if self.kind == "bridge" else "entries"
         held = list(getattr(self._cache, name))
@@ -97,7 +109,7 @@ class Forward:
             held[:layer] = getattr(below._cache, name)[:layer]
         setattr(cache, name, [_rows_of(entry, rows) for entry in held])
         if self.kind == "hooked":
-            cache.previous_attention_mask = self.mask[rows].to(cache.previous_attention_mask)
+            cache.previous_attention_mask = other.mask.to(cache.previous_attention_mask)
         return other
 
     def _new_cache(self, batch_size: int) -> Any:

@@ -44,17 +44,23 @@ class Step(NamedTuple):
 
 
 def decode(
-    model: SteerableModel, batch: Batch, session: Session | None, rules: Rules, numbers: Sequence[int]
+    model: SteerableModel,
+    batch: Batch,
+    session: Session | None,
+    rules: Rules,
+    numbers: Sequence[int],
+    forward: Forward | None = None,
 ) -> Iterator[Step]:
     """Decode left-padded prompts token by token until every row has ended; hooks are on only inside a step.
 
-    `numbers` are those of the rows among all prompts: each draws from a generator of its own.
+    `numbers` are those of the rows among all prompts: each draws from a generator of its own. With `forward` the rows
+    go on from what it has run.
 
     Raises:
         NonFiniteError: logits of a row that still runs are NaN or infinite.
         HookError: a hook did not run in one of the steps.
     """
-    forward = Forward(model, cache=rules.cache)
+    forward = forward or Forward(model, cache=rules.cache)
     generators = rules.sampling.generators(numbers)
     tokens, mask = batch.tokens, batch.mask
     alive = torch.ones(len(tokens), dtype=torch.bool, device=tokens.device)

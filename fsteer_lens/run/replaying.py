@@ -1,6 +1,6 @@
 """What a replay records of a text that was generated: two passes over the whole of it, with and without steering."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 
 import torch
@@ -11,7 +11,8 @@ from fsteer_lens.ground.spread import every
 from fsteer_lens.hooks.objects import HookObject
 from fsteer_lens.hooks.opening import Read
 from fsteer_lens.models.attaching import unsteered
-from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.classes import SteerableModel, attention_window
+from fsteer_lens.models.forward import Forward
 from fsteer_lens.models.head import logit_lens
 from fsteer_lens.prompts.tokens import pad, require_tokenizer, token_texts
 from fsteer_lens.run.answer_passes import Answered
@@ -31,6 +32,8 @@ MOST_LAYERS = 48
 RELEASED = 4
 """Tokens of a text at which the unsteered model goes on by itself: those of largest KL that it would not have said."""
 RELEASED_TOKENS = 8
+LENS_NUMBERS = 2**23
+"""Log-probabilities of the lens that are held at a time, over layers, tokens and vocabulary: 32 MiB in float32."""
 
 
 @torch.no_grad()
@@ -40,8 +43,9 @@ def replay_of(
     """The replay of one prompt with its answer, whose steps were compared."""
     batch = pad(model, [row.fed], "right")
     session = session_for(model, batch, [row], steering, read)
-    base = read_streams(model, batch.tokens, nullcontext())
-    steered = read_streams(model, batch.tokens, session.step(model, fresh=True))
+    plain_run = Forward(model, cache=True)
+    base = read_streams(plain_run, batch, nullcontext())
+    steered = read_streams(Forward(model, cache=False), batch, session.step(model, fresh=True))
     change, _, _ = change_of(base, steered)
     edited = sorted({layer for link in steering.links for layer in link.edited_layers})
     layers = sorted({*every(range(model.cfg.n_layers), MOST_LAYERS - len(edited)), *edited})
@@ -60,7 +64,7 @@ def replay_of(
         mlp=change.mlp[layers] / length,
         displaced=tuple(require_tokenizer(model).batch_decode([[token] for token in displaced])),
         lens=_lens(model, said, plain, words, alike),
-        released=dict(_released(model, row, steps, stop)),
+        released=dict(_released(plain_run, row, steps, stop)),
         scores=tuple(_scores(steering, steered["before"], len(row.prompt), session.states[0].tails)),
     )
 
@@ -76,30 +80,44 @@ def _lens(
     model: SteerableModel, steered: Stream, base: Stream, words: Int[Tensor, "2 n"], alike: int
 ) -> Float[Tensor, "2 2 layers n"]:
     """Probabilities of two words at each of n positions, in both runs, which are one in the first `alike` layers."""
-    found = torch.zeros(2, 2, *base.shape[:2], dtype=torch.float32, device="cpu")
-    for run, stream in enumerate((steered, base)):
-        for place, at in enumerate(stream):
-            known = run == 1 and place < alike
-            found[:, run, place] = (
-                found[:, 0, place] if known else logit_lens(model, at).cpu().gather(1, words.T).exp().T
-            )
-    return found
+    of_each, at_once = [], max(1, LENS_NUMBERS // (base.shape[1] * model.cfg.d_vocab))
+    for layers in torch.cat([steered, base[alike:]]).split(at_once):
+        logprobs = logit_lens(model, layers)
+        of_each.append(logprobs.gather(-1, words.T.to(logprobs.device).expand(len(layers), -1, -1)).exp().cpu())
+    of_steered, of_base = torch.cat(of_each).movedim(-1, 0).split([len(steered), len(base) - alike], dim=1)
+    return torch.stack([of_steered, torch.cat([of_steered[:, :alike], of_base], dim=1)], dim=1)
 
 
-def _released(model: SteerableModel, row: Answered, steps: Steps, stop: Stop) -> Iterator[tuple[int, tuple[str, ...]]]:
-    """How the unsteered model goes on, greedily, where it would have said something else."""
+def _released(plain_run: Forward, row: Answered, steps: Steps, stop: Stop) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """How the unsteered model goes on, greedily, where it would have said something else; it has read the text."""
     assert steps.kl is not None and steps.baseline_top_ids is not None
     other = steps.baseline_top_ids[0, :, 0] != steps.tokens[0]
     order = steps.kl[0].nan_to_num(0).argsort(descending=True).tolist()
     chosen = sorted([step for step in order if other[step]][:RELEASED])
     if not chosen:
         return
+    model = plain_run.model
     before = [(*row.prompt, *row.answer[:step]) for step in chosen]
-    rules = Rules(Sampling(), stop, RELEASED_TOKENS, cache=True)
-    with unsteered(model):
-        made = [filled(one.chosen, one.alive) for one in decode(model, pad(model, before, "left"), None, rules, chosen)]
-    for step, ids, answer in zip(chosen, before, without_fill(torch.stack(made, dim=1)), strict=True):
+    if len(row.fed) + RELEASED_TOKENS <= attention_window(model):
+        read = torch.tensor([len(ids) - 1 for ids in before], dtype=torch.long, device="cpu")
+        forward = plain_run.fork_rows(torch.zeros_like(read), seen=read)
+        answers = _gone_on(forward, [ids[-1:] for ids in before], RELEASED_TOKENS, stop)
+    else:
+        answers = [
+            _gone_on(Forward(model, cache=True), [ids], min(RELEASED_TOKENS, model.cfg.n_ctx - len(ids)), stop)[0]
+            for ids in before
+        ]
+    for step, ids, answer in zip(chosen, before, answers, strict=True):
         yield step, token_texts(model, answer, ids)
+
+
+def _gone_on(forward: Forward, rows: Sequence[Sequence[int]], n_new: int, stop: Stop) -> list[tuple[int, ...]]:
+    """So many tokens at most that the unsteered model says, greedily, after what it has run and these rows."""
+    model, rules = forward.model, Rules(Sampling(), stop, n_new, cache=True)
+    with unsteered(model):
+        steps = decode(model, pad(model, rows, "left"), None, rules, range(len(rows)), forward)
+        made = [filled(one.chosen, one.alive) for one in steps]
+    return without_fill(torch.stack(made, dim=1))
 
 
 def _scores(steering: HookObject, before: Stream, n_prompt: int, tails: Tensor | None) -> Iterator[Scored]:

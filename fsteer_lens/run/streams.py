@@ -10,7 +10,9 @@ from torch import Tensor
 from fsteer_lens.errors import SiteError
 from fsteer_lens.models.attaching import hooks_added, unsteered
 from fsteer_lens.models.classes import SteerableModel
+from fsteer_lens.models.forward import Forward
 from fsteer_lens.models.points import hook_point
+from fsteer_lens.prompts.tokens import Batch
 
 Stream = Float[Tensor, "layers s d"]
 
@@ -39,13 +41,13 @@ def change_of(base: dict[str, Stream], steered: dict[str, Stream]) -> tuple[Chan
 
 
 @torch.no_grad()
-def read_streams(model: SteerableModel, tokens: Tensor, steering: AbstractContextManager[Any]) -> dict[str, Stream]:
+def read_streams(forward: Forward, text: Batch, steering: AbstractContextManager[Any]) -> dict[str, Stream]:
     """The stream of one text under `steering`: entering each layer ("pre"), leaving it before all edits ("before") and
-    after them ("post"), and what attention and MLP add.
+    after them ("post"), and what attention and MLP add; from a pass of `forward`, which then holds the text.
 
     Hooks run in the order in which they were put there, so what reads before the edits is put on before `steering`.
     """
-    n_layers = model.cfg.n_layers
+    model, n_layers = forward.model, forward.model.cfg.n_layers
     seen: dict[tuple[str, int], Tensor] = {}
 
     def reader(name: str, site: str) -> list[tuple[str, Any]]:
@@ -63,7 +65,7 @@ def read_streams(model: SteerableModel, tokens: Tensor, steering: AbstractContex
         hook for pair in [("pre", "hook_resid_pre"), *middle, ("post", "hook_resid_post")] for hook in reader(*pair)
     ]
     with unsteered(model), hooks_added(model, reader("before", "hook_resid_post")), steering, hooks_added(model, later):
-        model(tokens, return_type="logits")
+        forward.last(text.tokens, text.mask)
     read = {name: torch.stack([seen[name, layer] for layer in range(n_layers)]) for name in {key for key, _ in seen}}
     if not parallel:
         read["attention"] = read.pop("middle") - read["pre"]
