@@ -22,7 +22,7 @@ def run(settings: Settings) -> Section:
         model = shapes.model(shape, kind, settings.device)
         layer = model.cfg.n_layers // 2
         steering = shapes.steering(model.cfg.d_model, layer, settings.device)
-        off, on = (decoding(model, steering, n_new, settings.rounds_or(15), trace=trace) for trace in (False, True))
+        off, on = (decoding(model, steering, n_new, settings.rounds_or(30), trace=trace) for trace in (False, True))
         rows += [
             Row(f"{name}, trace off", "model.generate under steering.on(model) / without", off, Aim(1.02)),
             Row(f"{name}, trace on", "generate with steering / without", on, Aim(1.05)),
@@ -43,7 +43,7 @@ def run(settings: Settings) -> Section:
         Row(
             "transformers, as it is",
             "network.generate under steering.on(network) / without",
-            on_network(network, n_new, settings.rounds_or(15)),
+            on_network(network, n_new, settings.rounds_or(30)),
             Aim(1.03),
         )
     )

@@ -10,6 +10,8 @@ from benchmarks.measuring import Section, Settings, seconds
 from fsteer_lens import collect, fit_experts, generate, models
 from fsteer_lens.ground.tables import markdown
 
+EPOCHS = 5
+
 
 class Grown(NamedTuple):
     """One step at the sizes it is given, and which of them grows to what."""
@@ -30,16 +32,16 @@ def run(settings: Settings) -> Section:
     """Two sizes of each, and the exponent of the power law through both times."""
     cells = []
     for grown in steps(settings):
-        factor = grown.larger / grown.sizes[grown.place]
+        smaller = grown.sizes[grown.place]
         small, large = (fastest(partial(grown.run, *sizes)) for sizes in (grown.sizes, grown.larger_sizes))
-        exponent = math.log(large / small, factor)
-        cells.append([grown.what, f"{factor:.3g}", f"{small:.3g} → {large:.3g}", f"{exponent:.2f}"])
+        exponent = math.log(large / small, grown.larger / smaller)
+        cells.append([grown.what, f"{smaller} → {grown.larger}", f"{small:.3g} → {large:.3g}", f"{exponent:.2f}"])
     text = f"""
-One size grows by so many times, the others stay; the faster of two runs. The exponent is 1 where twice as much takes
-twice as long. Collecting and generating on {"a tiny" if settings.quick else "gpt2-small"} shape with random weights;
-one fit of experts has a few epochs.
+One size of a step grows, the others stay; the faster of two runs. The exponent is 1 where twice as much takes twice as
+long. Collecting and generating have the {"tiny" if settings.quick else "gpt2-small"} shape with random weights, fits of
+experts {EPOCHS} epochs.
 """.strip()
-    return Section("Growth", text, (), markdown(["step, size", "times", "seconds", "exponent"], cells))
+    return Section("Growth", text, (), markdown(["step, size", "from → to", "seconds", "exponent"], cells))
 
 
 def fastest(what: Callable[[], object]) -> float:
@@ -64,7 +66,7 @@ def steps(settings: Settings) -> list[Grown]:
 
     def experts(rows: int, width: int, number: int) -> None:
         h, delta = fitting.example(rows, width, settings.device)
-        fit_experts(h, delta, preset="paper", n_experts=number, epochs=5)
+        fit_experts(h, delta, preset="paper", n_experts=number, epochs=EPOCHS)
 
     return [
         Grown("collect, contrasts", collecting, (few, depth), 0, 4 * few),

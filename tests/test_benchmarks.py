@@ -79,7 +79,7 @@ def test_growth_is_the_exponent_of_a_power_law(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(growth, "steps", lambda settings: [grown])
     monkeypatch.setattr(growth, "seconds", seconds)
-    assert "| cubic | 4 | 250 → 1.6e+04 | 3.00 |" in growth.run(Settings()).after
+    assert "| cubic | 5 → 20 | 250 → 1.6e+04 | 3.00 |" in growth.run(Settings()).after
     assert ran == ["2 × 5"] * 2 + ["2 × 20"] * 2
 
 
