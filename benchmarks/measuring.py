@@ -97,7 +97,7 @@ class Aim:
         return ratio.median >= self.limit if self.at_least else ratio.median <= self.limit
 
     def __str__(self) -> str:
-        return f"{'≥' if self.at_least else '≤'} {self.limit:g}"
+        return f"{'≥' if self.at_least else '≤'}\N{NO-BREAK SPACE}{self.limit:g}"
 
 
 @dataclass(frozen=True)
