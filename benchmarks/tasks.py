@@ -320,9 +320,10 @@ def run(settings: Settings) -> Section:
 Each step once, in a process of its own that has everything ready before, one thread, the model on
 {models.CLASS_NAMES[models.available_kinds()[0]]}: SmolLM2-135M-Instruct with prompts that the package ships, in five
 wordings, in float32 and in bfloat16, for which some CPUs have instructions, and GPT-2's shape with random words, in
-float32. Seconds are before{versus}. The peak of memory is what comes on top of what was resident. GFLOP are those of
-products with weights that the step does; the floor is how long transformers takes for as many in one pass over
-{LONG_PASS} tokens. What some steps found tells what bfloat16 changes. Where the time of a step goes is told by
+float32. Seconds are before{versus}. The peak of memory is what comes on top of what was
+resident; it is that of one run, and the system's allocator makes it vary. GFLOP are those of products with weights that
+the step does; the floor is how long transformers takes for as many in one pass over {LONG_PASS} tokens. What some
+steps found tells what bfloat16 changes. Where the time of a step goes is told by
 `python -m benchmarks.tasks MODEL STEP --profile`.
 """.strip()
     return Section(TITLE, text, (), markdown(header, cells))
