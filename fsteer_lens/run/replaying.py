@@ -99,8 +99,8 @@ def _released(plain_run: Forward, row: Answered, steps: Steps, stop: Stop) -> It
     model = plain_run.model
     before = [(*row.prompt, *row.answer[:step]) for step in chosen]
     if len(row.fed) + RELEASED_TOKENS <= attention_window(model):
-        read = torch.tensor([len(ids) - 1 for ids in before], dtype=torch.long, device="cpu")
-        forward = plain_run.fork_rows(torch.zeros_like(read), seen=read)
+        seen = torch.tensor([len(ids) - 1 for ids in before], dtype=torch.long, device="cpu")
+        forward = plain_run.fork_rows(torch.zeros_like(seen), seen=seen)
         answers = _gone_on(forward, [ids[-1:] for ids in before], RELEASED_TOKENS, stop)
     else:
         answers = [
