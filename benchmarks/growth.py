@@ -38,7 +38,7 @@ def run(settings: Settings) -> Section:
         cells.append([grown.what, f"{smaller} → {grown.larger}", f"{small:.3g} → {large:.3g}", f"{exponent:.2f}"])
     text = f"""
 One size of a step grows, the others stay; the faster of two runs. The exponent is 1 where twice as much takes twice as
-long. Collecting and generating run the shape of GPT-2 small; experts are trained (`preset="paper"`) for {EPOCHS} epochs.
+long. Collecting and generating run the shape of GPT-2 small; experts are trained (`preset="paper"`), {EPOCHS} epochs.
 """.strip()
     return Section("Growth", text, (), markdown(["step, size", "from → to", "seconds", "exponent"], cells))
 
